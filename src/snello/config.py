@@ -1,0 +1,297 @@
+"""Every setting, once: these dataclasses are the flags, the YAML keys, the defaults and the help text.
+
+Nothing heavy is imported here, so that ``snello --help`` answers at once. Values are checked when a config is made:
+a run with a wrong setting fails before anything is loaded.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+import yaml
+
+from snello.errors import ConfigError
+
+T = TypeVar("T")
+
+METHODS = ("alast", "full", "head", "last-k")
+
+
+def _require(ok: bool, name: str, rule: str, got: object) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {rule}, got {got}")
+
+
+@dataclass(frozen=True)
+class AlastConfig:
+    """ALaST: an adaptive compute budget for every block (arXiv:2408.08670)."""
+
+    blocks: int | None = None
+    """Blocks trained at each step; default: three quarters of the depth (9 of 12)."""
+    start_budget: float = 0.9
+    """Budget of every block at the start, in (0, 1]: the share of patch tokens that a block passes on."""
+    min_budget: float = 0.5
+    """Lowest budget a block can fall to, in (0, 1]."""
+    alpha: float | None = None
+    """Step size of the budgets, >= 0; default: the base learning rate (--lr)."""
+    draw: Literal["proportional", "softmax", "lowest-first"] = "proportional"
+    """Which blocks train: drawn in proportion to the budgets, by softmax of the budgets, or always all but the lowest
+    (`lowest-first`, the cheapest: the backward pass ends early)."""
+    temperature: float = 1.0
+    """Temperature of the softmax draw, > 0; small values favour high budgets."""
+    drop_at: Literal["mid", "block-end"] = "mid"
+    """Where tokens are dropped: between attention and MLP (`mid`) or after the block (`block-end`, as published)."""
+    train_embeddings: bool = True
+    """Train the patch, position and prefix embeddings too."""
+    full_tail: float = 0.0
+    """Last share of the training steps that drops no tokens, in [0, 1]."""
+    token_multiple: int = 1
+    """Round the number of kept patch tokens up to a multiple of this (fewer shapes for torch.compile)."""
+    moments: Literal["keep", "release"] = "keep"
+    """Optimizer moments of a frozen block: kept (exact), or released to save memory."""
+
+    def __post_init__(self) -> None:
+        _require(self.blocks is None or self.blocks >= 1, "--alast.blocks", "at least 1", self.blocks)
+        _require(0 < self.start_budget <= 1, "--alast.start-budget", "in (0, 1]", self.start_budget)
+        _require(0 < self.min_budget <= 1, "--alast.min-budget", "in (0, 1]", self.min_budget)
+        _require(
+            self.min_budget <= self.start_budget,
+            "--alast.min-budget",
+            f"at most --alast.start-budget ({self.start_budget})",
+            self.min_budget,
+        )
+        _require(self.alpha is None or self.alpha >= 0, "--alast.alpha", "0 or more", self.alpha)
+        _require(self.temperature > 0, "--alast.temperature", "above 0", self.temperature)
+        _require(0 <= self.full_tail <= 1, "--alast.full-tail", "in [0, 1]", self.full_tail)
+        _require(self.token_multiple >= 1, "--alast.token-multiple", "at least 1", self.token_multiple)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done at random to every training picture."""
+
+    flip: bool = True
+    """Flip left to right with probability one half."""
+    crop_scale: float = 0.6
+    """Smallest share of the picture's area that a random crop keeps, in (0, 1]; 1 crops nothing."""
+    rand_ops: int = 2
+    """Operations of RandAugment per picture; 0 switches it off."""
+    rand_magnitude: int = 9
+    """Magnitude of RandAugment, 0 to 30."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.crop_scale <= 1, "--augment.crop-scale", "in (0, 1]", self.crop_scale)
+        _require(self.rand_ops >= 0, "--augment.rand-ops", "0 or more", self.rand_ops)
+        _require(0 <= self.rand_magnitude <= 30, "--augment.rand-magnitude", "in 0..30", self.rand_magnitude)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tune a Vision Transformer on a folder of pictures."""
+
+    config: Path | None = None
+    """YAML file with any of these settings; a flag wins over the file, the file over the default."""
+    data: Path | None = None
+    """Folder of pictures: train/ and val/ (or test/) with a folder per class, or one folder per class; default: the
+    2 500 Fashion-MNIST pictures that ship with snello."""
+    model: str = "vit_micro_patch4_32"
+    """Name of a timm Vision Transformer."""
+    weights: str = "pretrained"
+    """`pretrained`, `none` (random), or the path of a safetensors file."""
+    method: Literal["alast", "full", "head", "last-k"] = "alast"
+    """What is trained: everything on an adaptive budget, everything, the head, or the last blocks and the head."""
+    last_k: int = 3
+    """Blocks trained by the method last-k."""
+    alast: AlastConfig = field(default_factory=AlastConfig)
+    epochs: int = 5
+    """Passes over the training pictures."""
+    batch_size: int = 64
+    """Pictures in one forward and backward pass."""
+    accumulate: int = 1
+    """Forward and backward passes (micro-steps) per optimizer step."""
+    lr: float = 5e-4
+    """Base learning rate, reached after the warm-up, then following a cosine to zero."""
+    weight_decay: float = 0.05
+    """Weight decay of AdamW; biases, norms, position and prefix tokens have none."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate per layer below the head, in (0, 1]; 1 gives all layers the same."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises from zero, in [0, 1)."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient; 0 clips nothing."""
+    label_smoothing: float = 0.1
+    """Label smoothing, in [0, 1)."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    image_size: int | None = None
+    """Side of the pictures in pixels; default: the model's own."""
+    val_share: float = 0.2
+    """Share of each class that is held out where the folder has no val/ or test/, in (0, 1)."""
+    skip_bad: bool = False
+    """Leave out pictures that cannot be read, and count them, instead of stopping."""
+    check_pictures: bool = True
+    """Decode every picture once before training, so that a bad one is found at the start."""
+    workers: int = 2
+    """Processes that load pictures; 0 loads in the main process."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the forward pass; `auto` is bf16 where the device computes in it natively."""
+    attention: Literal["auto", "fused", "explicit"] = "auto"
+    """How attention is computed; `auto` measures once which is faster here."""
+    patience: int = 0
+    """Stop after this many epochs without a better accuracy; 0 never stops early."""
+    checkpoint_steps: int = 200
+    """Optimizer steps between two checkpoints (there is also one after every epoch); 0 for none in between."""
+    out: Path | None = None
+    """Run folder; default: runs/<model>-<method>-<time>."""
+    resume: bool = False
+    """Go on with the run in --out where it was cut off; settings come from its config.yaml."""
+    compare: bool = True
+    """After training, measure step time, FLOPs and memory against full fine-tuning on this machine."""
+
+    def __post_init__(self) -> None:
+        for name in ("last_k", "batch_size", "accumulate", "epochs"):
+            _require(getattr(self, name) >= 1, flag(name), "at least 1", getattr(self, name))
+        for name in ("clip_norm", "weight_decay", "workers", "patience", "checkpoint_steps", "seed"):
+            _require(getattr(self, name) >= 0, flag(name), "0 or more", getattr(self, name))
+        _require(self.lr > 0, "--lr", "above 0", self.lr)
+        _require(0 < self.layer_decay <= 1, "--layer-decay", "in (0, 1]", self.layer_decay)
+        _require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
+        _require(0 <= self.label_smoothing < 1, "--label-smoothing", "in [0, 1)", self.label_smoothing)
+        _require(0 < self.val_share < 1, "--val-share", "in (0, 1)", self.val_share)
+        _require(self.image_size is None or self.image_size >= 1, "--image-size", "at least 1", self.image_size)
+        _require(self.method in METHODS, "--method", f"one of {', '.join(METHODS)}", self.method)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure the accuracy of a run's model."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of `snello finetune`."""
+    data: Path | None = None
+    """Folder of pictures; default: the held-out pictures of the run."""
+    batch_size: int = 64
+    """Pictures in one forward pass."""
+    workers: int = 2
+    """Processes that load pictures."""
+    skip_bad: bool = False
+    """Leave out pictures that cannot be read, and count them."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    format: Literal["text", "json"] = "text"
+    """How the result is printed."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
+        _require(self.workers >= 0, "--workers", "0 or more", self.workers)
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Say what is on pictures, with the model of a run."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of `snello finetune`."""
+    paths: tyro.conf.Positional[tuple[Path, ...]]
+    """Pictures, or folders of pictures."""
+    top_k: int = 5
+    """Classes named for each picture, most probable first."""
+    batch_size: int = 64
+    """Pictures in one forward pass."""
+    skip_bad: bool = False
+    """Leave out pictures that cannot be read, and count them."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    format: Literal["text", "json"] = "text"
+    """How the result is printed."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.paths) > 0, "PATHS", "at least one picture or folder", "none")
+        _require(self.top_k >= 1, "--top-k", "at least 1", self.top_k)
+        _require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
+
+
+def flag(name: str) -> str:
+    """The flag of a field: `batch_size` is `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain values that YAML and JSON can hold; paths become strings."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    result: dict[str, Any] = plain(dataclasses.asdict(config))
+    return result
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """The config of class `cls` that `values` describe; keys that are left out keep their default.
+
+    Raises:
+        ConfigError: for an unknown key, a value of the wrong type, or one out of range, naming `where` it stands.
+    """
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(f"{where}: unknown setting {', '.join(unknown)}; known: {', '.join(hints)}")
+    return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in values.items()})
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as YAML gave it, as the type `hint`; YAML's 1e-3 is a string, and paths are strings too."""
+    if isinstance(hint, types.UnionType):
+        if value is None and type(None) in hint.__args__:
+            return None
+        hint = next(option for option in hint.__args__ if option is not type(None))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a mapping of settings, got {value!r}")
+        return from_dict(typing.cast(type, hint), value, where)
+    if typing.get_origin(hint) is Literal:
+        if value not in hint.__args__:
+            raise ConfigError(f"{where} must be one of {', '.join(hint.__args__)}, got {value!r}")
+        return value
+    wrong = ConfigError(f"{where} must be of type {hint.__name__}, got {value!r}")
+    if hint is bool or isinstance(value, bool):
+        if type(value) is not hint:
+            raise wrong
+        return value
+    if hint is int and isinstance(value, float):
+        raise wrong
+    try:
+        return hint(value)
+    except (TypeError, ValueError):
+        raise wrong from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in the YAML file `path`.
+
+    Raises:
+        ConfigError: where the file is missing, is no YAML, or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path} must hold settings as `name: value`")
+    return values

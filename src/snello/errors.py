@@ -1,0 +1,33 @@
+"""What snello raises for input it cannot use; the command line prints it as one line and exits with code 2.
+
+SnelloError
+├── ConfigError        a setting out of range, or two that contradict each other
+├── DataError          a data folder or picture that cannot be used
+├── ModelError         an unknown or unsupported model, or weights that do not fit it
+├── CheckpointError    a run folder or checkpoint that cannot be read or written
+└── TrainingError      training cannot go on (the loss is not finite)
+"""
+
+
+class SnelloError(Exception):
+    """Base of every error a user can cause and mend; its text says what was wrong, where, and what to do."""
+
+
+class ConfigError(SnelloError, ValueError):
+    """A setting is out of range, or two settings contradict each other."""
+
+
+class DataError(SnelloError):
+    """A data folder or a picture cannot be used."""
+
+
+class ModelError(SnelloError):
+    """The model is unknown or unsupported, or the weights do not fit it."""
+
+
+class CheckpointError(SnelloError):
+    """A run folder or a checkpoint cannot be read or written."""
+
+
+class TrainingError(SnelloError):
+    """Training cannot go on; what was saved before stays as it is."""
