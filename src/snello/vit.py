@@ -1,0 +1,237 @@
+"""The one place that knows timm: its Vision Transformers, their blocks, prefix tokens and attention.
+
+A block is observed through an adapter, one small class per block class, that replaces the block's `forward` while it
+is attached and calls the block's own submodules. Switched off, or in eval mode, it calls the block's own forward.
+
+B: samples, N: tokens including prefix tokens, D: embed dim, H: heads, K: kept tokens.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol
+
+import torch
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from snello import tokens
+from snello.errors import ModelError
+
+AttentionPath = Literal["fused", "explicit"]
+DropAt = Literal["mid", "block-end"]
+
+SUPPORTED = (
+    "timm VisionTransformer models (ViT, DeiT with and without distillation token, DINOv2, registers) made of "
+    "standard blocks and attention, with CLS, average or max pooling"
+)
+POOLS = ("token", "avg", "avgmax", "max")
+PREFIX_PARAMETERS = ("cls_token", "reg_token", "dist_token", "pos_embed")
+EMBEDDINGS = (*PREFIX_PARAMETERS, "patch_embed", "norm_pre")
+
+
+class BlockObserver(Protocol):
+    """What decides over the tokens of a block and is told what the block did. Asked in training mode only."""
+
+    drop_at: DropAt
+
+    def num_keep(self, index: int, num_patches: int) -> int:
+        """How many of its patch tokens block `index` passes on, in 1..num_patches."""
+
+    def record(self, index: int, change: Tensor) -> None:
+        """Told once per forward of block `index`: the mean squared change of its CLS token, () float32."""
+
+
+class ViT:
+    """A supported Vision Transformer, seen as prefix tokens, patch tokens and blocks.
+
+    Args:
+        model: a timm VisionTransformer; used as it is, never copied.
+
+    Raises:
+        ModelError: where the model, one of its blocks or its pooling is not supported, naming it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, VisionTransformer):
+            raise _unsupported(f"model {type(model).__name__}")
+        if model.global_pool not in POOLS:
+            raise _unsupported(f"pooling {model.global_pool!r}")
+        if any(part._compiled_call_impl is not None for part in model.modules()):
+            raise ModelError("the model is already compiled: attach first, then call torch.compile")
+        self.model = model
+        self.blocks: list[Any] = list(model.blocks)  # timm has no types
+        self.num_prefix_tokens: int = model.num_prefix_tokens
+        self.has_cls: bool = model.has_class_token
+        self.embed_dim: int = model.embed_dim
+        self._adapters = [_adapter(block, index, self) for index, block in enumerate(self.blocks)]
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens of one picture at the model's own size."""
+        return int(self.model.patch_embed.num_patches)
+
+    def embedding_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the patch, position and prefix embeddings."""
+        return (p for name, p in self.model.named_parameters() if name.split(".")[0] in EMBEDDINGS)
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the classifier, both of them with a distillation token."""
+        return (p for name, p in self.model.named_parameters() if name.split(".")[0] in ("head", "head_dist"))
+
+    def layer_of(self, name: str) -> int:
+        """The layer of the parameter `name`: 0 for embeddings, i + 1 for block i, depth + 1 for what comes after."""
+        top, *rest = name.split(".")
+        if top in EMBEDDINGS:
+            return 0
+        return int(rest[0]) + 1 if top == "blocks" else self.depth + 1
+
+    @staticmethod
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay applies: not to biases, norms, position and prefix tokens."""
+        return parameter.ndim > 1 and name.split(".")[0] not in PREFIX_PARAMETERS
+
+    @property
+    def attention_paths(self) -> list[AttentionPath]:
+        """How each block computes attention: with the fused kernel or explicitly."""
+        return ["fused" if block.attn.fused_attn else "explicit" for block in self.blocks]
+
+    def set_attention_paths(self, paths: list[AttentionPath]) -> None:
+        """Makes block i compute attention by `paths[i]`; both give the same result up to rounding."""
+        for block, path in zip(self.blocks, paths, strict=True):
+            block.attn.fused_attn = path == "fused"
+
+    def attach(self, observer: BlockObserver) -> None:
+        """Lets `observer` see and drop tokens in every block until `detach`.
+
+        Raises:
+            ModelError: where something is attached already.
+        """
+        if any("forward" in vars(block) for block in self.blocks):
+            raise ModelError("the model's blocks are already attached to something: call its detach() first")
+        for adapter in self._adapters:
+            adapter.attach(observer)
+
+    def detach(self) -> None:
+        """Gives every block its own forward back."""
+        for adapter in self._adapters:
+            adapter.detach()
+
+
+class BlockAdapter:
+    """timm's `Block` with `Attention`: pre-norm, optional LayerScale, qk_norm and drop path.
+
+    The attention row is computed from the output of `attn.qkv`, one query per head, so that fused attention can stay.
+    """
+
+    def __init__(self, block: Any, index: int, vit: ViT) -> None:
+        self.block = block
+        self.index = index
+        self.num_prefix_tokens = vit.num_prefix_tokens
+        self.has_cls = vit.has_cls
+        self.observer: BlockObserver | None = None
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._capturing = False
+        self._qkv: Tensor | None = None
+
+    def attach(self, observer: BlockObserver) -> None:
+        """Replaces the block's forward."""
+        self.observer = observer
+        self._hook = self.block.attn.qkv.register_forward_hook(self._capture)
+        self.block.forward = self.forward
+
+    def detach(self) -> None:
+        """Restores the block's forward; does nothing where nothing is attached."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+            del self.block.forward
+        self.observer = None
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """The block on x (B, N, D); returns (B, K, D), where K = N unless the observer drops tokens."""
+        block, observer = self.block, self.observer
+        original = type(block).forward
+        if observer is None or not block.training:
+            result: Tensor = original(block, x, attn_mask=attn_mask, is_causal=is_causal)
+            return result
+        if attn_mask is not None or is_causal:
+            raise ModelError("attention masks are not supported while tokens are dropped: detach first")
+        num_patches = x.shape[1] - self.num_prefix_tokens
+        num_keep = observer.num_keep(self.index, num_patches)
+        if num_keep >= num_patches:
+            y: Tensor = original(block, x)
+            self._record(observer, x, y)
+            return y
+        return self._forward_dropping(observer, x, num_keep)
+
+    def _forward_dropping(self, observer: BlockObserver, x: Tensor, num_keep: int) -> Tensor:
+        block = self.block
+        self._capturing = True
+        h = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+        self._capturing = False
+        index = tokens.keep_top(self._take_scores(), num_keep, self.num_prefix_tokens)
+        if observer.drop_at == "mid":
+            h = tokens.gather(h, index)
+        y: Tensor = h + block.drop_path2(block.ls2(block.mlp(block.norm2(h))))
+        if observer.drop_at == "mid":
+            self._record(observer, x, y, index)
+            return y
+        self._record(observer, x, y)
+        return tokens.gather(y, index)
+
+    @torch.no_grad()
+    def _record(self, observer: BlockObserver, x: Tensor, y: Tensor, index: Tensor | None = None) -> None:
+        """Tells the observer how much the block changed the CLS token, or without one the patch tokens on average."""
+        if recomputing():
+            return
+        if self.has_cls:
+            before, after = x[:, :1], y[:, :1]
+        else:
+            before = x if index is None else tokens.gather(x, index)
+            before, after = before[:, self.num_prefix_tokens :], y[:, self.num_prefix_tokens :]
+        observer.record(self.index, (after.float() - before.float()).square().sum(-1).mean())
+
+    def _capture(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if self._capturing:
+            self._qkv = output.detach()
+
+    @torch.no_grad()
+    def _take_scores(self) -> Tensor:
+        """Attention that each token receives, (B, N) float32: from the CLS token, or the mean over all queries."""
+        attn, qkv = self.block.attn, self._qkv
+        assert qkv is not None
+        self._qkv = None  # held no longer than needed: it counts as memory
+        B, N, _ = qkv.shape
+        q, k, _ = qkv.view(B, N, 3, attn.num_heads, attn.head_dim).unbind(2)
+        if self.has_cls:
+            q = q[:, :1]
+        q, k = attn.q_norm(q).transpose(1, 2), attn.k_norm(k).transpose(1, 2)  # (B, H, 1 or N, head_dim)
+        logits = (q * attn.scale) @ k.transpose(-2, -1)
+        scores: Tensor = logits.float().softmax(dim=-1).mean(dim=(1, 2))
+        return scores
+
+
+def _adapter(block: Any, index: int, vit: ViT) -> BlockAdapter:
+    """The adapter of a block; the exact types of block and attention decide what is supported."""
+    if type(block) is not Block:
+        raise _unsupported(f"block {type(block).__name__}")
+    attn = block.attn
+    if type(attn) is not Attention:
+        raise _unsupported(f"attention {type(attn).__name__}")
+    if attn.gate is not None or not isinstance(attn.norm, nn.Identity):
+        raise _unsupported("attention with a gate" if attn.gate is not None else "attention with scale_norm")
+    return BlockAdapter(block, index, vit)
+
+
+def _unsupported(what: str) -> ModelError:
+    return ModelError(f"{what} is not supported; supported: {SUPPORTED}")
+
+
+def recomputing() -> bool:
+    """Whether this forward runs inside a backward pass, as gradient checkpointing does to recompute activations."""
+    return torch._C._current_graph_task_id() != -1
