@@ -1,0 +1,134 @@
+"""What is trained: each method is one entry of METHODS, and the training loop knows only the interface `Method`."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from snello.config import FinetuneConfig
+from snello.errors import ConfigError
+from snello.methods.alast import ALaST
+from snello.vit import ViT
+
+
+class Method(Protocol):
+    """What the training loop asks of a method."""
+
+    def step(self, lr: float, optimizer: torch.optim.Optimizer, progress: float) -> None:
+        """Called once per optimizer step, before its first forward.
+
+        Args:
+            lr: base learning rate.
+            optimizer: holds all parameters.
+            progress: share of the steps that are done, in [0, 1).
+        """
+
+    def metrics(self) -> dict[str, Any]:
+        """What is logged of the step under way."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, as values that JSON can hold."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict()`."""
+
+    def detach(self) -> None:
+        """Leaves the model as it was found."""
+
+
+class Fixed:
+    """Trains the same parameters at every step: all of them, the head, or the last blocks with norm and head."""
+
+    def __init__(self, vit: ViT, trained: set[int]) -> None:
+        self._frozen = [p for name, p in vit.model.named_parameters() if id(p) not in trained and p.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+    def step(self, lr: float, optimizer: torch.optim.Optimizer, progress: float) -> None:
+        """Changes nothing."""
+
+    def metrics(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def detach(self) -> None:
+        """Makes trainable what was."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+
+
+class AdaptiveMethod:
+    """ALaST in the training loop, with its tail of steps that drop no tokens."""
+
+    def __init__(self, vit: ViT, config: FinetuneConfig) -> None:
+        options = {name: value for name, value in vars(config.alast).items() if name != "full_tail"}
+        try:
+            self.alast = ALaST(vit.model, **options, seed=config.seed)
+        except ConfigError as error:
+            raise ConfigError(f"--alast.{error}") from None  # the name as the user typed it
+        self._tail = 1 - config.alast.full_tail
+
+    def step(self, lr: float, optimizer: torch.optim.Optimizer, progress: float) -> None:
+        """Moves budgets, draws and freezes; drops tokens until the tail."""
+        self.alast.dropping = progress < self._tail
+        self.alast.step(lr, optimizer)
+
+    def metrics(self) -> dict[str, Any]:
+        """Budgets and trained blocks."""
+        summary = self.alast.summary()
+        return {"budgets": summary["budgets"], "trained": summary["trained"]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """ALaST's."""
+        return self.alast.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """ALaST's."""
+        self.alast.load_state_dict(state)
+
+    def detach(self) -> None:
+        """ALaST's."""
+        self.alast.detach()
+
+
+def _full(vit: ViT, config: FinetuneConfig) -> Method:
+    return Fixed(vit, {id(p) for p in vit.model.parameters()})
+
+
+def _head(vit: ViT, config: FinetuneConfig) -> Method:
+    return Fixed(vit, {id(p) for p in vit.head_parameters()})
+
+
+def _last_k(vit: ViT, config: FinetuneConfig) -> Method:
+    if config.last_k > vit.depth:
+        raise ConfigError(f"--last-k must be in 1..{vit.depth} (the model's depth), got {config.last_k}")
+    first = vit.depth - config.last_k + 1
+    return Fixed(vit, {id(p) for name, p in vit.model.named_parameters() if vit.layer_of(name) >= first})
+
+
+def _alast(vit: ViT, config: FinetuneConfig) -> Method:
+    return AdaptiveMethod(vit, config)
+
+
+METHODS: dict[str, Callable[[ViT, FinetuneConfig], Method]] = {
+    "alast": _alast,
+    "full": _full,
+    "head": _head,
+    "last-k": _last_k,
+}
+
+
+def make_method(vit: ViT, config: FinetuneConfig) -> Method:
+    """The method that `config` names, attached to the model; nothing is frozen by ALaST before its first step.
+
+    Raises:
+        ConfigError: where an option does not fit the model.
+    """
+    return METHODS[config.method](vit, config)

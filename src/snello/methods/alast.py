@@ -1,0 +1,250 @@
+"""ALaST: every block of a Vision Transformer gets a compute budget that adapts at every step.
+
+Paper: Adaptive Layer Selection for Efficient Vision Transformer Fine-Tuning, arXiv:2408.08670. Low-budget blocks pass
+on fewer tokens and are frozen more often. Deviations, each with its reason in docs/alast.md: the change of the CLS
+token is averaged over the batch (the released code sums it), the draw is proportional to the budgets by default, and
+tokens are dropped between attention and MLP by default (`drop_at="block-end"` is the published place).
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from snello.errors import ConfigError
+from snello.vit import DropAt, ViT
+
+Draw = Literal["proportional", "softmax", "lowest-first"]
+
+PAPER_LR = 1e-4
+
+
+class ALaST:
+    """Attaches ALaST to a Vision Transformer inside any training loop.
+
+        alast = ALaST(model, blocks=9, start_budget=0.9, min_budget=0.5, alpha=1e-4, draw="proportional")
+        for batch in loader:
+            alast.step()            # once per optimizer step, before its first forward
+            ...                     # forward, backward, optimizer step as ever
+        alast.detach()              # the model is as it was found
+
+    In training mode, block l keeps the share b_l (its budget) of its patch tokens, those with the most attention from
+    the CLS token (without one: on average); prefix tokens stay. `step` moves the budgets by the change of
+    delta_l = ||CLS_out - CLS_in||^2 since the last step, draws the blocks that train, and freezes the others. In eval
+    mode nothing is dropped and nothing recorded. Only parameters that require gradients here are ever switched.
+
+    Build the optimizer over all parameters, before the first `step`: a block frozen now trains later.
+
+    Args:
+        model: a supported ViT (see `snello.vit.ViT`); not yet compiled or wrapped for data parallelism.
+        blocks: blocks that train at each step, K in 1..depth; default: three quarters of the depth.
+        start_budget: budget of every block at the start, in (0, 1].
+        min_budget: lowest budget, in (0, start_budget].
+        alpha: step size of the budgets, >= 0; default: the `lr` given to `step`, or 1e-4 (the paper's) without one.
+        draw: `proportional` (to the budgets, without replacement), `softmax` (of budget / temperature), or
+            `lowest-first` (always freezes the lowest blocks, where the backward pass costs most to reach).
+        temperature: of the softmax draw, > 0.
+        drop_at: `mid` drops tokens between attention and MLP, `block-end` after the block (published).
+        train_embeddings: whether patch, position and prefix embeddings train.
+        token_multiple: rounds the number of kept patch tokens up to a multiple, for few shapes
+            under `torch.compile`.
+        moments: `keep` leaves the optimizer's moments of frozen blocks alone; `release` deletes them at each `step`
+            (give it the optimizer), so that a block starts with fresh ones when it is drawn again.
+        seed: of the draws.
+
+    Raises:
+        ConfigError: for a value out of range.
+        ModelError: for a model that is not supported, already attached, or already compiled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        blocks: int | None = None,
+        start_budget: float = 0.9,
+        min_budget: float = 0.5,
+        alpha: float | None = None,
+        draw: Draw = "proportional",
+        temperature: float = 1.0,
+        drop_at: DropAt = "mid",
+        train_embeddings: bool = True,
+        token_multiple: int = 1,
+        moments: Literal["keep", "release"] = "keep",
+        seed: int = 0,
+    ) -> None:
+        self.vit = ViT(model)
+        depth = self.vit.depth
+        self.num_blocks = max(1, round(depth * 0.75)) if blocks is None else blocks
+        _check(1 <= self.num_blocks <= depth, f"blocks must be in 1..{depth} (the model's depth)", self.num_blocks)
+        _check(0 < start_budget <= 1, "start_budget must be in (0, 1]", start_budget)
+        _check(0 < min_budget <= start_budget, f"min_budget must be in (0, {start_budget}]", min_budget)
+        _check(alpha is None or alpha >= 0, "alpha must be 0 or more", alpha)
+        _check(draw in ("proportional", "softmax", "lowest-first"), "draw must be a known one", draw)
+        _check(temperature > 0, "temperature must be above 0", temperature)
+        _check(drop_at in ("mid", "block-end"), "drop_at must be mid or block-end", drop_at)
+        _check(token_multiple >= 1, "token_multiple must be at least 1", token_multiple)
+        _check(moments in ("keep", "release"), "moments must be keep or release", moments)
+        self.min_budget, self.alpha, self.draw, self.temperature = min_budget, alpha, draw, temperature
+        self.drop_at, self.token_multiple, self.moments = drop_at, token_multiple, moments
+        self.dropping = True  # False passes on every token, for a full-token tail
+        self.budgets = [start_budget] * depth
+        self.trained = list(range(depth))  # the blocks of the current draw
+        self._deltas: list[float] | None = None  # of the step before
+        self._records: list[list[Tensor]] = [[] for _ in range(depth)]  # one () float32 per forward since the last step
+        self._generator = torch.Generator().manual_seed(seed)
+        self._parameters = [[p for p in block.parameters() if p.requires_grad] for block in self.vit.blocks]
+        self._embeddings = [p for p in self.vit.embedding_parameters() if p.requires_grad]
+        self.vit.attach(self)
+        if not train_embeddings:
+            _set_trainable(self._embeddings, False)
+
+    # What the blocks ask and tell (snello.vit.BlockObserver): they only record, `step` alone moves budgets.
+
+    def num_keep(self, index: int, num_patches: int) -> int:
+        """Patch tokens that block `index` passes on: its budget's share, rounded down, at least one."""
+        if not self.dropping:
+            return num_patches
+        exact = self.budgets[index] * num_patches
+        keep = max(1, math.floor(exact + 1e-6))  # 0.7 * 10 is 6.999... and means 7
+        return min(num_patches, math.ceil(keep / self.token_multiple) * self.token_multiple)
+
+    def record(self, index: int, change: Tensor) -> None:
+        """Remembers delta of block `index`, () float32 on the model's device, until the next `step`."""
+        self._records[index].append(change)
+
+    def step(self, lr: float | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Moves the budgets, draws the blocks that train, freezes the others and drops their gradients.
+
+        Call it once per optimizer step, before its first forward. It waits for the device once.
+
+        Args:
+            lr: base learning rate (not the scheduled one), the budgets' step size where `alpha` was not given.
+            optimizer: checked to hold every block's parameters; needed for `moments="release"`.
+
+        Raises:
+            ConfigError: where the optimizer lacks parameters of a block, or `moments="release"` has no optimizer.
+        """
+        if optimizer is not None:
+            self._check_optimizer(optimizer)
+        elif self.moments == "release":
+            raise ConfigError('moments="release" needs the optimizer: call step(optimizer=optimizer)')
+        self._move_budgets(lr)
+        self.trained = self._draw()
+        for index, parameters in enumerate(self._parameters):
+            frozen = index not in self.trained
+            _set_trainable(parameters, not frozen)
+            if frozen and optimizer is not None and self.moments == "release":
+                for parameter in parameters:
+                    optimizer.state.pop(parameter, None)
+
+    def detach(self) -> None:
+        """Leaves the model as it was found: forwards restored, everything that was trainable trainable again."""
+        self.vit.detach()
+        for parameters in (*self._parameters, self._embeddings):
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+    def summary(self) -> dict[str, Any]:
+        """Budgets, drawn blocks and the number of parameters that train now, for logs."""
+        parameters = list(self.vit.model.parameters())
+        return {
+            "budgets": list(self.budgets),
+            "trained": list(self.trained),
+            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "parameters": sum(p.numel() for p in parameters),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, as plain numbers and lists (JSON can hold them without loss)."""
+        return {
+            "budgets": list(self.budgets),
+            "trained": list(self.trained),
+            "deltas": self._deltas,
+            "pending": self._pending(),
+            "dropping": self.dropping,
+            "generator": self._generator.get_state().tolist(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state_dict()` of an ALaST with the same settings on a model of the same depth.
+
+        Raises:
+            ConfigError: where the state is of a model of another depth.
+        """
+        depth = self.vit.depth
+        _check(len(state["budgets"]) == depth, f"the state must be of a model of {depth} blocks", len(state["budgets"]))
+        self.budgets = list(state["budgets"])
+        self.trained = list(state["trained"])
+        self._deltas = state["deltas"]
+        self._records = [[torch.tensor(value) for value in row] for row in zip(*state["pending"], strict=True)]
+        self._records = self._records or [[] for _ in range(depth)]
+        self.dropping = state["dropping"]
+        self._generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
+        for index, parameters in enumerate(self._parameters):
+            _set_trainable(parameters, index in self.trained)
+
+    def _pending(self) -> list[list[float]]:
+        """The deltas recorded since the last step, forwards x blocks, averaged over ranks; waits for the device."""
+        forwards = min(map(len, self._records))
+        if forwards == 0:
+            return []
+        # A forward that broke off half-way recorded only its first blocks: only whole ones count.
+        deltas = torch.stack([torch.stack(column[-forwards:]) for column in self._records], dim=1)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            deltas = deltas.clone()
+            torch.distributed.all_reduce(deltas)
+            deltas /= torch.distributed.get_world_size()
+        rows: list[list[float]] = deltas.tolist()
+        return rows
+
+    def _move_budgets(self, lr: float | None) -> None:
+        """b_l <- clip(b_l + alpha * (delta_l now - delta_l before), min_budget, 1); the first time only records."""
+        pending = self._pending()
+        self._records = [[] for _ in self.budgets]
+        if not pending:
+            return
+        now = [sum(column) / len(pending) for column in zip(*pending, strict=True)]
+        if not all(map(math.isfinite, now)):
+            return  # an overflowing forward says nothing about the blocks
+        if self._deltas is not None:
+            alpha = next(value for value in (self.alpha, lr, PAPER_LR) if value is not None)
+            for index, (new, old) in enumerate(zip(now, self._deltas, strict=True)):
+                self.budgets[index] = min(1.0, max(self.min_budget, self.budgets[index] + alpha * (new - old)))
+        self._deltas = now
+
+    def _draw(self) -> list[int]:
+        """The K blocks that train next, ascending."""
+        depth = self.vit.depth
+        if self.draw == "lowest-first":
+            return list(range(depth - self.num_blocks, depth))
+        weights = torch.tensor(self.budgets, dtype=torch.float64)
+        if self.draw == "softmax":
+            weights = (weights / self.temperature).softmax(0)
+        chosen = torch.multinomial(weights, self.num_blocks, replacement=False, generator=self._generator)
+        return sorted(chosen.tolist())
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        lacking = [i for i, parameters in enumerate(self._parameters) if any(id(p) not in held for p in parameters)]
+        if lacking:
+            raise ConfigError(
+                f"the optimizer lacks parameters of blocks {lacking}, which would never train: "
+                "build it from all parameters, before the first step()"
+            )
+
+
+def _set_trainable(parameters: Iterable[Parameter], trainable: bool) -> None:
+    """Switches gradients; a frozen parameter loses its gradient, or the next optimizer step would still move it."""
+    for parameter in parameters:
+        parameter.requires_grad_(trainable)
+        if not trainable:
+            parameter.grad = None
+
+
+def _check(ok: bool, rule: str, got: object) -> None:
+    if not ok:
+        raise ConfigError(f"{rule}, got {got!r}")
