@@ -1,0 +1,110 @@
+"""Files that are whole or not there: written under a temporary name, then renamed. No pickle.
+
+A checkpoint is one safetensors file: the model, the optimizer's state, and everything else as JSON in its metadata.
+One file, because one rename is what the file system does at once.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from snello.errors import CheckpointError
+
+VERSION = 1
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes `path` when the block ends well; otherwise `path` stays as it was.
+
+    Raises:
+        CheckpointError: where it cannot be written (a full disk, say).
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the user's umask says; safetensors would make it private
+        yield temporary
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        kept = "the one before is untouched" if path.exists() else "nothing was written"
+        raise CheckpointError(f"could not save {path}: {error} ({kept}); free space or choose another --out") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_json(path: Path, values: Any) -> None:
+    """Writes `values` as indented JSON, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def save_tensors(path: Path, values: Mapping[str, Tensor], state: Mapping[str, Any] | None = None) -> None:
+    """Writes tensors, and `state` as JSON in the metadata, as a safetensors file, whole or not at all."""
+    metadata = {"format": "pt"} | ({} if state is None else {"snello": json.dumps({"version": VERSION, **state})})
+    contiguous = {name: value.detach().contiguous() for name, value in values.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata=metadata)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a safetensors file, on the CPU, and the state saved beside them ({} without one).
+
+    Raises:
+        CheckpointError: where the file is missing, damaged, or of another version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a mapping
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"could not read {path}: {error}") from error
+    state = json.loads(metadata.get("snello", "{}"))
+    if state and state["version"] != VERSION:
+        raise CheckpointError(f"{path} is of checkpoint version {state['version']}, this snello reads {VERSION}")
+    return tensors, state
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Writes the model, the optimizer's state and `state` (JSON values) as one file."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, entry in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
+    save_tensors(path, tensors, state)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Puts back what `save_checkpoint` wrote, and returns its `state`.
+
+    Raises:
+        CheckpointError: where the file cannot be read or is of another model.
+    """
+    tensors, state = load_tensors(path)
+    entries: dict[int, dict[str, Tensor]] = {}
+    weights: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        kind, rest = name.split(".", 1)
+        if kind == "model":
+            weights[rest] = value
+        else:
+            index, key = rest.split(".", 1)
+            entries.setdefault(int(index), {})[key] = value
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())}") from error
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state

@@ -1,0 +1,160 @@
+"""The command line: `snello <verb>`, every flag, default and help text from the dataclasses in `snello.config`.
+
+What needs PyTorch is imported inside the verbs, so that help answers at once. Errors a user can mend are one line on
+stderr and exit code 2.
+"""
+
+import contextlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from snello.config import EvaluateConfig, FinetuneConfig, PredictConfig, from_dict, read_yaml
+from snello.errors import ConfigError, SnelloError
+
+T = TypeVar("T")
+
+USAGE = 2
+INTERRUPTED = 130
+
+
+def finetune(args: Sequence[str]) -> int:
+    """Fine-tune a Vision Transformer on a folder of pictures."""
+    config = _parse(FinetuneConfig, args, "finetune", _default(args))
+    from snello.training import Interrupted
+    from snello.training import finetune as run
+
+    try:
+        run(config)
+    except Interrupted as interrupted:
+        return _interrupted(f"{interrupted}; go on with: snello finetune --out {config.out or 'RUN'} --resume")
+    return 0
+
+
+def evaluate(args: Sequence[str]) -> int:
+    """Measure the accuracy of a run's model."""
+    config = _parse(EvaluateConfig, args, "evaluate")
+    from snello.inference import evaluate as run
+
+    result = run(config)
+    if config.format == "json":
+        print(json.dumps(result))
+    else:
+        skipped = f", {result['skipped']} bad ones left out" if result["skipped"] else ""
+        print(f"accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f} on {result['pictures']} pictures{skipped}")
+    return 0
+
+
+def predict(args: Sequence[str]) -> int:
+    """Say what is on pictures, with the model of a run."""
+    config = _parse(PredictConfig, args, "predict")
+    from snello.inference import predict as run
+
+    rows = run(config)
+    if config.format == "json":
+        print(json.dumps(list(rows), indent=2))
+        return 0
+    for row in rows:
+        if "skipped" in row:
+            print(f"{row['skipped']} bad pictures left out", file=sys.stderr)
+        else:
+            classes = ", ".join(f"{c['class']} {c['probability']:.1%}" for c in row["classes"])
+            print(f"{row['path']}: {classes}")
+    return 0
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {"finetune": finetune, "evaluate": evaluate, "predict": predict}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a verb; returns the exit code: 0, 2 for input that cannot be used, 130 where the user interrupted."""
+    verb, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
+    if verb in ("-h", "--help"):
+        print(_help())
+        return 0
+    if verb == "--version":
+        from importlib.metadata import version
+
+        print(f"snello {version('snello')}")
+        return 0
+    try:
+        if verb not in VERBS:
+            raise ConfigError(f"unknown verb {verb!r}; known: {', '.join(VERBS)}")
+        return VERBS[verb](rest)
+    except SnelloError as error:
+        print(f"snello: error: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        return _interrupted("interrupted")
+
+
+def _interrupted(text: str) -> int:
+    print(f"snello: {text}", file=sys.stderr)
+    return INTERRUPTED
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {name:<10} {verb.__doc__}" for name, verb in VERBS.items())
+    return (
+        "snello fine-tunes Vision Transformers where compute, memory or bandwidth is scarce.\n\n"
+        f"usage: snello VERB [options]\n\n{verbs}\n\n"
+        "snello VERB --help lists a verb's options. Without any, `snello finetune` runs on what ships with snello."
+    )
+
+
+def _parse(cls: type[T], args: Sequence[str], verb: str, default: T | None = None) -> T:
+    """The config that `args` describe; what tyro draws as a box of several lines becomes one line."""
+    box = io.StringIO()
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(box):
+            config: T = tyro.cli(cls, args=list(args), prog=f"snello {verb}", **options)
+            return config
+    except SystemExit as exit:
+        if exit.code in (0, None):
+            raise
+        raise ConfigError(_one_line(box.getvalue(), verb)) from None
+
+
+def _one_line(box: str, verb: str) -> str:
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
+    told = [line for line in lines[1:] if line]  # the first is the box's title
+    until = next((i for i, line in enumerate(told) if line.startswith(("Argument helptext", "For full help"))), None)
+    text = re.sub(r"\s+", " ", " ".join(told[:until])) or "cannot be parsed"
+    return f"{text} (snello {verb} --help lists the options)"
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The flags that say where other settings come from; read before the others."""
+
+    config: Path | None = None
+    out: Path | None = None
+    resume: bool = False
+
+
+def _default(args: Sequence[str]) -> FinetuneConfig:
+    """What flags are laid over: the run's own config with --resume, else the file given with --config."""
+    if any(arg in ("-h", "--help") for arg in args):
+        return FinetuneConfig()
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        sources, _ = tyro.cli(_Sources, args=list(args), return_unknown_args=True)
+        file = sources.config
+        if file is None and sources.resume and sources.out is not None and (sources.out / "config.yaml").is_file():
+            file = sources.out / "config.yaml"
+        if file is not None:
+            values = read_yaml(file)
+            values.pop("resolved", None)
+            return from_dict(FinetuneConfig, values | {"out": None, "resume": False}, str(file))
+    return FinetuneConfig()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

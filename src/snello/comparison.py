@@ -1,0 +1,245 @@
+"""A method against full fine-tuning on this machine, each in a process of its own.
+
+A process's peak memory never falls, so each method is measured in a fresh one; the two take their steps in turn on
+the same pictures, so that whatever else the machine does weighs on both alike. Where full fine-tuning does not fit
+into memory that is a result, and the times are taken at the largest batch that fits.
+
+    python -m snello.comparison     is the measuring process: one JSON request, then one command a line
+"""
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from snello.config import FinetuneConfig, from_dict, to_dict
+from snello.errors import SnelloError
+from snello.profiling import TrainingStep, peak_memory, resident_memory
+
+WARMUP, STEPS = 2, 9
+
+NOT_MEASURED: dict[str, Any] = {
+    "step_time_s": None,
+    "full_step_time_s": None,
+    "flops_per_sample": None,
+    "full_flops_per_sample": None,
+    "saved_bytes_per_sample": None,
+    "full_saved_bytes_per_sample": None,
+    "optimizer_bytes": None,
+    "full_optimizer_bytes": None,
+    "peak_memory_bytes": None,
+    "full_peak_memory_bytes": None,
+    "trainable_parameters": None,
+    "full_trainable_parameters": None,
+    "compared_batch_size": None,
+    "full_fits": None,
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One method's costs."""
+
+    step_time_s: float
+    flops_per_sample: float
+    saved_bytes_per_sample: float
+    optimizer_bytes: int
+    peak_memory_bytes: int
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method beside full fine-tuning; `full` is None where that does not fit at any batch size."""
+
+    method: str
+    batch_size: int
+    """The run's."""
+    compared_batch_size: int
+    """The one that was measured: smaller where full fine-tuning does not fit at the run's."""
+    own: Measured
+    full: Measured | None
+
+    @property
+    def full_fits(self) -> bool:
+        """Whether full fine-tuning fits at the run's batch size."""
+        return self.full is not None and self.compared_batch_size == self.batch_size
+
+    def summary(self) -> dict[str, Any]:
+        """The fields of summary.json."""
+        values = asdict(self.own)
+        values |= {f"full_{name}": getattr(self.full, name, None) for name in asdict(self.own)}
+        return values | {"compared_batch_size": self.compared_batch_size, "full_fits": self.full_fits}
+
+
+class OutOfMemoryError(Exception):
+    """The measuring process ran out of memory, or was killed for it."""
+
+
+def compare(
+    config: FinetuneConfig, summary: dict[str, Any], state: dict[str, Any], memory_limit: int | None = None
+) -> Comparison:
+    """Measures the run's method and full fine-tuning.
+
+    Args:
+        config: the run's.
+        summary: the run's; device, precision and attention path are taken from it.
+        state: the method's at the end of the run: its budgets are what is measured.
+        memory_limit: bytes that a process may take on a CPU; default: what is available now.
+
+    Raises:
+        SnelloError: where a measuring process fails for another reason than memory.
+    """
+    request = {
+        "config": to_dict(replace(config, data=None, out=None, config=None, resume=False)),
+        "num_classes": summary["num_classes"],
+        "device": summary["device"],
+        "precision": summary["precision"],
+        "attention": summary["attention"],
+        "threads": torch.get_num_threads(),
+        "memory_limit": memory_limit,
+    }
+    batch_size = config.batch_size
+    own_request = request | {"method": config.method, "state": state}
+    while True:
+        try:
+            own, full = _measure([own_request, request | {"method": "full", "state": None}], batch_size)
+            return Comparison(config.method, config.batch_size, batch_size, own, full)
+        except OutOfMemoryError:
+            if batch_size == 1:
+                break
+            batch_size //= 2
+    own, *_ = _measure([own_request], config.batch_size)
+    return Comparison(config.method, config.batch_size, config.batch_size, own, None)
+
+
+def _measure(requests: list[dict[str, Any]], batch_size: int) -> list[Measured]:
+    """One process per request; their steps are taken in turn."""
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(Process(request | {"batch_size": batch_size})) for request in requests]
+        times: list[list[float]] = [[] for _ in processes]
+        for _ in range(WARMUP + STEPS):
+            for process, seconds in zip(processes, times, strict=True):
+                seconds.append(process.ask("step")["seconds"])
+        medians = [statistics.median(seconds[WARMUP:]) for seconds in times]
+        costs = [process.ask("costs") for process in processes]
+    return [Measured(step_time_s=median, **cost) for median, cost in zip(medians, costs, strict=True)]
+
+
+class Process:
+    """A measuring process, asked one question at a time."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "snello.comparison"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            self.ask(json.dumps(request))
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """Sends a line, returns the JSON answer.
+
+        Raises:
+            OutOfMemoryError: where the process ran out of memory.
+            SnelloError: where it failed otherwise.
+        """
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+        answer = process.stdout.readline()
+        if not answer:
+            code = process.wait()
+            if code < 0:  # killed: on Linux that is how the kernel answers a lack of memory
+                raise OutOfMemoryError
+            raise SnelloError(f"the measuring process failed with exit code {code}; --no-compare leaves it out")
+        values: dict[str, Any] = json.loads(answer)
+        if "error" in values:
+            raise OutOfMemoryError
+        return values
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def _serve() -> None:
+    """The measuring process: answers on the real standard output, whatever libraries print elsewhere."""
+    request = json.loads(sys.stdin.readline())
+    torch.set_num_threads(request["threads"])
+    device = torch.device(request["device"])
+    if device.type == "cpu":
+        _limit_memory(request["memory_limit"])
+    before = resident_memory(device)
+    try:
+        config = replace(from_dict(FinetuneConfig, request["config"]), method=request["method"])
+        step = TrainingStep(
+            config,
+            num_classes=request["num_classes"],
+            batch_size=request["batch_size"],
+            device=device,
+            precision=request["precision"],
+            attention=request["attention"],
+            state=request["state"],
+        )
+        _answer({"ready": True})
+        for command in sys.stdin:
+            if command.strip() == "step":
+                _answer({"seconds": step.run()})
+            else:
+                peak = peak_memory(device) - before  # before counting, which takes memory of its own
+                _answer(asdict(step.costs()) | {"peak_memory_bytes": peak})
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        _answer({"error": "out of memory"})
+
+
+def _answer(values: dict[str, Any]) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def _is_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in text or "allocate" in text
+
+
+def _limit_memory(limit: int | None) -> None:
+    """Makes this process, not its parent or the machine, the one that runs out of memory (Linux)."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    with contextlib.suppress(OSError, ValueError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+        available = next(
+            int(line.split()[1]) * 1024
+            for line in Path("/proc/meminfo").read_text().splitlines()
+            if line.startswith("MemAvailable:")
+        )
+        limit = limit or available
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+if __name__ == "__main__":
+    _serve()

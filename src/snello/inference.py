@@ -1,0 +1,143 @@
+"""Using a model: accuracy on labelled pictures, and classes with probabilities for others."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from snello.checkpoint import load_tensors
+from snello.config import EvaluateConfig, PredictConfig
+from snello.data import find_pictures, load_pictures, load_splits, open_picture
+from snello.devices import autocast, resolve_device, resolve_precision
+from snello.errors import CheckpointError, DataError
+from snello.loading import Batch, batches, eval_loader, eval_transform
+from snello.models import Preprocessing, create_model
+from snello.runs import RunFolder
+from snello.vit import ViT
+
+
+class Normalize:
+    """Turns pictures (B, 3, H, W) uint8 into the float32 a model wants, on its device."""
+
+    def __init__(self, pre: Preprocessing, device: torch.device) -> None:
+        self._mean = torch.tensor(pre.mean, device=device).view(3, 1, 1) * 255
+        self._std = torch.tensor(pre.std, device=device).view(3, 1, 1) * 255
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The normalised pictures, (B, 3, H, W) float32."""
+        return (images.float() - self._mean) / self._std
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module, labelled: Iterable[Batch], normalize: Normalize, device: torch.device
+) -> tuple[float, float]:
+    """Accuracy in [0, 1] and mean cross-entropy over labelled batches; leaves the model in eval mode."""
+    model.eval()
+    right, loss, num = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    for images, labels in labelled:
+        labels = labels.to(device)
+        logits = model(normalize(images.to(device))).float()
+        right += (logits.argmax(1) == labels).sum()
+        loss += cross_entropy(logits, labels, reduction="sum")
+        num += len(labels)
+    return float(right) / num, float(loss) / num
+
+
+class Predictor:
+    """The model of a run folder, ready to be used.
+
+    Raises:
+        CheckpointError: where the folder holds no finished epoch.
+        ConfigError: where the device is not there.
+    """
+
+    def __init__(self, path: Path, device: str = "auto") -> None:
+        run = RunFolder(path)
+        self.config, resolved = run.read_config()
+        if not run.model_file.is_file():
+            raise CheckpointError(f"{path} holds no model yet: its run has not finished an epoch")
+        self.classes: list[str] = resolved["classes"]
+        self.device = resolve_device(device)
+        fp16_on_cpu = resolved["precision"] == "fp16" and self.device.type == "cpu"
+        self.precision = resolve_precision("fp32" if fp16_on_cpu else resolved["precision"], self.device)
+        self.model = create_model(self.config.model, "none", len(self.classes), self.config.image_size)
+        vit = ViT(self.model)
+        vit.set_attention_paths([resolved["attention"]] * vit.depth)
+        try:
+            self.model.load_state_dict(load_tensors(run.model_file)[0])
+        except RuntimeError as error:
+            raise CheckpointError(f"{run.model_file} does not fit {self.config.model}: {error}") from error
+        self.model.to(self.device).eval()
+        pre = resolved["preprocessing"]
+        self.preprocessing = Preprocessing(**pre | {"mean": tuple(pre["mean"]), "std": tuple(pre["std"])})
+        self.normalize = Normalize(self.preprocessing, self.device)
+        self.transform = eval_transform(
+            self.preprocessing.size, self.preprocessing.interpolation, self.preprocessing.crop_pct
+        )
+
+    def score(self, labelled: Iterable[Batch]) -> tuple[float, float]:
+        """Accuracy in [0, 1] and mean cross-entropy over labelled batches."""
+        with autocast(self.device, self.precision):
+            return score(self.model, labelled, self.normalize, self.device)
+
+    @torch.no_grad()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """Class probabilities (B, C) float32 on the CPU, of pictures (B, 3, H, W) uint8."""
+        with autocast(self.device, self.precision):
+            logits = self.model(self.normalize(images.to(self.device)))
+        probabilities: Tensor = logits.float().softmax(1).cpu()
+        return probabilities
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Accuracy and loss of a run's model on its held-out pictures, or on those in `config.data`."""
+    predictor = Predictor(config.run, config.device)
+    if config.data is None:
+        made = predictor.config
+        splits = load_splits(
+            made.data, val_share=made.val_share, seed=made.seed, skip_bad=made.skip_bad or config.skip_bad, check=False
+        )
+        pictures, num_skipped = splits.val, splits.num_skipped
+    else:
+        pictures, num_skipped = load_pictures(config.data, predictor.classes, skip_bad=config.skip_bad, check=False)
+    loader = eval_loader(pictures, predictor.transform, batch_size=config.batch_size, workers=config.workers)
+    accuracy, loss = predictor.score(batches(loader))
+    return {"accuracy": accuracy, "loss": loss, "pictures": len(pictures), "skipped": num_skipped}
+
+
+def predict(config: PredictConfig) -> Iterator[dict[str, Any]]:
+    """For each picture its path and its most probable classes; a bad picture is left out with `skip_bad`, counted last.
+
+    Yields:
+        `{"path", "classes": [{"class", "probability"}, ...]}` per picture, then `{"skipped": n}` where n > 0.
+
+    Raises:
+        DataError: for a path that does not exist, or a picture that cannot be read.
+    """
+    paths = find_pictures(config.paths)
+    predictor = Predictor(config.run, config.device)
+    top_k, skipped = min(config.top_k, len(predictor.classes)), 0
+    for start in range(0, len(paths), config.batch_size):
+        images: list[tuple[Path, Tensor]] = []
+        for path in paths[start : start + config.batch_size]:
+            try:
+                images.append((path, predictor.transform(open_picture(path))))
+            except DataError:
+                if not config.skip_bad:
+                    raise
+                skipped += 1
+        if not images:
+            continue
+        best = predictor.probabilities(torch.stack([image for _, image in images])).topk(top_k, dim=1)
+        for (path, _), values, indices in zip(images, best.values.tolist(), best.indices.tolist(), strict=True):
+            classes = [
+                {"class": predictor.classes[i], "probability": round(value, 6)}
+                for i, value in zip(indices, values, strict=True)
+            ]
+            yield {"path": str(path), "classes": classes}
+    if skipped:
+        yield {"skipped": skipped}

@@ -1,0 +1,47 @@
+"""The optimizer's parameter groups and the learning rate as a pure function of the step: neither has state to save."""
+
+import math
+
+import torch
+
+from snello.vit import ViT
+
+
+def make_optimizer(
+    vit: ViT, *, lr: float, weight_decay: float, layer_decay: float = 1.0, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW over ALL parameters, frozen ones too, since a method may train them later.
+
+    Biases, norms, position and prefix tokens have no weight decay. With `layer_decay` below 1 a layer's learning rate
+    is `lr * layer_decay ** (layers above it)`; each group keeps its share of it as `scale`.
+    """
+    groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in vit.model.named_parameters():
+        groups.setdefault((vit.layer_of(name), vit.decays(name, parameter)), []).append(parameter)
+    head = vit.depth + 1
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": weight_decay if decays else 0.0,
+                "scale": layer_decay ** (head - layer),
+            }
+            for (layer, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+        ],
+        lr=lr,
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+def lr_factor(step: int, total: int, warmup: float) -> float:
+    """Factor on the base learning rate at `step` in 0..total-1: linear warm-up, then a cosine to zero; in (0, 1]."""
+    rising = round(total * warmup)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, total - rising)))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every group its share of the learning rate `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]

@@ -1,0 +1,88 @@
+"""What a user sees at the end: the result, the cost table, and the plot of budgets and trained blocks."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from snello.comparison import Comparison
+from snello.runs import RunFolder
+
+COST_ROWS = (
+    ("step time, ms", "step_time_s", ".1f", 1e-3),
+    ("training GFLOPs per picture", "flops_per_sample", ".3f", 1e9),
+    ("MiB saved for backward per picture", "saved_bytes_per_sample", ".2f", 2**20),
+    ("optimizer state, MiB", "optimizer_bytes", ".1f", 2**20),
+    ("peak memory, MiB", "peak_memory_bytes", ".0f", 2**20),
+    ("trainable parameters, M", "trainable_parameters", ".2f", 1e6),
+)
+
+
+def print_result(console: Console, summary: dict[str, Any], num_skipped: int) -> None:
+    """Prints accuracy and length of a run in one line."""
+    skipped = f", {num_skipped} bad pictures left out" if num_skipped else ""
+    console.print(
+        f"accuracy {summary['accuracy']:.2%} (epoch {summary['best_epoch']} of {summary['epochs']}; "
+        f"last epoch {summary['last_accuracy']:.2%}), {summary['steps']} steps in "
+        f"{summary['train_time_s']:.0f} s{skipped}",
+        highlight=False,
+    )
+
+
+def print_costs(console: Console, costs: Comparison) -> None:
+    """Prints the table of a method against full fine-tuning, both measured on this machine."""
+    table = Table(title=f"{costs.method} vs full fine-tuning, measured here, batch {costs.compared_batch_size}")
+    table.add_column("")
+    for heading in (costs.method, "full", "full / " + costs.method):
+        table.add_column(heading, justify="right")
+    for name, field, style, unit in COST_ROWS:
+        value, of_full = getattr(costs.own, field), getattr(costs.full, field, None)
+        if of_full is None:
+            table.add_row(name, f"{value / unit:{style}}", "does not fit", "")
+        else:
+            ratio = f"{of_full / value:.2f}x" if value else ""
+            table.add_row(name, f"{value / unit:{style}}", f"{of_full / unit:{style}}", ratio)
+    console.print(table)
+    if not costs.full_fits:
+        console.print(
+            f"full fine-tuning does not fit into memory at the run's batch of {costs.batch_size}; {costs.method} does",
+            highlight=False,
+        )
+
+
+def plot_budgets(run: RunFolder) -> None:
+    """Draws the budgets and the trained blocks of a run over its steps into budgets.png."""
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    rows = list(run.rows("step"))
+    steps = [row["step"] for row in rows]
+    depth = len(rows[0]["budgets"])
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    colours = _colours(depth)
+    for block in range(depth):
+        top.plot(steps, [row["budgets"][block] for row in rows], color=colours[block], label=f"block {block}")
+    top.set_ylabel("budget (share of patch tokens kept)")
+    top.legend(fontsize="x-small", ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    top.set_title("ALaST: budgets and trained blocks")
+    trained = [[float(block in row["trained"]) for row in rows] for block in range(depth)]
+    bottom.imshow(
+        trained,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        cmap="Greens",
+        vmin=0,
+        vmax=1.4,
+        extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, depth - 0.5),
+    )
+    bottom.set_yticks(range(depth))
+    bottom.set_ylabel("block (green: trained)")
+    bottom.set_xlabel("step")
+    figure.savefig(run.plot_file, dpi=120)
+
+
+def _colours(num: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](block / max(1, num - 1)) for block in range(num)]

@@ -1,0 +1,126 @@
+"""The run folder: what is in it, and reading it back.
+
+config.yaml         the effective settings, and under `resolved` what was decided from model, data and machine
+metrics.jsonl       a line per step and per evaluation
+model.safetensors   the weights with the best held-out accuracy, in the model's own names
+last.safetensors    the checkpoint to resume from
+alast.json          the final state of ALaST (with that method)
+summary.json        the result
+budgets.png         budgets and trained blocks over the steps (with ALaST)
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from snello.checkpoint import replacing
+from snello.config import FinetuneConfig, from_dict, read_yaml, to_dict
+from snello.errors import CheckpointError, ConfigError
+
+# Settings that may differ when a run is resumed: they change where or how it runs, not what it computes.
+FREE = ("config", "out", "resume", "compare", "workers", "checkpoint_steps", "check_pictures")
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.model_file = path / "model.safetensors"
+        self.checkpoint_file = path / "last.safetensors"
+        self.alast_file = path / "alast.json"
+        self.summary_file = path / "summary.json"
+        self.plot_file = path / "budgets.png"
+
+    @classmethod
+    def of(cls, config: FinetuneConfig) -> "RunFolder":
+        """The folder that `config` names or, without --out, a new one named after model, method and time.
+
+        Raises:
+            ConfigError: where the folder is in use and --resume is not given, or there is nothing to resume.
+        """
+        if config.out is None:
+            if config.resume:
+                raise ConfigError("--resume needs --out: the run folder to go on with")
+            return cls(Path("runs") / f"{config.model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+        run = cls(config.out)
+        if config.resume and not run.config_file.is_file():
+            raise ConfigError(f"--resume: {config.out} holds no run (no config.yaml); leave --resume out to start one")
+        if not config.resume and config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+            raise ConfigError(f"--out {config.out} is not empty: add --resume to go on with its run, or name another")
+        return run
+
+    def write_config(self, config: FinetuneConfig, resolved: dict[str, Any]) -> None:
+        """Creates the folder with its config.yaml."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"--out {self.path} cannot be created: {error.strerror or error}") from error
+        values = to_dict(replace(config, config=None, resume=False)) | {"resolved": resolved}
+        with replacing(self.config_file) as temporary:
+            temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+    def read_config(self) -> tuple[FinetuneConfig, dict[str, Any]]:
+        """The settings and what was resolved.
+
+        Raises:
+            CheckpointError: where the folder holds no readable run.
+        """
+        if not self.config_file.is_file():
+            raise CheckpointError(f"{self.path} is not a run folder: there is no config.yaml in it")
+        values = read_yaml(self.config_file)
+        resolved = values.pop("resolved", {})
+        return from_dict(FinetuneConfig, values, str(self.config_file)), resolved
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends a line to metrics.jsonl."""
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"could not write {self.metrics_file}: {error.strerror or error}") from error
+
+    def rows(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
+        """The rows of metrics.jsonl, all or of one kind (`step`, `eval`), without a line cut off by a crash."""
+        if not self.metrics_file.exists():
+            return
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if kind is None or row["kind"] == kind:
+                yield row
+
+    def forget_after(self, step: int) -> None:
+        """Drops the metrics of what came after `step` steps: a resumed run does it again."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        with replacing(self.metrics_file) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+
+def require_same_config(saved: FinetuneConfig, config: FinetuneConfig, path: Path) -> None:
+    """Refuses to resume a run with other settings than it was started with.
+
+    Raises:
+        ConfigError: naming every setting that differs.
+    """
+    old, new = _flat(to_dict(saved)), _flat(to_dict(config))
+    changed = [name for name in old if name.split(".")[0] not in FREE and old[name] != new[name]]
+    if changed:
+        differences = ", ".join(f"{name} was {old[name]}, now {new[name]}" for name in changed)
+        raise ConfigError(f"--resume: {path} was made with another config: {differences}")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
