@@ -34,7 +34,7 @@ def finetune(args: Sequence[str]) -> int:
     try:
         run(config)
     except Interrupted as interrupted:
-        return _interrupted(f"{interrupted}; go on with: snello finetune --out {config.out or 'RUN'} --resume")
+        return _interrupted(str(interrupted))
     return 0
 
 
@@ -151,8 +151,9 @@ def _default(args: Sequence[str]) -> FinetuneConfig:
             file = sources.out / "config.yaml"
         if file is not None:
             values = read_yaml(file)
-            values.pop("resolved", None)
-            return from_dict(FinetuneConfig, values | {"out": None, "resume": False}, str(file))
+            if values.pop("resolved", None) is not None:  # a run's own config.yaml: its folder is not the new run's
+                values["out"] = None
+            return from_dict(FinetuneConfig, values, str(file))
     return FinetuneConfig()
 
 

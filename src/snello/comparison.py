@@ -24,6 +24,9 @@ from snello.profiling import TrainingStep, peak_memory, resident_memory
 
 WARMUP, STEPS = 2, 9
 
+# In lower case: torch's allocators, C++'s std::bad_alloc, and oneDNN, which does not say why.
+SIGNS_OF_NO_MEMORY = ("memory", "alloc", "could not create a primitive", "could not execute a primitive")
+
 NOT_MEASURED: dict[str, Any] = {
     "step_time_s": None,
     "full_step_time_s": None,
@@ -115,7 +118,10 @@ def compare(
             if batch_size == 1:
                 break
             batch_size //= 2
-    own, *_ = _measure([own_request], config.batch_size)
+    try:
+        own, *_ = _measure([own_request], config.batch_size)
+    except OutOfMemoryError:
+        raise SnelloError("too little memory is left to measure the costs; --no-compare leaves it out") from None
     return Comparison(config.method, config.batch_size, config.batch_size, own, None)
 
 
@@ -209,7 +215,7 @@ def _serve() -> None:
             else:
                 peak = peak_memory(device) - before  # before counting, which takes memory of its own
                 _answer(asdict(step.costs()) | {"peak_memory_bytes": peak})
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, SnelloError) as error:
         if not _is_memory(error):
             raise
         _answer({"error": "out of memory"})
@@ -221,7 +227,7 @@ def _answer(values: dict[str, Any]) -> None:
 
 def _is_memory(error: BaseException) -> bool:
     text = str(error).lower()
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "memory" in text or "allocate" in text
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in text for sign in SIGNS_OF_NO_MEMORY)
 
 
 def _limit_memory(limit: int | None) -> None:

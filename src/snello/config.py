@@ -159,8 +159,9 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         for name in ("last_k", "batch_size", "accumulate", "epochs"):
             _require(getattr(self, name) >= 1, flag(name), "at least 1", getattr(self, name))
-        for name in ("clip_norm", "weight_decay", "workers", "patience", "checkpoint_steps", "seed"):
+        for name in ("clip_norm", "weight_decay", "workers", "patience", "checkpoint_steps"):
             _require(getattr(self, name) >= 0, flag(name), "0 or more", getattr(self, name))
+        _require(0 <= self.seed < 2**63, "--seed", "in 0..2**63-1", self.seed)
         _require(self.lr > 0, "--lr", "above 0", self.lr)
         _require(0 < self.layer_decay <= 1, "--layer-decay", "in (0, 1]", self.layer_decay)
         _require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
@@ -245,7 +246,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
         ConfigError: for an unknown key, a value of the wrong type, or one out of range, naming `where` it stands.
     """
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
+    unknown = [str(key) for key in values if key not in hints]
     if unknown:
         raise ConfigError(f"{where}: unknown setting {', '.join(unknown)}; known: {', '.join(hints)}")
     return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in values.items()})

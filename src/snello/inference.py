@@ -70,7 +70,8 @@ class Predictor:
         try:
             self.model.load_state_dict(load_tensors(run.model_file)[0])
         except RuntimeError as error:
-            raise CheckpointError(f"{run.model_file} does not fit {self.config.model}: {error}") from error
+            text = " ".join(str(error).split())
+            raise CheckpointError(f"{run.model_file} does not fit {self.config.model}: {text}") from error
         self.model.to(self.device).eval()
         pre = resolved["preprocessing"]
         self.preprocessing = Preprocessing(**pre | {"mean": tuple(pre["mean"]), "std": tuple(pre["std"])})

@@ -68,7 +68,8 @@ def preprocessing(model: nn.Module, image_size: int | None = None) -> Preprocess
 def _check_name(name: str) -> None:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture, timm.list_models(module="vision_transformer"), n=3, cutoff=0.4)
+        plain = [*timm.list_models(module="vision_transformer"), *timm.list_models(module="micro")]
+        near = difflib.get_close_matches(architecture, plain, n=3, cutoff=0.4)
         near += difflib.get_close_matches(architecture, timm.list_models(module="deit"), n=2, cutoff=0.6)
         nearest = sorted(set(near), key=lambda known: -difflib.SequenceMatcher(None, architecture, known).ratio())
         raise ModelError(f"unknown model {name!r}; nearest: {', '.join(nearest[:3]) or 'none'}; supported: {SUPPORTED}")
@@ -111,6 +112,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     assert isinstance(model, VisionTransformer)
     try:
         state: dict[str, Tensor] = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True), model)
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise TypeError("not all of its values are tensors")
     except Exception as error:  # safetensors, pickle and zip each raise their own
         raise ModelError(f"the weights file {path} cannot be read: {_line(error)}") from error
     own = model.state_dict()

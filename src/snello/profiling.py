@@ -139,6 +139,7 @@ def saved_bytes(forward: Callable[[], Tensor], excluded: set[int]) -> int:
     held: list[Tensor] = []  # kept alive, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()  # with its graph it would hold itself in a cycle that nothing collects
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in excluded:
             storages[storage.data_ptr()] = storage.nbytes()

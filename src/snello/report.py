@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from snello.checkpoint import replacing
 from snello.comparison import Comparison
 from snello.runs import RunFolder
 
@@ -26,6 +27,7 @@ def print_result(console: Console, summary: dict[str, Any], num_skipped: int) ->
         f"last epoch {summary['last_accuracy']:.2%}), {summary['steps']} steps in "
         f"{summary['train_time_s']:.0f} s{skipped}",
         highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -79,7 +81,8 @@ def plot_budgets(run: RunFolder) -> None:
     bottom.set_yticks(range(depth))
     bottom.set_ylabel("block (green: trained)")
     bottom.set_xlabel("step")
-    figure.savefig(run.plot_file, dpi=120)
+    with replacing(run.plot_file) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _colours(num: int) -> list[Any]:

@@ -165,9 +165,12 @@ class Trainer:
                 rate = self.config.batch_size * self.config.accumulate / (time.perf_counter() - started)
                 bar.update(task, advance=1, loss=loss, rate=rate)
                 self._after_step()
-                if stop:
+                if stop and not self.progressed.finished:
                     self._save()
-                    raise Interrupted(f"stopped after step {self.progressed.step} of {self.total_steps}")
+                    raise Interrupted(
+                        f"stopped after step {self.progressed.step} of {self.total_steps}; "
+                        f"go on with: snello finetune --out {self.run.path} --resume"
+                    )
 
     def evaluate(self) -> tuple[float, float]:
         """Accuracy in [0, 1] and mean loss on the held-out pictures."""

@@ -52,12 +52,13 @@ class ViT:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        # torch.compile(model) wraps the model, model.compile() changes it in place.
+        if hasattr(model, "_orig_mod") or any(part._compiled_call_impl is not None for part in model.modules()):
+            raise ModelError("the model is already compiled: attach first, then call torch.compile")
         if not isinstance(model, VisionTransformer):
             raise _unsupported(f"model {type(model).__name__}")
         if model.global_pool not in POOLS:
             raise _unsupported(f"pooling {model.global_pool!r}")
-        if any(part._compiled_call_impl is not None for part in model.modules()):
-            raise ModelError("the model is already compiled: attach first, then call torch.compile")
         self.model = model
         self.blocks: list[Any] = list(model.blocks)  # timm has no types
         self.num_prefix_tokens: int = model.num_prefix_tokens

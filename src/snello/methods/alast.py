@@ -109,11 +109,15 @@ class ALaST:
         if not self.dropping:
             return num_patches
         exact = self.budgets[index] * num_patches
-        keep = max(1, math.floor(exact + 1e-6))  # 0.7 * 10 is 6.999... and means 7
+        keep = max(1, math.floor(exact + 1e-6))  # 0.58 * 50 is 28.999... and means 29
         return min(num_patches, math.ceil(keep / self.token_multiple) * self.token_multiple)
 
     def record(self, index: int, change: Tensor) -> None:
         """Remembers delta of block `index`, () float32 on the model's device, until the next `step`."""
+        if index == 0:  # a forward begins: what one that broke off half-way left behind does not count
+            forwards = min(map(len, self._records))
+            for column in self._records:
+                del column[forwards:]
         self._records[index].append(change)
 
     def step(self, lr: float | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -180,7 +184,9 @@ class ALaST:
         self.budgets = list(state["budgets"])
         self.trained = list(state["trained"])
         self._deltas = state["deltas"]
-        self._records = [[torch.tensor(value) for value in row] for row in zip(*state["pending"], strict=True)]
+        device = next(self.vit.model.parameters()).device  # where the next forwards of this step record theirs
+        pending = zip(*state["pending"], strict=True)
+        self._records = [[torch.tensor(value, device=device) for value in column] for column in pending]
         self._records = self._records or [[] for _ in range(depth)]
         self.dropping = state["dropping"]
         self._generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
@@ -192,8 +198,7 @@ class ALaST:
         forwards = min(map(len, self._records))
         if forwards == 0:
             return []
-        # A forward that broke off half-way recorded only its first blocks: only whole ones count.
-        deltas = torch.stack([torch.stack(column[-forwards:]) for column in self._records], dim=1)
+        deltas = torch.stack([torch.stack(column[:forwards]) for column in self._records], dim=1)  # whole forwards only
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             deltas = deltas.clone()
             torch.distributed.all_reduce(deltas)
