@@ -145,6 +145,8 @@ class FinetuneConfig:
     """Precision of the forward pass; `auto` is bf16 where the device computes in it natively."""
     attention: Literal["auto", "fused", "explicit"] = "auto"
     """How attention is computed; `auto` measures once which is faster here."""
+    eval_epochs: int = 1
+    """Epochs between two evaluations on the held-out pictures; the last epoch is always evaluated."""
     patience: int = 0
     """Stop after this many epochs without a better accuracy; 0 never stops early."""
     checkpoint_steps: int = 200
@@ -157,7 +159,7 @@ class FinetuneConfig:
     """After training, measure step time, FLOPs and memory against full fine-tuning on this machine."""
 
     def __post_init__(self) -> None:
-        for name in ("last_k", "batch_size", "accumulate", "epochs"):
+        for name in ("last_k", "batch_size", "accumulate", "epochs", "eval_epochs"):
             _require(getattr(self, name) >= 1, flag(name), "at least 1", getattr(self, name))
         for name in ("clip_norm", "weight_decay", "workers", "patience", "checkpoint_steps"):
             _require(getattr(self, name) >= 0, flag(name), "0 or more", getattr(self, name))

@@ -97,7 +97,7 @@ class Progressed:
     best_epoch: int = 0
     last_accuracy: float = -1.0
     epochs: int = 0
-    """Epochs evaluated."""
+    """Epochs trained."""
     finished: bool = False
 
 
@@ -254,25 +254,31 @@ class Trainer:
             )
 
     def _after_step(self) -> None:
-        """Evaluates at the end of an epoch, and saves a checkpoint when one is due."""
+        """At the end of an epoch evaluates, and saves a checkpoint whenever one is due."""
         at, config = self.progressed, self.config
         if at.step % self.steps_per_epoch:
             if config.checkpoint_steps and at.step % config.checkpoint_steps == 0:
                 self._save()
             return
         at.epochs = at.step // self.steps_per_epoch
+        last = at.finished = at.step == self.total_steps
+        if last or at.epochs % config.eval_epochs == 0:
+            self._evaluate_epoch()
+            if not last and config.patience and at.epochs - at.best_epoch >= config.patience:
+                at.finished = True
+                self.console.print(f"stopped early: no better accuracy in {config.patience} epochs", highlight=False)
+        self._save()
+
+    def _evaluate_epoch(self) -> None:
+        """Evaluates on the held-out pictures, and keeps the weights where they are the best so far."""
+        at = self.progressed
         at.last_accuracy, loss = self.evaluate()
         if at.last_accuracy > at.accuracy:
             at.accuracy, at.best_epoch = at.last_accuracy, at.epochs
             weights = self.accelerator.unwrap_model(self.model).state_dict()
             checkpoint.save_tensors(self.run.model_file, weights)
-        out_of_patience = bool(config.patience) and at.epochs - at.best_epoch >= config.patience
-        at.finished = at.step == self.total_steps or out_of_patience
         self.run.log({"kind": "eval", "step": at.step, "epoch": at.epochs, "accuracy": at.last_accuracy, "loss": loss})
         self.console.print(f"epoch {at.epochs}: accuracy {at.last_accuracy:.2%}, loss {loss:.4f}", highlight=False)
-        if out_of_patience and at.step < self.total_steps:
-            self.console.print(f"stopped early: no better accuracy in {config.patience} epochs", highlight=False)
-        self._save()
 
     # ------------------------------------------------------------------------------------- saving and resuming
 

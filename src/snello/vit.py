@@ -173,8 +173,10 @@ class BlockAdapter:
     def _forward_dropping(self, observer: BlockObserver, x: Tensor, num_keep: int) -> Tensor:
         block = self.block
         self._capturing = True
-        h = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
-        self._capturing = False
+        try:
+            h = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+        finally:
+            self._capturing = False
         index = tokens.keep_top(self._take_scores(), num_keep, self.num_prefix_tokens)
         if observer.drop_at == "mid":
             h = tokens.gather(h, index)

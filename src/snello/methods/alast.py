@@ -149,8 +149,8 @@ class ALaST:
         """Leaves the model as it was found: forwards restored, everything that was trainable trainable again."""
         self.vit.detach()
         for parameters in (*self._parameters, self._embeddings):
-            for parameter in parameters:
-                parameter.requires_grad_(True)
+            _set_trainable(parameters, True)
+        self._parameters, self._embeddings = [], []  # no longer its business
 
     def summary(self) -> dict[str, Any]:
         """Budgets, drawn blocks and the number of parameters that train now, for logs."""
@@ -163,7 +163,10 @@ class ALaST:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs, as plain numbers and lists (JSON can hold them without loss)."""
+        """All that a resumed run needs, as plain numbers and lists (JSON can hold them without loss).
+
+        Under data parallelism every rank has to call it: pending deltas are averaged over ranks.
+        """
         return {
             "budgets": list(self.budgets),
             "trained": list(self.trained),
@@ -175,6 +178,8 @@ class ALaST:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state_dict()` of an ALaST with the same settings on a model of the same depth.
+
+        It freezes what the state's draw froze: under data parallelism call it after wrapping the model.
 
         Raises:
             ConfigError: where the state is of a model of another depth.

@@ -1,0 +1,139 @@
+"""Pictures, settings, small models and helpers that several test files share."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads anything
+os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start: one thread gives the same bits
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+
+from snello.checkpoint import load_tensors
+from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
+from snello.runs import RunFolder
+
+torch.set_num_threads(1)
+
+QUIET = Console(quiet=True)
+
+
+def write_pictures(folder: Path, counts: dict[str, int], seed: int = 0, size: int = 16) -> Path:
+    """Noisy pictures, in one folder per class; each class has a colour of its own."""
+    rng = np.random.default_rng(seed)
+    for channel, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            values = rng.integers(0, 90, (size, size, 3), dtype=np.uint8)
+            values[..., channel % 3] += 150
+            Image.fromarray(values).save(folder / name / f"{i:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """26 pictures to train (7 micro-batches of 4, the last of 2) and 9 held out, in 3 classes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    write_pictures(folder / "train", {"blue": 9, "green": 9, "red": 8})
+    write_pictures(folder / "val", {"blue": 3, "green": 3, "red": 3}, seed=1)
+    return folder
+
+
+@pytest.fixture
+def small(pictures: Path, tmp_path: Path) -> FinetuneConfig:
+    """A run of two epochs that takes less than a second: timm's test ViT (6 blocks, 9 patches)."""
+    return FinetuneConfig(
+        data=pictures,
+        model="test_vit",
+        weights="none",
+        image_size=48,
+        method="full",
+        alast=AlastConfig(alpha=5.0),  # its CLS token changes little: this moves the budgets visibly
+        epochs=2,
+        batch_size=4,
+        workers=0,
+        device="cpu",
+        precision="fp32",
+        attention="explicit",
+        checkpoint_steps=0,
+        compare=False,
+        out=tmp_path / "run",
+    )
+
+
+def flags(config: FinetuneConfig) -> list[str]:
+    """The flags that describe what `config` sets apart from the defaults."""
+    groups = (("", config, FinetuneConfig()), ("alast.", config.alast, AlastConfig()))
+    groups += (("augment.", config.augment, AugmentConfig()),)
+    return [flag for prefix, values, default in groups for flag in _flags(values, default, prefix)]
+
+
+def _flags(config: Any, default: Any, prefix: str) -> list[str]:
+    result = []
+    for name, value in vars(config).items():
+        if name in ("alast", "augment") or value == getattr(default, name):
+            continue
+        flag = prefix + name.replace("_", "-")
+        result += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return result
+
+
+def rows_of(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without the only thing in them that may differ from run to run."""
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in RunFolder(run).rows(kind)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Both run folders hold the same result: metrics, weights, optimizer and state, bit for bit."""
+    assert rows_of(one) == rows_of(other)
+    for name in ("model.safetensors", "last.safetensors"):
+        (ours, our_state), (theirs, their_state) = (load_tensors(run / name) for run in (one, other))
+        assert ours.keys() == theirs.keys() and our_state == their_state, name
+        for key, value in ours.items():
+            assert value.dtype == theirs[key].dtype and torch.equal(value, theirs[key]), f"{key} of {name} differs"
+    alast = [(run / "alast.json").read_text() if (run / "alast.json").exists() else "" for run in (one, other)]
+    assert alast[0] == alast[1]
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (one, other)]
+    for summary in summaries:
+        del summary["train_time_s"]
+    assert summaries[0] == summaries[1]
+    assert not list(one.glob(".*")) and not list(other.glob(".*"))
+
+
+def resumed(config: FinetuneConfig) -> FinetuneConfig:
+    """The same run, to be gone on with."""
+    return replace(config, resume=True)
+
+
+def run_python(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, to its end."""
+    return subprocess.run(
+        [sys.executable, *args], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+
+
+def tiny_vit(cls: type = VisionTransformer, seed: int = 0, **kwargs: Any) -> VisionTransformer:
+    """A ViT of 4 blocks on 16 x 16 pictures (16 patches), with weights large enough that attention is not uniform."""
+    shape = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: VisionTransformer = cls(**{**shape, **kwargs})
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.train()
+
+
+def tiny_deit(**kwargs: Any) -> VisionTransformer:
+    """The same with a distillation token."""
+    return tiny_vit(VisionTransformerDistilled, **kwargs)
