@@ -128,6 +128,7 @@ def _one_line(box: str, verb: str) -> str:
     told = [line for line in lines[1:] if line]  # the first is the box's title
     until = next((i for i, line in enumerate(told) if line.startswith(("Argument helptext", "For full help"))), None)
     text = re.sub(r"\s+", " ", " ".join(told[:until])) or "cannot be parsed"
+    text = re.sub(r"^Error parsing \w+: (?=--)", "", text)  # our own words, which name the flag already
     return f"{text} (snello {verb} --help lists the options)"
 
 

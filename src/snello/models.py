@@ -1,11 +1,19 @@
 """Building a model by its name: weights, head and preprocessing, with one clear line for all that can go wrong."""
 
+import contextlib
 import difflib
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
+from logging import ERROR
 from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import logging
 from timm.models import VisionTransformer, load_state_dict
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
@@ -94,15 +102,42 @@ def _build(name: str, **options: object) -> nn.Module:
 
 
 def _build_pretrained(name: str, options: dict[str, int]) -> nn.Module:
+    out_of_reach = _hub_is_out_of_reach()
     try:
-        model: nn.Module = timm.create_model(name, pretrained=True, **options)
+        with _hub(offline=out_of_reach):
+            model: nn.Module = timm.create_model(name, pretrained=True, **options)
     except Exception as error:  # the hub, its cache, the network: each raises its own
+        reason = "the hub cannot be reached, and they are not in its cache" if out_of_reach else _line(error)
         raise ModelError(
-            f"the pretrained weights of {name} could not be loaded ({_line(error)}); offline? download the safetensors "
+            f"the pretrained weights of {name} could not be loaded ({reason}); offline? download the safetensors "
             "file of the model on a machine with a connection and give its path: --weights FILE "
             "(--weights none starts from random weights)"
         ) from error
     return model
+
+
+def _hub_is_out_of_reach() -> bool:
+    """Whether the hub's name cannot even be resolved; behind a proxy that says nothing."""
+    if urllib.request.getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _hub(offline: bool) -> Iterator[None]:
+    """The hub's client told to look into its cache only, instead of trying for a minute; and without its warnings."""
+    before, verbosity = constants.HF_HUB_OFFLINE, logging.get_verbosity()
+    constants.HF_HUB_OFFLINE = before or offline
+    logging.set_verbosity(ERROR)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        logging.set_verbosity(verbosity)
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
