@@ -1,0 +1,230 @@
+"""A method against full fine-tuning, in processes of their own."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from conftest import run_python
+from rich.console import Console
+
+from snello import cli, comparison, report
+from snello.comparison import NOT_MEASURED, Comparison, Measured, OutOfMemoryError, Process, compare
+from snello.config import AlastConfig, FinetuneConfig, to_dict
+from snello.errors import SnelloError
+from snello.training import finetune
+
+SUMMARY = {"num_classes": 3, "device": "cpu", "precision": "fp32", "attention": "explicit"}
+
+
+def request(config: FinetuneConfig, **changes):
+    values = {key: SUMMARY[key] for key in SUMMARY} | {"config": to_dict(config), "threads": 1, "memory_limit": None}
+    return values | {"method": "full", "state": None, "batch_size": 2} | changes
+
+
+# ------------------------------------------------------------------------------------------------------- for real
+
+
+def test_run_with_comparison(small, capsys):
+    """From the training to the summary and the table that is printed."""
+    config = replace(small, method="alast", alast=AlastConfig(blocks=3, alpha=5.0), epochs=1, compare=True)
+    threads = torch.get_num_threads()
+    summary = finetune(config)
+    assert summary == json.loads((config.out / "summary.json").read_text())
+    assert summary.keys() >= NOT_MEASURED.keys() and threads == torch.get_num_threads()
+    assert all(summary[name] is not None for name in NOT_MEASURED)
+    assert all(summary[name] > 0 for name in NOT_MEASURED if name != "full_fits")
+    assert summary["full_fits"] is True and summary["compared_batch_size"] == 4
+    assert summary["flops_per_sample"] < summary["full_flops_per_sample"]
+    assert summary["saved_bytes_per_sample"] < summary["full_saved_bytes_per_sample"]
+    assert summary["trainable_parameters"] < summary["full_trainable_parameters"]
+    assert summary["optimizer_bytes"] <= summary["full_optimizer_bytes"]
+    assert 1e-4 < summary["step_time_s"] < 5 and 1e-4 < summary["full_step_time_s"] < 5
+    assert 2**20 < summary["full_peak_memory_bytes"] < 2**33
+    model = 0.37e6  # parameters of test_vit, roughly
+    assert 0.5 * model < summary["full_trainable_parameters"] < 2 * model
+    assert summary["full_optimizer_bytes"] == pytest.approx(8 * summary["full_trainable_parameters"], rel=0.01)
+    err = capsys.readouterr().err
+    for text in ("alast vs full fine-tuning, measured here, batch 4", "step time, ms", "peak memory, MiB"):
+        assert text in err
+
+
+def test_process_out_of_memory(small):
+    """Not a mock: a batch for which the operating system gives no memory."""
+    with pytest.raises(OutOfMemoryError):
+        Process(request(small, batch_size=10**6, memory_limit=4 * 2**30))
+
+
+def test_process_that_fails_otherwise_is_a_snello_error(small, capfd):
+    with pytest.raises(SnelloError, match=r"measuring process failed with exit code 1; --no-compare leaves it out"):
+        Process(request(replace(small, model="no_such_model")))
+
+
+def test_process_answers_on_a_clean_line(small):
+    """Whatever libraries print, an answer is JSON; after the first question come others."""
+    text = json.dumps(request(small)) + "\nstep\ncosts\n"
+    code = f"import io, sys; sys.stdin = io.StringIO({text!r}); import snello.comparison as c; c._serve()"
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    ready, step, costs = map(json.loads, result.stdout.splitlines())
+    assert ready == {"ready": True} and step["seconds"] > 0
+    assert costs.keys() | {"step_time_s"} == set(Measured.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8519680 bytes"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("could not create a primitive"), True),  # oneDNN, when memory is short
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("wrong"), False),
+    ],
+)
+def test_what_counts_as_out_of_memory(error, memory):
+    assert comparison._is_memory(error) is memory
+
+
+# --------------------------------------------------------------------------------------- where full does not fit
+
+
+class FakeProcess:
+    """Fits up to a batch size, per method."""
+
+    fits: dict[str, int]
+    started: list[tuple[str, int]]
+    open = 0
+
+    def __init__(self, request):
+        self.method, self.batch_size = request["method"], request["batch_size"]
+        FakeProcess.started.append((self.method, self.batch_size))
+        if self.batch_size > 4 * FakeProcess.fits[self.method]:
+            raise OutOfMemoryError  # as early as when the batch is made
+        FakeProcess.open += 1
+
+    def ask(self, line):
+        if self.batch_size > FakeProcess.fits[self.method]:
+            raise OutOfMemoryError
+        if line == "step":
+            return {"seconds": 0.5 if self.method == "full" else 0.25}
+        return {
+            "flops_per_sample": 1e9,
+            "saved_bytes_per_sample": 1e6,
+            "optimizer_bytes": 8,
+            "peak_memory_bytes": 2**20 * self.batch_size,
+            "trainable_parameters": 10,
+        }
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        FakeProcess.open -= 1
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    def set_up(**fits: int):
+        FakeProcess.fits, FakeProcess.started, FakeProcess.open = fits, [], 0
+        monkeypatch.setattr(comparison, "Process", FakeProcess)
+        return FakeProcess
+
+    return set_up
+
+
+def compared(batch_size: int = 64) -> Comparison:
+    return compare(FinetuneConfig(batch_size=batch_size), SUMMARY, {})
+
+
+def test_both_fit(fake):
+    fake(alast=64, full=64)
+    costs = compared()
+    assert (costs.full_fits, costs.compared_batch_size, costs.own.step_time_s, costs.full.step_time_s) == (
+        True,
+        64,
+        0.25,
+        0.5,
+    )
+    assert FakeProcess.started == [("alast", 64), ("full", 64)] and FakeProcess.open == 0
+
+
+@pytest.mark.parametrize("most", [40, 3])
+def test_full_fits_at_a_smaller_batch(fake, most):
+    fake(alast=64, full=most)
+    costs = compared()
+    expected = 32 if most == 40 else 2
+    assert (costs.full_fits, costs.compared_batch_size, costs.batch_size) == (False, expected, 64)
+    assert costs.own.peak_memory_bytes == costs.full.peak_memory_bytes == 2**20 * expected
+    assert FakeProcess.open == 0, "every process is ended, also where the other one failed"
+    summary = costs.summary()
+    assert summary["full_fits"] is False and summary["full_step_time_s"] == 0.5
+
+
+def test_full_never_fits(fake):
+    fake(alast=64, full=0)
+    costs = compared()
+    assert costs.full is None and not costs.full_fits
+    assert (costs.compared_batch_size, costs.own.peak_memory_bytes) == (64, 2**20 * 64)
+    summary = costs.summary()
+    assert summary.keys() == NOT_MEASURED.keys()
+    assert all(summary[name] is None for name in summary if name.startswith("full_") and name != "full_fits")
+    assert FakeProcess.open == 0
+
+
+def test_not_even_the_method_fits(fake):
+    fake(alast=0, full=0)
+    with pytest.raises(SnelloError, match="too little memory"):
+        compared(8)
+    assert FakeProcess.open == 0
+
+
+def test_odd_batch_sizes_end_at_one(fake):
+    fake(alast=64, full=1)
+    assert compared(13).compared_batch_size == 1
+    assert [size for method, size in FakeProcess.started if method == "alast"] == [13, 6, 3, 1]
+
+
+def test_not_measured_names_what_is_measured():
+    measured = Measured(*range(1, 7))
+    assert Comparison("alast", 8, 8, measured, measured).summary().keys() == NOT_MEASURED.keys()
+    assert asdict(measured).keys() <= NOT_MEASURED.keys()
+
+
+# ------------------------------------------------------------------------------------------------------ the table
+
+
+def printed(costs: Comparison) -> str:
+    console = Console(record=True, quiet=False, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
+    report.print_costs(console, costs)
+    return console.export_text()
+
+
+def test_table():
+    own = Measured(0.010, 2e9, 2**21, 2**20, 2**25, 1_500_000)
+    full = Measured(0.025, 5e9, 2**23, 2**21, 2**26, 3_000_000)
+    text = printed(Comparison("alast", 64, 64, own, full))
+    (row,) = [line for line in text.splitlines() if "step time" in line]
+    assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["step time, ms", "10.0", "25.0", "2.50x"]
+    assert "4.00x" in text and "does not fit" not in text
+
+
+def test_table_where_full_does_not_fit():
+    own = Measured(0.010, 2e9, 2**21, 0, 2**25, 1_500_000)
+    text = printed(Comparison("last-k", 64, 16, own, own))
+    assert "batch 16" in text and "does not fit into memory at the run's batch of 64; last-k does" in text
+    text = printed(Comparison("last-k", 64, 64, own, None))
+    assert text.count("does not fit") == len(report.COST_ROWS) + 1
+
+
+def test_failing_comparison_keeps_the_result_of_the_run(small, monkeypatch, capfd):
+    def fail(*args, **kwargs):
+        raise SnelloError("the measuring process failed with exit code 1; --no-compare leaves it out")
+
+    monkeypatch.setattr(comparison, "compare", fail)
+    from conftest import flags
+
+    assert cli.main(["finetune", *flags(replace(small, epochs=1, compare=True)), "--compare"]) == 2
+    assert "measuring process failed" in capfd.readouterr().err.splitlines()[-1]
+    assert json.loads((small.out / "summary.json").read_text())["accuracy"] > 0

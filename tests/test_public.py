@@ -1,0 +1,105 @@
+"""What others may rely on: names, docstrings, and that importing is light."""
+
+import importlib
+import inspect
+import json
+import pkgutil
+from pathlib import Path
+
+import pytest
+from conftest import run_python
+
+import snello
+
+HEAVY = ("torch", "torchvision", "timm", "accelerate", "numpy", "matplotlib", "PIL", "safetensors")
+LOADED = f"import json, sys; print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+
+
+def loaded_after(code: str) -> list[str]:
+    """The heavy modules that are loaded after `code`, in a process of its own."""
+    result = run_python("-c", f"{code}\n{LOADED}")
+    assert result.returncode == 0, result.stderr
+    heavy: list[str] = json.loads(result.stdout.splitlines()[-1])
+    return heavy
+
+
+def modules() -> list[str]:
+    found = pkgutil.walk_packages(snello.__path__, "snello.")
+    return ["snello", *(module.name for module in found)]
+
+
+@pytest.mark.parametrize("name", snello.__all__)
+def test_public_names(name):
+    value = getattr(snello, name)
+    assert callable(value) and inspect.getdoc(value)
+    assert getattr(importlib.import_module(value.__module__), name) is value
+
+
+def test_all_is_complete_and_star_import_works():
+    assert set(snello.__all__) == {"ALaST", "AlastConfig", "FinetuneConfig", "SnelloError", "ViT", "finetune"}
+    names: dict[str, object] = {}
+    exec("from snello import *", names)
+    assert set(snello.__all__) <= set(names)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        snello.nothing  # noqa: B018
+
+
+def test_version():
+    from importlib.metadata import version
+
+    assert snello.__version__ == version("snello")
+
+
+@pytest.mark.parametrize("name", modules())
+def test_everything_public_has_a_docstring(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for item, value in vars(module).items():
+        if item.startswith("_") or getattr(value, "__module__", None) != name:
+            continue
+        if not (inspect.isclass(value) or inspect.isfunction(value)):
+            continue
+        assert value.__doc__, f"{name}.{item}"
+        if inspect.isclass(value):
+            for method, function in vars(value).items():
+                if method.startswith("_") or not (inspect.isfunction(function) or isinstance(function, property)):
+                    continue
+                assert function.__doc__, f"{name}.{item}.{method}"
+
+
+def test_errors_share_a_base():
+    errors = importlib.import_module("snello.errors")
+    classes = [value for value in vars(errors).values() if inspect.isclass(value)]
+    assert len(classes) == 6 and all(issubclass(cls, snello.SnelloError) for cls in classes)
+    assert issubclass(errors.ConfigError, ValueError)
+
+
+def test_import_is_light():
+    assert loaded_after("import snello") == []
+    assert loaded_after("import snello; snello.FinetuneConfig(); snello.SnelloError") == []
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["finetune", "--help"], ["finetune", "--lr", "-1"], ["x"]])
+def test_help_and_refusals_are_light(args):
+    code = (
+        "import contextlib, io\nfrom snello import cli\n"
+        f"with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): cli.main({args!r})"
+    )
+    assert loaded_after(code) == []
+
+
+@pytest.mark.parametrize("imports", ["import snello, timm", "import timm, snello", "import timm.models, snello"])
+def test_micro_model_is_registered(imports):
+    """Whichever is imported first, and with nothing else of snello imported."""
+    code = (
+        f"{imports}\nimport timm\nmodel = timm.create_model('vit_micro_patch4_32', num_classes=7)\n"
+        "assert timm.is_model('vit_micro_patch4_32') and len(model.blocks) == 12 and model.num_classes == 7\n"
+        "print(sum(p.numel() for p in model.parameters()))"
+    )
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert 2.3e6 < int(result.stdout) < 2.5e6
+
+
+def test_package_says_that_it_is_typed():
+    assert (Path(snello.__file__).parent / "py.typed").exists()

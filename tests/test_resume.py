@@ -1,0 +1,411 @@
+"""A run that is cut off and resumed ends as one that never was, bit for bit."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUIET, assert_same_run, flags, resumed, rows_of
+from timm.layers import DropPath
+from torch import nn
+
+from snello import checkpoint, cli, training
+from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
+from snello.errors import CheckpointError, ConfigError
+from snello.models import create_model
+from snello.runs import RunFolder
+from snello.training import Trainer, finetune
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing may catch it."""
+
+
+def whole(config: FinetuneConfig, path: Path) -> Path:
+    """The run folder of the same run, not cut off."""
+    finetune(replace(config, out=path, checkpoint_steps=0), QUIET)
+    return path
+
+
+def killed_at(call: int, function):
+    """`function`, until the `call`-th time (from 1), which is the end."""
+    count = 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == call:
+            raise Killed
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def cut_off(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch, owner, name: str, call: int) -> None:
+    """Runs until the `call`-th call of `owner.name`."""
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed_at(call, getattr(owner, name)))
+        with pytest.raises(Killed):
+            finetune(config, QUIET)
+    assert not RunFolder(config.out).summary_file.exists()
+
+
+# A run of `small` has 7 micro-batches in each of 2 epochs; with accumulate=3 its windows are of 3, 3 and 1.
+CASES = {
+    "full": {"checkpoint_steps": 3},
+    "full, bf16": {"checkpoint_steps": 3, "precision": "bf16"},
+    "full, accumulating": {"accumulate": 3, "checkpoint_steps": 1},
+    "full, layer decay": {"layer_decay": 0.7, "checkpoint_steps": 3, "clip_norm": 0.0},
+    "head": {"method": "head", "checkpoint_steps": 3},
+    "last-k": {"method": "last-k", "last_k": 2, "accumulate": 3, "checkpoint_steps": 1},
+    "alast": {"method": "alast", "checkpoint_steps": 3},
+    "alast, bf16": {"method": "alast", "checkpoint_steps": 3, "precision": "bf16"},
+    "alast, accumulating": {"method": "alast", "accumulate": 3, "checkpoint_steps": 1},
+    "alast, accumulating, bf16": {"method": "alast", "accumulate": 3, "checkpoint_steps": 1, "precision": "bf16"},
+    "alast, block-end": {"method": "alast", "alast": AlastConfig(alpha=5.0, drop_at="block-end", draw="softmax")},
+    "alast, released": {"method": "alast", "checkpoint_steps": 3, "alast": AlastConfig(blocks=2, moments="release")},
+    "alast, tail": {"method": "alast", "checkpoint_steps": 3, "alast": AlastConfig(alpha=5.0, full_tail=0.4)},
+    "alast, embeddings": {"method": "alast", "alast": AlastConfig(alpha=5.0, train_embeddings=False)},
+    "rare evaluation": {"eval_epochs": 2},  # the checkpoint after the first epoch is one without an evaluation
+    "fused attention": {"method": "alast", "attention": "fused", "checkpoint_steps": 3},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cut_off_within_an_epoch(small, tmp_path, monkeypatch, name):
+    """The eleventh micro-batch: within the second epoch, and within a window where gradients accumulate."""
+    config = replace(small, **CASES[name])
+    other = whole(config, tmp_path / "whole")
+    cut_off(config, monkeypatch, Trainer, "_loss", 11)
+    had = len(rows_of(config.out, "step"))
+    finetune(resumed(config), QUIET)
+    assert_same_run(config.out, other)
+    assert 0 < had < len(rows_of(config.out, "step"))
+    if config.method == "alast" and config.alast.alpha == 5.0:
+        budgets = [row["budgets"] for row in rows_of(config.out, "step")]
+        assert len({tuple(row) for row in budgets}) > len(budgets) / 2, "budgets must move, or nothing is tested"
+        assert len({tuple(row["trained"]) for row in rows_of(config.out, "step")}) > 2
+
+
+@pytest.mark.parametrize("method", ["full", "alast"])
+def test_cut_off_after_every_step(small, tmp_path, monkeypatch, method):
+    config = replace(small, method=method, accumulate=3, checkpoint_steps=1)
+    other = whole(config, tmp_path / "whole")
+    for attempt in range(6):  # as many as there are steps: every process lives for one
+        torch.manual_seed(attempt)  # whatever the random state of the process is
+        if attempt < 5:
+            cut_off(resumed(config) if attempt else config, monkeypatch, Trainer, "_step", 2)
+            assert len(rows_of(config.out, "step")) == attempt + 1
+        else:
+            finetune(resumed(config), QUIET)
+    assert_same_run(config.out, other)
+
+
+def with_noise(*args, **kwargs) -> nn.Module:
+    """test_vit with dropout and drop path, which no setting reaches."""
+    model = create_model(*args, **kwargs)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    for block in model.blocks:
+        block.drop_path1, block.drop_path2 = DropPath(0.3), DropPath(0.3)
+        block.attn.attn_drop.p = 0.1
+    return model
+
+
+@pytest.mark.parametrize("method", ["full", "alast"])
+def test_noise_of_the_model_goes_on(small, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(training, "create_model", with_noise)
+    config = replace(small, method=method, accumulate=3, checkpoint_steps=1)
+    other = whole(config, tmp_path / "whole")
+    cut_off(config, monkeypatch, Trainer, "_loss", 11)
+    torch.manual_seed(99)
+    finetune(resumed(config), QUIET)
+    assert_same_run(config.out, other)
+    monkeypatch.undo()
+    without = whole(config, tmp_path / "without")
+    assert rows_of(without) != rows_of(other), "there was no noise, so nothing was tested"
+
+
+def test_early_stop_is_remembered(small, tmp_path, monkeypatch):
+    """The accuracy is 1 after the first epoch or so: patience ends the run, cut off or not."""
+    config = replace(small, epochs=8, patience=2, lr=1e-3)
+    other = whole(config, tmp_path / "whole")
+    steps = len(rows_of(other, "step"))
+    assert 21 <= steps < 56
+    cut_off(config, monkeypatch, Trainer, "_loss", steps - 2)
+    finetune(resumed(config), QUIET)
+    assert_same_run(config.out, other)
+
+
+def test_workers_and_checkpoints_may_change(small, tmp_path, monkeypatch):
+    config = replace(small, method="alast", checkpoint_steps=3)
+    other = whole(config, tmp_path / "whole")
+    cut_off(config, monkeypatch, Trainer, "_loss", 11)
+    finetune(replace(resumed(config), workers=2, checkpoint_steps=1, check_pictures=False), QUIET)
+    assert_same_run(config.out, other)
+
+
+# ----------------------------------------------------------------------------------- cut off at an awkward moment
+
+
+def test_before_the_first_checkpoint(small, tmp_path, monkeypatch):
+    config = replace(small, method="alast")
+    other = whole(config, tmp_path / "whole")
+    cut_off(config, monkeypatch, Trainer, "_loss", 4)
+    assert len(rows_of(config.out)) == 3 and not RunFolder(config.out).checkpoint_file.exists()
+    finetune(resumed(config), QUIET)
+    assert_same_run(config.out, other)
+
+
+def test_between_model_and_checkpoint(small, tmp_path, monkeypatch):
+    """The first epoch's model.safetensors is there, the checkpoint after that epoch is not."""
+    config = replace(small, checkpoint_steps=3)
+    other = whole(config, tmp_path / "whole")
+    cut_off(config, monkeypatch, Trainer, "_save", 3)
+    assert RunFolder(config.out).model_file.exists() and rows_of(config.out, "eval")
+    finetune(resumed(config), QUIET)
+    assert_same_run(config.out, other)
+
+
+def test_before_the_model_is_saved(small, tmp_path, monkeypatch):
+    config = replace(small, checkpoint_steps=3)
+    other = whole(config, tmp_path / "whole")
+    cut_off(config, monkeypatch, checkpoint, "save_tensors", 3)
+    assert not RunFolder(config.out).model_file.exists()
+    finetune(resumed(config), QUIET)
+    assert_same_run(config.out, other)
+
+
+def test_after_the_last_checkpoint(small, tmp_path, monkeypatch):
+    """Trained to the end, but without a summary: resuming writes it and trains no further."""
+    config = replace(small, method="alast")
+    other = whole(config, tmp_path / "whole")
+    cut_off(config, monkeypatch, Trainer, "summary", 1)
+    monkeypatch.setattr(Trainer, "_step", None)
+    finetune(resumed(config), QUIET)
+    assert_same_run(config.out, other)
+    finetune(resumed(config), QUIET)  # and a complete run can be resumed, to the same effect
+    assert_same_run(config.out, other)
+
+
+def test_line_cut_off_in_the_metrics(small, tmp_path, monkeypatch):
+    config = replace(small, checkpoint_steps=3)
+    other = whole(config, tmp_path / "whole")
+    cut_off(config, monkeypatch, Trainer, "_loss", 11)
+    file = RunFolder(config.out).metrics_file
+    file.write_text(file.read_text()[:-25])
+    finetune(resumed(config), QUIET)
+    assert_same_run(config.out, other)
+
+
+# ------------------------------------------------------------------------------------- processes that really end
+
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from snello import cli
+name, calls, *args = sys.argv[1:]
+replace, left = Path.replace, int(calls)
+
+def replace_or_die(self, target):
+    global left
+    left -= Path(target).name == name
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+
+Path.replace = replace_or_die
+sys.exit(cli.main(args))
+"""
+
+posix = pytest.mark.skipif(os.name != "posix", reason="there are no such signals on Windows")
+
+
+@posix
+@pytest.mark.parametrize(("name", "call"), [("last.safetensors", 3), ("model.safetensors", 1)])
+def test_killed_between_write_and_rename(small, tmp_path, name, call):
+    config = replace(small, method="alast", checkpoint_steps=3)
+    other = whole(config, tmp_path / "whole")
+    process = subprocess.run([sys.executable, "-c", DIES, name, str(call), "finetune", *flags(config)], timeout=300)
+    assert process.returncode == -signal.SIGKILL
+    left = [path.name for path in config.out.glob(".*")]
+    assert left == [f".{name}.tmp"], "a killed process cleans nothing up"
+    step = 6
+    assert len(rows_of(config.out, "step")) == 7 > step
+    assert checkpoint.load_tensors(RunFolder(config.out).checkpoint_file)[1]["step"] == step
+    assert cli.main(["finetune", "--out", str(config.out), "--resume"]) == 0
+    assert_same_run(config.out, other)
+
+
+def start(config: FinetuneConfig, err: Path) -> subprocess.Popen[str]:
+    """`snello finetune` in a process group of its own."""
+    with err.open("w") as file:  # no pipe: workers that outlive a killed process would hold it open
+        return subprocess.Popen(
+            [sys.executable, "-m", "snello.cli", "finetune", *flags(config)],
+            stdout=file,
+            stderr=file,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def wait_for_lines(process: subprocess.Popen[str], config: FinetuneConfig, num: int) -> None:
+    """Until the run has logged `num` lines."""
+    file, deadline = RunFolder(config.out).metrics_file, time.monotonic() + 300
+    while not file.exists() or file.read_text().count("\n") < num:
+        assert process.poll() is None, "the run ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@posix
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_any_moment(small, tmp_path, workers):
+    config = replace(
+        small,
+        method="alast",
+        epochs=8,
+        workers=workers,
+        accumulate=3,
+        precision="bf16" if workers else "fp32",
+        checkpoint_steps=2,
+        augment=AugmentConfig(rand_ops=3),
+    )
+    other = whole(config, tmp_path / "whole")
+    process = start(config, tmp_path / "err")
+    wait_for_lines(process, config, 9)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    had = len(rows_of(config.out, "step"))
+    assert 7 <= had < 24
+    finetune(resumed(config), QUIET)
+    assert_same_run(config.out, other)
+
+
+@posix
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0)])
+def test_asked_to_stop(small, tmp_path, number, workers):
+    """Ctrl-C reaches the whole process group, loaders too; `kill` only the process."""
+    config = replace(small, method="alast", epochs=8, workers=workers)
+    other = whole(config, tmp_path / "whole")
+    process = start(config, tmp_path / "err")
+    wait_for_lines(process, config, 9)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    assert process.wait(60) == 130
+    text = (tmp_path / "err").read_text()
+    step = checkpoint.load_tensors(RunFolder(config.out).checkpoint_file)[1]["step"]
+    assert "Traceback" not in text and "Error" not in text
+    expected = f"snello: stopped after step {step} of 56; go on with: snello finetune --out {config.out} --resume"
+    assert text.splitlines()[-1] == expected
+    assert 8 <= step < 56 and len(rows_of(config.out, "step")) == step
+    assert not RunFolder(config.out).summary_file.exists()
+    assert cli.main(["finetune", "--out", str(config.out), "--resume"]) == 0
+    assert_same_run(config.out, other)
+
+
+@posix
+def test_asked_to_stop_without_a_name_for_the_run(small, tmp_path, monkeypatch, capfd):
+    """What is printed can be typed: it names the folder that snello chose."""
+    monkeypatch.chdir(tmp_path)
+    step = Trainer._step
+
+    def interrupted_step(self, stream):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, stream)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted_step)
+    assert cli.main(["finetune", *flags(replace(small, out=None))]) == 130
+    (run,) = Path("runs").iterdir()
+    err = capfd.readouterr().err
+    assert err.splitlines()[-1].endswith(
+        f"stopped after step 1 of 14; go on with: snello finetune --out {run} --resume"
+    )
+    assert RunFolder(run).checkpoint_file.exists()
+
+
+@posix
+def test_second_ctrl_c_stops_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with training.stopping() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert asked == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_before_training(small, monkeypatch, capfd):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "load_splits", interrupted)
+    assert cli.main(["finetune", *flags(small)]) == 130
+    assert capfd.readouterr().err == "snello: interrupted\n"
+    assert not small.out.exists()
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def test_another_config_is_refused(small):
+    config = replace(small, epochs=1)
+    finetune(config, QUIET)
+    before = {path: path.read_bytes() for path in config.out.iterdir()}
+    changed = replace(resumed(config), lr=0.25, alast=AlastConfig(alpha=5.0, blocks=2), workers=1)
+    with pytest.raises(ConfigError) as caught:
+        finetune(changed, QUIET)
+    text = str(caught.value)
+    assert "lr was 0.0005, now 0.25" in text and "alast.blocks was None, now 2" in text
+    assert "workers" not in text and "epochs" not in text
+    assert before == {path: path.read_bytes() for path in config.out.iterdir()}
+
+
+def test_other_pictures_are_refused(small, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(small.data, data)
+    config = replace(small, data=data, epochs=1)
+    finetune(config, QUIET)
+    next((data / "train" / "red").iterdir()).unlink()
+    with pytest.raises(ConfigError, match=r"the pictures are not those .*\(num_train\)"):
+        finetune(resumed(config), QUIET)
+
+
+def test_nothing_to_resume(small, tmp_path):
+    with pytest.raises(ConfigError, match="holds no run"):
+        finetune(resumed(small), QUIET)
+    with pytest.raises(ConfigError, match="--resume needs --out"):
+        finetune(replace(small, resume=True, out=None), QUIET)
+    assert not small.out.exists()
+
+
+def test_damaged_checkpoint_is_named(small, monkeypatch):
+    config = replace(small, checkpoint_steps=3)
+    cut_off(config, monkeypatch, Trainer, "_loss", 6)
+    file = RunFolder(config.out).checkpoint_file
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"could not read .*last\.safetensors"):
+        finetune(resumed(config), QUIET)
+
+
+@posix
+def test_asked_to_stop_at_the_last_step(small, monkeypatch):
+    """There is nothing left to stop: the run ends as ever."""
+    step = Trainer._step
+
+    def interrupted_step(self, stream):
+        if self.progressed.step == self.total_steps - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, stream)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted_step)
+    assert finetune(small, QUIET)["steps"] == 14
+    assert RunFolder(small.out).summary_file.exists()
