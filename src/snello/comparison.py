@@ -9,6 +9,7 @@ into memory that is a result, and the times are taken at the largest batch that 
 
 import contextlib
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -191,6 +192,7 @@ class Process:
 
 def _serve() -> None:
     """The measuring process: answers on the real standard output, whatever libraries print elsewhere."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process by closing its input
     request = json.loads(sys.stdin.readline())
     torch.set_num_threads(request["threads"])
     device = torch.device(request["device"])

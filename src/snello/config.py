@@ -5,6 +5,7 @@ a run with a wrong setting fails before anything is loaded.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -164,7 +165,7 @@ class FinetuneConfig:
         for name in ("clip_norm", "weight_decay", "workers", "patience", "checkpoint_steps"):
             _require(getattr(self, name) >= 0, flag(name), "0 or more", getattr(self, name))
         _require(0 <= self.seed < 2**63, "--seed", "in 0..2**63-1", self.seed)
-        _require(self.lr > 0, "--lr", "above 0", self.lr)
+        _require(0 < self.lr < math.inf, "--lr", "above 0 and finite", self.lr)
         _require(0 < self.layer_decay <= 1, "--layer-decay", "in (0, 1]", self.layer_decay)
         _require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
         _require(0 <= self.label_smoothing < 1, "--label-smoothing", "in [0, 1)", self.label_smoothing)
@@ -269,6 +270,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             raise ConfigError(f"{where} must be one of {', '.join(hint.__args__)}, got {value!r}")
         return value
     wrong = ConfigError(f"{where} must be of type {hint.__name__}, got {value!r}")
+    if value is None:
+        raise wrong
     if hint is bool or isinstance(value, bool):
         if type(value) is not hint:
             raise wrong

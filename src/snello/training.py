@@ -295,8 +295,11 @@ class Trainer:
         changed = [name for name in ("classes", "num_train", "num_val") if saved.get(name) != resolved[name]]
         if changed:
             raise ConfigError(f"--resume: the pictures are not those the run was started with ({', '.join(changed)})")
-        if saved["versions"] != resolved["versions"]:
-            self.console.print("resuming with other versions than the run began with: results may differ in rounding")
+        for name in ("versions", "threads"):
+            if saved[name] != resolved[name]:
+                self.console.print(
+                    f"resuming with other {name} than the run began with: results may differ in rounding"
+                )
         if not self.run.checkpoint_file.exists():
             self.run.forget_after(0)
             return
