@@ -42,8 +42,8 @@ def refused(capfd, small):
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (["--lr", "-1"], "--lr must be above 0, got -1.0"),
-        (["--lr=-1"], "--lr must be above 0, got -1.0"),
+        (["--lr", "-1"], "--lr must be above 0 and finite, got -1.0"),
+        (["--lr=-1"], "--lr must be above 0 and finite, got -1.0"),
         (["--alast.start-budget", "1.5"], "--alast.start-budget must be in (0, 1], got 1.5"),
         (["--alast.min-budget", "0"], "--alast.min-budget must be in (0, 1], got 0.0"),
         (["--method", "alast", "--alast.blocks", "7"], "--alast.blocks must be in 1..6 (the model's depth), got 7"),

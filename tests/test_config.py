@@ -231,7 +231,7 @@ def test_wrong_yaml_through_the_flag(tmp_path):
 
 
 def test_wrong_flags_name_the_flag():
-    assert "--lr must be above 0, got -1.0" in error_of(parse, "--lr", "-1")
+    assert "--lr must be above 0 and finite, got -1.0" in error_of(parse, "--lr", "-1")
     assert "--alast.min-budget" in error_of(parse, "--alast.min-budget", "2")
     assert "--epochs" in error_of(parse, "--epochs", "x")
     assert "--bogus" in error_of(parse, "--bogus", "1")
