@@ -53,6 +53,7 @@ SETTINGS = (
     Setting("mid, 0.9, all blocks trained, equal time", alast=_mid(blocks=12), equal_time=True),
     Setting("mid, 0.94, all blocks trained", alast=_mid(0.94, blocks=12)),
     Setting("mid, 0.9, all blocks trained, last 0.2 with all tokens", alast=_mid(blocks=12, full_tail=0.2)),
+    Setting("mid, 0.8, all blocks trained, last 0.45 with all tokens", alast=_mid(0.8, blocks=12, full_tail=0.45)),
     Setting("mid, 0.85, all blocks trained, last 0.3 with all tokens", alast=_mid(0.85, blocks=12, full_tail=0.3)),
     Setting("mid, 0.9", alast=_mid()),
     Setting("mid, 0.9, equal time", alast=_mid(), equal_time=True),
