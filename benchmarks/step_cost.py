@@ -5,7 +5,8 @@
 
 Every round takes one step of each variant on the same batch, so that whatever else the machine does weighs on all
 alike; times are medians over the rounds, counts averages over draws. All variants use the attention path that is
-faster for full fine-tuning here. Nothing is discarded but the warm-up.
+faster for full fine-tuning here. Nothing is discarded but the warm-up. A large step that comes after a small one pays
+for memory given back in between: measure `--only attached` alone to see the overhead of being attached.
 """
 
 import argparse
@@ -56,13 +57,14 @@ def measure(args: argparse.Namespace, precision: Any) -> list[dict[str, Any]]:
     attention = faster_attention(
         TrainingStep(config, attention="fused", **common).vit, args.batch_size, device, precision
     )
+    variants = [v for v in VARIANTS if v.method == "full" or args.only in v.name]
     steps = [
         TrainingStep(
             FinetuneConfig(model=args.model, weights="none", method=variant.method, alast=variant.alast),
             attention=attention,
             **common,
         )
-        for variant in VARIANTS
+        for variant in variants
     ]
     times: list[list[float]] = [[] for _ in steps]
     for _ in range(args.warmup + args.rounds):
@@ -70,7 +72,7 @@ def measure(args: argparse.Namespace, precision: Any) -> list[dict[str, Any]]:
             seconds.append(step.run())
     times = [seconds[args.warmup :] for seconds in times]
     rows = []
-    for variant, step, seconds in zip(VARIANTS, steps, times, strict=True):
+    for variant, step, seconds in zip(variants, steps, times, strict=True):
         costs = asdict(step.costs(1 if variant.method == "full" else DRAWS))
         row = {"variant": variant.name, "precision": precision, "attention": attention}
         row |= {"alast": asdict(variant.alast) if variant.method == "alast" else None}
@@ -111,6 +113,7 @@ def main() -> None:
     parser.add_argument("--precisions", default="fp32,bf16")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--only", default="", help="variants whose name contains this, and full")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
