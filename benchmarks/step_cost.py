@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    config = {key: value for key, value in vars(args).items() if key != "out"}
     rows = [row for precision in args.precisions.split(",") for row in measure(args, precision)]
     result = {"config": config, "environment": environment(resolve_device(args.device)), "rows": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
