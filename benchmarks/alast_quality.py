@@ -13,7 +13,6 @@ folder, so the script goes on where it was cut off.
 import argparse
 import json
 import math
-import os
 import statistics
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,13 +21,12 @@ from typing import Any
 import torch
 from environment import environment
 from rich.console import Console
+from target import CLASSES, link_data
 
 from snello.config import AlastConfig, FinetuneConfig
 from snello.devices import faster_attention, resolve_device, resolve_precision
 from snello.profiling import TrainingStep
 from snello.training import finetune
-
-CLASSES = ("automobile", "cat", "dog", "horse", "truck")
 
 
 @dataclass(frozen=True)
@@ -68,19 +66,6 @@ SETTINGS = (
     Setting("last-k (3)", method="last-k"),
     Setting("head", method="head"),
 )
-
-
-def link_data(source: Path, work: Path, per_class: int) -> Path:
-    """A folder of links to the first `per_class` training pictures of each class and all test pictures."""
-    folder = work / f"data-{per_class}"
-    for part, most in (("train", per_class), ("test", None)):
-        for name in CLASSES:
-            target = folder / part / name
-            target.mkdir(parents=True, exist_ok=True)
-            for path in sorted((source / part / name).glob("*.png"))[:most]:
-                if not (target / path.name).exists():
-                    os.symlink(path.resolve(), target / path.name)
-    return folder
 
 
 def configure(setting: Setting, args: argparse.Namespace, seed: int, epochs: int) -> FinetuneConfig:

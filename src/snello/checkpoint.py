@@ -78,33 +78,42 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, state
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Writes the model, the optimizer's state and `state` (JSON values) as one file."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for index, entry in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
+def save_checkpoint(
+    path: Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    state: Mapping[str, Any],
+) -> None:
+    """Writes the modules, the optimizers' state, each under its name, and `state` (JSON values) as one file."""
+    tensors = {f"{prefix}.{name}": value for prefix, m in modules.items() for name, value in m.state_dict().items()}
+    for prefix, optimizer in optimizers.items():
+        for index, entry in optimizer.state_dict()["state"].items():
+            tensors |= {f"{prefix}.{index}.{name}": value for name, value in entry.items()}
     save_tensors(path, tensors, state)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(
+    path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
+) -> dict[str, Any]:
     """Puts back what `save_checkpoint` wrote, and returns its `state`.
 
     Raises:
         CheckpointError: where the file cannot be read or is of another model.
     """
     tensors, state = load_tensors(path)
-    entries: dict[int, dict[str, Tensor]] = {}
-    weights: dict[str, Tensor] = {}
+    named: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        kind, rest = name.split(".", 1)
-        if kind == "model":
-            weights[rest] = value
-        else:
-            index, key = rest.split(".", 1)
+        prefix, rest = name.split(".", 1)
+        named.setdefault(prefix, {})[rest] = value
+    for prefix, module in modules.items():
+        try:
+            module.load_state_dict(named.get(prefix, {}))
+        except RuntimeError as error:
+            raise CheckpointError(f"{path} does not fit the {prefix}: {' '.join(str(error).split())}") from error
+    for prefix, optimizer in optimizers.items():
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, value in named.get(prefix, {}).items():
+            index, key = name.split(".", 1)
             entries.setdefault(int(index), {})[key] = value
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())}") from error
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
     return state

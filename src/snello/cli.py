@@ -141,10 +141,10 @@ class _Sources:
     resume: bool = False
 
 
-def _default(args: Sequence[str]) -> FinetuneConfig:
-    """What flags are laid over: the run's own config with --resume, else the file given with --config."""
+def _default(args: Sequence[str]) -> FinetuneConfig | None:
+    """What flags are laid over: the run's own config with --resume, else the file given with --config, if any."""
     if any(arg in ("-h", "--help") for arg in args):
-        return FinetuneConfig()
+        return None
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
         sources, _ = tyro.cli(_Sources, args=list(args), return_unknown_args=True)
         file = sources.config
@@ -155,7 +155,7 @@ def _default(args: Sequence[str]) -> FinetuneConfig:
             if values.pop("resolved", None) is not None:  # a run's own config.yaml: its folder is not the new run's
                 values["out"] = None
             return from_dict(FinetuneConfig, values, str(file))
-    return FinetuneConfig()
+    return None
 
 
 if __name__ == "__main__":

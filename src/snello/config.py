@@ -16,11 +16,13 @@ from typing import Any, Literal, TypeVar
 import tyro
 import yaml
 
+from snello.codecs import parse_codec
 from snello.errors import ConfigError
+from snello.split.link import Link, parse_bytes
 
 T = TypeVar("T")
 
-METHODS = ("alast", "full", "head", "last-k")
+METHODS = ("auto", "alast", "full", "head", "last-k")
 
 
 def _require(ok: bool, name: str, rule: str, got: object) -> None:
@@ -92,6 +94,43 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True)
+class SplitConfig:
+    """Split learning: the model cut in two halves, with a codec between them (ADC: arXiv:2509.15058)."""
+
+    cut: int = 0
+    """Blocks in the client's half, in 1..depth-1; 0 does not cut."""
+    codec: str = "auto"
+    """What compresses activations and gradients at the cut, as `adc(0.1)` or `adc(samples=1, tokens=0.4)+int4`;
+    `snello codecs` lists them; `auto` is the best measured one (docs/adc.md)."""
+    eval_codec: str = "int8"
+    """How activations travel in evaluation, where nothing is merged or dropped: none, bf16, fp16, int8, int4, int2."""
+    labels: Literal["server", "client"] = "server"
+    """Who has the labels: the server, with classifier and loss, or the client (U-shape: labels never leave it)."""
+    alast: Literal["client", "server", "both"] = "both"
+    """Which halves ALaST is attached to, where it is the method."""
+    frames: bool = True
+    """Pass everything through the bytes of the protocol, as over a network; off, they are only counted."""
+    max_bytes: str | None = None
+    """Train until this much training traffic, whatever --epochs says, as 500MB (10^6 bytes) or 2GiB."""
+    link: str | None = None
+    """Report the time that this link would add, as 10mbit/20ms: rate of each direction / time of a round trip."""
+
+    def __post_init__(self) -> None:
+        _require(self.cut >= 0, "--split.cut", "0 or more", self.cut)
+        _require(self.labels in ("server", "client"), "--split.labels", "server or client", self.labels)
+        parse_codec(self.codec, "--split.codec")
+        parse_codec(self.eval_codec, "--split.eval-codec")
+        if self.max_bytes is not None:
+            parse_bytes(self.max_bytes, "--split.max-bytes")
+        if self.link is not None:
+            Link.parse(self.link, "--split.link")
+        if self.cut == 0:
+            idle = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+            if idle:
+                raise ConfigError(f"--split.{idle[0].replace('_', '-')} has no effect without --split.cut")
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """Fine-tune a Vision Transformer on a folder of pictures."""
 
@@ -104,11 +143,13 @@ class FinetuneConfig:
     """Name of a timm Vision Transformer."""
     weights: str = "pretrained"
     """`pretrained`, `none` (random), or the path of a safetensors file."""
-    method: Literal["alast", "full", "head", "last-k"] = "alast"
-    """What is trained: everything on an adaptive budget, everything, the head, or the last blocks and the head."""
+    method: Literal["auto", "alast", "full", "head", "last-k"] = "auto"
+    """What is trained: everything on an adaptive budget, everything, the head, or the last blocks and the head;
+    `auto` is alast, or full with --split.cut."""
     last_k: int = 3
     """Blocks trained by the method last-k."""
     alast: AlastConfig = field(default_factory=AlastConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
     epochs: int = 5
     """Passes over the training pictures."""
     batch_size: int = 64
@@ -172,6 +213,36 @@ class FinetuneConfig:
         _require(0 < self.val_share < 1, "--val-share", "in (0, 1)", self.val_share)
         _require(self.image_size is None or self.image_size >= 1, "--image-size", "at least 1", self.image_size)
         _require(self.method in METHODS, "--method", f"one of {', '.join(METHODS)}", self.method)
+        if self.method == "auto":
+            object.__setattr__(self, "method", "full" if self.split.cut else "alast")
+
+
+@dataclass(frozen=True)
+class CodecsConfig:
+    """List the codecs with their options, sources, and exact bytes at a cut."""
+
+    codecs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Codecs to look at, as "adc(0.1)+int8"; default: one of each."""
+    model: str = "vit_micro_patch4_32"
+    """Name of a timm Vision Transformer."""
+    batch_size: int = 128
+    """Pictures in one exchange."""
+    cut: int = 3
+    """Blocks in the client's half."""
+    num_classes: int = 10
+    """Classes, for the size of the labels."""
+    image_size: int | None = None
+    """Side of the pictures in pixels; default: the model's own."""
+    labels: Literal["server", "client"] = "server"
+    """Who has the labels."""
+    format: Literal["text", "json"] = "text"
+    """How the result is printed."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "cut", "num_classes"):
+            _require(getattr(self, name) >= 1, flag(name), "at least 1", getattr(self, name))
+        for text in self.codecs:
+            parse_codec(text, "CODECS")
 
 
 @dataclass(frozen=True)

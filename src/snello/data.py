@@ -3,6 +3,7 @@
 The split is a pure function of the files and the seed.
 """
 
+import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -97,6 +98,10 @@ class PictureSet(ABC):
     def open(self, index: int) -> Image.Image:
         """The picture, 8-bit RGB; a DataError where it cannot be read."""
 
+    @abstractmethod
+    def file_bytes(self) -> int:
+        """What uploading the pictures once would take: the bytes of their files."""
+
 
 class FolderPictures(PictureSet):
     """Pictures in files."""
@@ -111,6 +116,10 @@ class FolderPictures(PictureSet):
     def open(self, index: int) -> Image.Image:
         """See `open_picture`."""
         return open_picture(self.paths[index])
+
+    def file_bytes(self) -> int:
+        """The sizes of the files."""
+        return sum(path.stat().st_size for path in self.paths)
 
     def subset(self, indices: Sequence[int]) -> "FolderPictures":
         """The pictures at `indices`, with the same classes."""
@@ -130,6 +139,15 @@ class ArrayPictures(PictureSet):
     def open(self, index: int) -> Image.Image:
         """The picture, its grey repeated in the three channels."""
         return Image.fromarray(self.images[index]).convert("RGB")
+
+    def file_bytes(self) -> int:
+        """The sizes they would have as JPEG files of Pillow's default quality."""
+        total = 0
+        for image in self.images:
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "JPEG")
+            total += file.tell()
+        return total
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,17 @@ SnelloError
 ├── DataError          a data folder or picture that cannot be used
 ├── ModelError         an unknown or unsupported model, or weights that do not fit it
 ├── CheckpointError    a run folder or checkpoint that cannot be read or written
-└── TrainingError      training cannot go on (the loss is not finite)
+├── TrainingError      training cannot go on (the loss is not finite)
+└── ProtocolError      what came over the wire is not what the other side may send
 """
 
 
 class SnelloError(Exception):
     """Base of every error a user can cause and mend; its text says what was wrong, where, and what to do."""
+
+
+class SnelloWarning(UserWarning):
+    """Something works, but not as the user may think; the command line prints it as one line."""
 
 
 class ConfigError(SnelloError, ValueError):
@@ -31,3 +36,7 @@ class CheckpointError(SnelloError):
 
 class TrainingError(SnelloError):
     """Training cannot go on; what was saved before stays as it is."""
+
+
+class ProtocolError(SnelloError):
+    """What came over the wire is not what the other side may send; nothing was done with it."""

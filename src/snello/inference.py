@@ -1,6 +1,7 @@
 """Using a model: accuracy on labelled pictures, and classes with probabilities for others."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from snello.errors import CheckpointError, DataError
 from snello.loading import Batch, batches, eval_loader, eval_transform
 from snello.models import Preprocessing, create_model
 from snello.runs import RunFolder
+from snello.split.cut import Cut
 from snello.vit import ViT
 
 
@@ -72,13 +74,30 @@ class Predictor:
         except RuntimeError as error:
             text = " ".join(str(error).split())
             raise CheckpointError(f"{run.model_file} does not fit {self.config.model}: {text}") from error
-        self.model.to(self.device).eval()
+        self.model.to(self.device)
+        if self.config.split.cut:  # measured as in training: in the codec's format of evaluation
+            self.model = self._over_the_cut(vit, run, resolved["codec"])
+        self.model.eval()
         pre = resolved["preprocessing"]
         self.preprocessing = Preprocessing(**pre | {"mean": tuple(pre["mean"]), "std": tuple(pre["std"])})
         self.normalize = Normalize(self.preprocessing, self.device)
         self.transform = eval_transform(
             self.preprocessing.size, self.preprocessing.interpolation, self.preprocessing.crop_pct
         )
+
+    def _over_the_cut(self, vit: ViT, run: RunFolder, codec: str) -> nn.Module:
+        config = replace(self.config, split=replace(self.config.split, max_bytes=None))
+        cut = Cut(
+            vit,
+            config,
+            num_classes=len(self.classes),
+            device=self.device,
+            precision=self.precision,
+            codec_text=codec,
+        )
+        if "codec" in cut.modules:
+            cut.modules["codec"].load_state_dict(load_tensors(run.codec_file)[0])
+        return cut.evaluator
 
     def score(self, labelled: Iterable[Batch]) -> tuple[float, float]:
         """Accuracy in [0, 1] and mean cross-entropy over labelled batches."""

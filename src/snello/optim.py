@@ -1,6 +1,7 @@
 """The optimizer's parameter groups and the learning rate as a pure function of the step: neither has state to save."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -8,26 +9,34 @@ from snello.vit import ViT
 
 
 def make_optimizer(
-    vit: ViT, *, lr: float, weight_decay: float, layer_decay: float = 1.0, device: torch.device
+    vit: ViT,
+    *,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    device: torch.device,
+    others: Iterable[torch.nn.Parameter] = (),
 ) -> torch.optim.AdamW:
     """AdamW over ALL parameters, frozen ones too, since a method may train them later.
 
     Biases, norms, position and prefix tokens have no weight decay. With `layer_decay` below 1 a layer's learning rate
     is `lr * layer_decay ** (layers above it)`; each group keeps its share of it as `scale`.
+    In a part of a model that is as in the whole. The `others`, which are not the model's, have neither decay.
     """
     groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in vit.model.named_parameters():
         groups.setdefault((vit.layer_of(name), vit.decays(name, parameter)), []).append(parameter)
-    head = vit.depth + 1
+    rows = [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decays else 0.0,
+            "scale": layer_decay ** (vit.top_layer - layer),
+        }
+        for (layer, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+    added = list(others)
     return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": weight_decay if decays else 0.0,
-                "scale": layer_decay ** (head - layer),
-            }
-            for (layer, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
-        ],
+        rows + ([{"params": added, "weight_decay": 0.0, "scale": 1.0}] if added else []),
         lr=lr,
         fused=device.type in ("cpu", "cuda"),
     )

@@ -89,3 +89,36 @@ def _colours(num: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["viridis"](block / max(1, num - 1)) for block in range(num)]
+
+
+def print_traffic(console: Console, summary: dict[str, Any]) -> None:
+    """Prints what crossed the cut, against no compression and against uploading the pictures."""
+    training = summary["uplink_bytes"] + summary["downlink_bytes"]
+    table = Table(title=f"across the cut after block {summary['cut']}, codec {summary['codec']}")
+    for heading in ("", "MB", "of uncompressed"):
+        table.add_column(heading, justify="right" if heading else "left")
+    rows = (
+        ("up", summary["uplink_bytes"]),
+        ("down", summary["downlink_bytes"]),
+        ("training, both ways", training),
+        ("training uncompressed, fp32", summary["uncompressed_bytes"]),
+        ("uploading the pictures once", summary["jpeg_bytes"]),
+        ("evaluation", summary["eval_bytes"]),
+    )
+    for name, size in rows:
+        table.add_row(name, f"{size / 1e6:.2f}", f"{size / summary['uncompressed_bytes']:.2%}")
+    console.print(table)
+    less = summary["uncompressed_bytes"] / training
+    against = training / summary["jpeg_bytes"]
+    side = (
+        f"{against:.1f}x what the pictures' files take"
+        if against >= 1
+        else f"{1 / against:.1f}x less than the pictures' files"
+    )
+    link = f", the link would take {summary['link_seconds']:.1f} s" if "link_seconds" in summary else ""
+    console.print(
+        f"{less:.1f}x less traffic than uncompressed, {side}; client {summary['client_seconds']:.1f} s, server "
+        f"{summary['server_seconds']:.1f} s{link}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -3,6 +3,7 @@
 config.yaml         the effective settings, and under `resolved` what was decided from model, data and machine
 metrics.jsonl       a line per step and per evaluation
 model.safetensors   the weights with the best held-out accuracy, in the model's own names
+codec.safetensors   those of the codec at the cut, where it has any
 last.safetensors    the checkpoint to resume from
 alast.json          the final state of ALaST (with that method)
 summary.json        the result
@@ -34,6 +35,7 @@ class RunFolder:
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.jsonl"
         self.model_file = path / "model.safetensors"
+        self.codec_file = path / "codec.safetensors"
         self.checkpoint_file = path / "last.safetensors"
         self.alast_file = path / "alast.json"
         self.summary_file = path / "summary.json"

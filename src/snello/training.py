@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,22 +26,25 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from snello import checkpoint, comparison, report
+from snello.codecs import AUTO
 from snello.config import FinetuneConfig
 from snello.data import Splits, load_splits, mix
-from snello.devices import Precision, faster_attention, resolve_device, resolve_precision
-from snello.errors import ConfigError, TrainingError
+from snello.devices import Precision, autocast, faster_attention, resolve_device, resolve_precision
+from snello.errors import ConfigError, SnelloWarning, TrainingError
 from snello.inference import Normalize, score
+from snello.learners import Learner, Whole
 from snello.loading import Batch, batches, eval_loader, eval_transform, train_loader, train_transform
-from snello.methods import Method, make_method
 from snello.models import Preprocessing, create_model, preprocessing
-from snello.optim import lr_factor, make_optimizer, set_lr
+from snello.optim import lr_factor
 from snello.runs import RunFolder, require_same_config
+from snello.split import costs
+from snello.split.cut import Cut
 from snello.vit import ViT
 
-NOISE = 1  # keeps the seeds of the model's noise apart from those of order and augmentation
+# These keep the seeds of the model's noise and the codec's apart from those of order and augmentation.
+NOISE, CODEC = 1, 2
 
 
 class Interrupted(Exception):
@@ -68,15 +72,18 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
         skip_bad=config.skip_bad,
         check=config.check_pictures,
     )
-    trainer = Trainer(config, splits, run, saved, console)
-    trainer.fit()
+    with warnings_on(console):
+        trainer = Trainer(config, splits, run, saved, console)
+        trainer.fit()
     summary = trainer.summary()
     checkpoint.save_json(run.summary_file, summary)  # safe before the comparison, which may take long
     report.print_result(console, summary, splits.num_skipped)
     if config.method == "alast":
         report.plot_budgets(run)
-    if config.compare:
-        state = trainer.method.state_dict()
+    if config.split.cut:
+        report.print_traffic(console, summary)
+    elif config.compare:
+        state = trainer.learner.state_dict()["method"]
         del trainer  # its memory is the comparison's
         gc.collect()
         costs = comparison.compare(config, summary, state)
@@ -118,23 +125,28 @@ class Trainer:
         if attention == "auto":
             attention = faster_attention(vit, config.batch_size, self.device, self.precision)
         vit.set_attention_paths([attention] * vit.depth)
-        self.method: Method = make_method(vit, config)
-        optimizer = make_optimizer(
-            vit,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            layer_decay=config.layer_decay,
-            device=self.device,
-        )
-        self.accelerator = make_accelerator(self.device, self.precision)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.normalize = Normalize(self.preprocessing, self.device)
         self.progressed = Progressed()
-        resolved = self._resolved(str(attention))
+        resolved = self._resolved(str(attention), saved.get("codec"))
+        self.learner = self._make_learner(vit, resolved)
         if saved:
             self._resume(saved, resolved)
         else:
             run.write_config(config, resolved)
+
+    def _make_learner(self, vit: ViT, resolved: dict[str, Any]) -> Learner:
+        if self.config.split.cut:
+            vit.model.to(self.device)
+            return Cut(
+                vit,
+                self.config,
+                num_classes=len(self.splits.train.classes),
+                device=self.device,
+                precision=self.precision,
+                codec_text=resolved["codec"],
+                step_samples=[self._num_samples(step) for step in range(self.steps_per_epoch)],
+            )
+        return Whole(vit, self.config, make_accelerator(self.device, self.precision))
 
     @property
     def micro_per_epoch(self) -> int:
@@ -148,8 +160,18 @@ class Trainer:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps in the run."""
-        return self.config.epochs * self.steps_per_epoch
+        """Optimizer steps in the run; a budget of traffic decides alone."""
+        return self.learner.max_steps or self.config.epochs * self.steps_per_epoch
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that those steps begin."""
+        return math.ceil(self.total_steps / self.steps_per_epoch)
+
+    def _num_samples(self, index: int) -> int:
+        """Pictures in the `index`-th step of an epoch."""
+        per_step = self.config.batch_size * self.config.accumulate
+        return min(per_step, len(self.splits.train) - index * per_step)
 
     def fit(self) -> None:
         """Trains from where the run stands to its end, evaluating and saving after every epoch."""
@@ -174,8 +196,8 @@ class Trainer:
 
     def evaluate(self) -> tuple[float, float]:
         """Accuracy in [0, 1] and mean loss on the held-out pictures."""
-        with self.accelerator.autocast():
-            return score(self.model, self._held_out, self.normalize, self.device)
+        with autocast(self.device, self.precision):
+            return score(self.learner.evaluator, self._held_out, self.normalize, self.device)
 
     def summary(self) -> dict[str, Any]:
         """The run's result; the costs are None until they are measured."""
@@ -187,7 +209,7 @@ class Trainer:
             "epochs": self.progressed.epochs,
             "steps": self.progressed.step,
             "train_time_s": round(sum(row["seconds"] for row in rows), 3),
-            **comparison.NOT_MEASURED,
+            **(self._traffic(rows) if self.config.split.cut else comparison.NOT_MEASURED),
             "num_classes": len(self.splits.train.classes),
             "method": self.config.method,
             "model": self.config.model,
@@ -196,6 +218,18 @@ class Trainer:
             "precision": self.precision,
             "attention": self.run.read_config()[1]["attention"],
             "versions": versions(),
+        }
+
+    def _traffic(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """What a cut adds to the result: bytes, seconds of each side and of the link, FLOPs of each side."""
+        timed = ("client_seconds", "server_seconds", "link_seconds")
+        seconds = {name: round(sum(row[name] for row in rows), 3) for name in timed if rows and name in rows[0]}
+        state = self.learner.state_dict()["method"]
+        return {
+            **self.learner.summary(),
+            **seconds,
+            "jpeg_bytes": self.splits.train.file_bytes(),
+            **costs.flops(self.config, self.learner.summary()["codec"], len(self.splits.train.classes), state),
         }
 
     # ------------------------------------------------------------------------------------------------- one step
@@ -207,22 +241,19 @@ class Trainer:
         epoch, index = divmod(step, self.steps_per_epoch)
         first = index * config.accumulate
         last = min(first + config.accumulate, self.micro_per_epoch)
-        num_samples = min(last * config.batch_size, len(self.splits.train)) - first * config.batch_size
-        self.model.train()
-        self.method.step(config.lr, self.optimizer, step / self.total_steps)
+        num_samples = self._num_samples(index)
+        self.learner.begin(step / self.total_steps)
         total = torch.zeros((), device=self.device)
-        for micro in range(first, last):
-            torch.manual_seed(mix(config.seed, NOISE, epoch * self.micro_per_epoch + micro))
-            images, labels = next(stream)
-            loss = self._loss(images, labels) * (len(labels) / num_samples)
-            self.accelerator.backward(loss)
-            total += loss.detach()
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
-        self._require_finite(total, norm)
+        for micro, begin in enumerate(range(first, last, self.learner.buffer)):
+            batches = [self._to_device(next(stream)) for _ in range(min(self.learner.buffer, last - begin))]
+            at = epoch * self.micro_per_epoch + begin
+            torch.manual_seed(mix(config.seed, NOISE, at))
+            seed = mix(config.seed, CODEC, at)
+            total += self._backward(batches, step=step, micro=micro, num_samples=num_samples, seed=seed)
+        norms = self.learner.clip(config.clip_norm)
+        self._require_finite(total, list(norms.values()))
         lr = config.lr * lr_factor(step, self.total_steps, config.warmup)
-        set_lr(self.optimizer, lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.learner.update(lr)
         self.progressed.step = step + 1
         row = {
             "kind": "step",
@@ -230,38 +261,45 @@ class Trainer:
             "epoch": epoch,
             "loss": float(total),
             "lr": lr,
-            "grad_norm": float(norm),
+            **{name: float(norm) for name, norm in norms.items()},
         }
-        self.run.log(row | self.method.metrics() | {"seconds": round(time.perf_counter() - started, 4)})
+        self.run.log(row | self.learner.metrics() | {"seconds": round(time.perf_counter() - started, 4)})
         return float(total)
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        with self.accelerator.autocast():
-            logits = self.model(self.normalize(images))
-        return cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+    def _to_device(self, batch: Batch) -> Batch:
+        images, labels = batch
+        return self.normalize(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
 
-    def _require_finite(self, loss: Tensor, norm: Tensor) -> None:
+    def _backward(self, batches: list[Batch], **options: Any) -> Tensor:
+        try:
+            return self.learner.backward(batches, **options)
+        except TrainingError as error:
+            raise self._stopped(str(error)) from error
+
+    def _require_finite(self, loss: Tensor, norms: list[Tensor]) -> None:
         """Stops before weights are touched. Under fp16 an overflowing gradient is the scaler's to handle."""
-        bad = "loss" if not loss.isfinite() else "gradient" if not norm.isfinite() else None
+        bad = "loss" if not loss.isfinite() else "gradient" if not all(norm.isfinite() for norm in norms) else None
         if bad == "loss" or (bad and self.precision != "fp16"):
-            kept = f"the last good checkpoint is {self.run.checkpoint_file}"
-            if not self.run.checkpoint_file.exists():
-                kept = "no checkpoint had been saved yet"
-            raise TrainingError(
-                f"the {bad} is not finite at step {self.progressed.step + 1}; {kept}; "
-                "try a lower --lr, more --warmup, or --precision fp32"
-            )
+            raise self._stopped(f"the {bad} is not finite")
+
+    def _stopped(self, why: str) -> TrainingError:
+        kept = f"the last good checkpoint is {self.run.checkpoint_file}"
+        if not self.run.checkpoint_file.exists():
+            kept = "no checkpoint had been saved yet"
+        return TrainingError(
+            f"{why} at step {self.progressed.step + 1}; {kept}; try a lower --lr, more --warmup, or --precision fp32"
+        )
 
     def _after_step(self) -> None:
         """At the end of an epoch evaluates, and saves a checkpoint whenever one is due."""
         at, config = self.progressed, self.config
-        if at.step % self.steps_per_epoch:
+        last = at.step == self.total_steps or self.learner.spent(at.step)
+        if at.step % self.steps_per_epoch and not last:
             if config.checkpoint_steps and at.step % config.checkpoint_steps == 0:
                 self._save()
             return
         at.epochs = at.step // self.steps_per_epoch
-        last = at.finished = at.step == self.total_steps
+        at.finished = last
         if last or at.epochs % config.eval_epochs == 0:
             self._evaluate_epoch()
             if not last and config.patience and at.epochs - at.best_epoch >= config.patience:
@@ -275,21 +313,21 @@ class Trainer:
         at.last_accuracy, loss = self.evaluate()
         if at.last_accuracy > at.accuracy:
             at.accuracy, at.best_epoch = at.last_accuracy, at.epochs
-            weights = self.accelerator.unwrap_model(self.model).state_dict()
-            checkpoint.save_tensors(self.run.model_file, weights)
-        self.run.log({"kind": "eval", "step": at.step, "epoch": at.epochs, "accuracy": at.last_accuracy, "loss": loss})
+            files = {"model": self.run.model_file, "codec": self.run.codec_file}
+            for name, module in self.learner.modules.items():
+                checkpoint.save_tensors(files[name], module.state_dict())
+        row = {"kind": "eval", "step": at.step, "epoch": at.epochs, "accuracy": at.last_accuracy, "loss": loss}
+        self.run.log(row | self.learner.eval_metrics())
         self.console.print(f"epoch {at.epochs}: accuracy {at.last_accuracy:.2%}, loss {loss:.4f}", highlight=False)
 
     # ------------------------------------------------------------------------------------- saving and resuming
 
     def _save(self) -> None:
-        state = asdict(self.progressed) | {"method": self.method.state_dict()}
-        if self.accelerator.scaler is not None:
-            state["scaler"] = self.accelerator.scaler.state_dict()
-        model = self.accelerator.unwrap_model(self.model)
-        checkpoint.save_checkpoint(self.run.checkpoint_file, model, self.optimizer, state)
+        learner = self.learner.state_dict()
+        state = {"progressed": asdict(self.progressed), "learner": learner}
+        checkpoint.save_checkpoint(self.run.checkpoint_file, self.learner.modules, self.learner.optimizers, state)
         if self.config.method == "alast" and self.progressed.finished:
-            checkpoint.save_json(self.run.alast_file, state["method"])
+            checkpoint.save_json(self.run.alast_file, learner["method"])
 
     def _resume(self, saved: dict[str, Any], resolved: dict[str, Any]) -> None:
         changed = [name for name in ("classes", "num_train", "num_val") if saved.get(name) != resolved[name]]
@@ -303,18 +341,14 @@ class Trainer:
         if not self.run.checkpoint_file.exists():
             self.run.forget_after(0)
             return
-        model = self.accelerator.unwrap_model(self.model)
-        state = checkpoint.load_checkpoint(self.run.checkpoint_file, model, self.optimizer)
-        self.method.load_state_dict(state.pop("method"))
-        scaler = state.pop("scaler", None)
-        if scaler is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(scaler)
-        state.pop("version")
-        self.progressed = Progressed(**state)
+        learner = self.learner
+        state = checkpoint.load_checkpoint(self.run.checkpoint_file, learner.modules, learner.optimizers)
+        learner.load_state_dict(state["learner"])
+        self.progressed = Progressed(**state["progressed"])
         self.run.forget_after(self.progressed.step)
         self.console.print(f"resuming after step {self.progressed.step} of {self.total_steps}", highlight=False)
 
-    def _resolved(self, attention: str) -> dict[str, Any]:
+    def _resolved(self, attention: str, codec: str | None) -> dict[str, Any]:
         """What was decided from model, data and machine; a resumed run takes it from its config.yaml."""
         return {
             "device": str(self.device),
@@ -327,7 +361,11 @@ class Trainer:
             "num_val": len(self.splits.val),
             "num_skipped": self.splits.num_skipped,
             "versions": versions(),
-        }
+        } | ({"codec": codec or self._codec_text()} if self.config.split.cut else {})
+
+    def _codec_text(self) -> str:
+        text = self.config.split.codec
+        return AUTO if text.strip() == "auto" else text
 
     # --------------------------------------------------------------------------------------------- data, display
 
@@ -337,7 +375,7 @@ class Trainer:
             self.splits.train,
             train_transform(pre.size, pre.interpolation, self.config.augment),
             batch_size=self.config.batch_size,
-            epochs=self.config.epochs,
+            epochs=self.epochs,
             seed=self.config.seed,
             start=start,
             workers=self.config.workers,
@@ -392,6 +430,22 @@ def make_accelerator(device: torch.device, precision: Precision) -> Accelerator:
         del os.environ["ACCELERATE_TORCH_DEVICE"]
         if before is not None:
             os.environ["ACCELERATE_TORCH_DEVICE"] = before
+
+
+@contextmanager
+def warnings_on(console: Console) -> Iterator[None]:
+    """Prints snello's own warnings as one line on `console`."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, SnelloWarning):
+                console.print(f"warning: {message}", highlight=False, soft_wrap=True)
+            else:
+                shown(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

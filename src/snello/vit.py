@@ -6,6 +6,7 @@ is attached and calls the block's own submodules. Switched off, or in eval mode,
 B: samples, N: tokens including prefix tokens, D: embed dim, H: heads, K: kept tokens.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
@@ -15,10 +16,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from snello import tokens
-from snello.errors import ModelError
+from snello.errors import ConfigError, ModelError
 
 AttentionPath = Literal["fused", "explicit"]
 DropAt = Literal["mid", "block-end"]
+Score = Literal["auto", "cls", "received"]
 
 SUPPORTED = (
     "timm VisionTransformer models (ViT, DeiT with and without distillation token, DINOv2, registers) made of "
@@ -27,6 +29,7 @@ SUPPORTED = (
 POOLS = ("token", "avg", "avgmax", "max")
 PREFIX_PARAMETERS = ("cls_token", "reg_token", "dist_token", "pos_embed")
 EMBEDDINGS = (*PREFIX_PARAMETERS, "patch_embed", "norm_pre")
+HEADS = ("head", "head_dist")
 
 
 class BlockObserver(Protocol):
@@ -63,7 +66,11 @@ class ViT:
         self.blocks: list[Any] = list(model.blocks)  # timm has no types
         self.num_prefix_tokens: int = model.num_prefix_tokens
         self.has_cls: bool = model.has_class_token
+        self.num_patches = int(model.patch_embed.num_patches)
+        """Patch tokens of one picture at the model's own size."""
         self.embed_dim: int = model.embed_dim
+        self.top_layer = len(self.blocks) + 1
+        """The layer of what comes after the blocks; in a part of a model, that of the whole."""
         self._adapters = [_adapter(block, index, self) for index, block in enumerate(self.blocks)]
 
     @property
@@ -71,25 +78,20 @@ class ViT:
         """The number of blocks."""
         return len(self.blocks)
 
-    @property
-    def num_patches(self) -> int:
-        """Patch tokens of one picture at the model's own size."""
-        return int(self.model.patch_embed.num_patches)
-
     def embedding_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the patch, position and prefix embeddings."""
         return (p for name, p in self.model.named_parameters() if name.split(".")[0] in EMBEDDINGS)
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the classifier, both of them with a distillation token."""
-        return (p for name, p in self.model.named_parameters() if name.split(".")[0] in ("head", "head_dist"))
+        return (p for name, p in self.model.named_parameters() if name.split(".")[0] in HEADS)
 
     def layer_of(self, name: str) -> int:
-        """The layer of the parameter `name`: 0 for embeddings, i + 1 for block i, depth + 1 for what comes after."""
+        """The layer of the parameter `name`: 0 for embeddings, i + 1 for block i, `top_layer` for what comes after."""
         top, *rest = name.split(".")
         if top in EMBEDDINGS:
             return 0
-        return int(rest[0]) + 1 if top == "blocks" else self.depth + 1
+        return int(rest[0]) + 1 if top == "blocks" else self.top_layer
 
     @staticmethod
     def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -105,6 +107,92 @@ class ViT:
         """Makes block i compute attention by `paths[i]`; both give the same result up to rounding."""
         for block, path in zip(self.blocks, paths, strict=True):
             block.attn.fused_attn = path == "fused"
+
+    def cut(self, blocks: int, *, head_below: bool = False) -> tuple["ViT", "ViT"]:
+        """Two Vision Transformers that together are this one: embeddings and the first blocks, and all the rest.
+
+        They share this model's modules and parameters, each under its name in the whole model, so that their
+        `state_dict`s add up to the model's.
+
+        Args:
+            blocks: those of the lower part, in 1..depth - 1.
+            head_below: gives the classifier to the lower part (U-shape); the upper one ends with the features.
+
+        Raises:
+            ConfigError: where `blocks` is out of range.
+        """
+        if not 1 <= blocks < self.depth:
+            raise ConfigError(f"--split.cut must be in 1..{self.depth - 1} (the model's depth less 1), got {blocks}")
+        lower, upper = _shell(self.model), _shell(self.model)
+        for part, kept in ((lower, range(blocks)), (upper, range(blocks, self.depth))):
+            part.blocks = nn.Sequential()
+            for index in kept:
+                part.blocks.add_module(str(index), self.blocks[index])
+        for name in PREFIX_PARAMETERS:
+            if name in upper._parameters:
+                upper._parameters[name] = None
+        lower.norm = lower.fc_norm = nn.Identity()
+        upper.norm_pre = upper.patch_drop = nn.Identity()
+        for name in HEADS:
+            if hasattr(self.model, name):
+                setattr(upper if head_below else lower, name, nn.Identity())
+        upper._pos_embed = _unchanged
+        parts = ViT(lower), ViT(upper)
+        upper.patch_embed = nn.Identity()  # only now: ViT looks at its number of patches
+        for part in parts:
+            part.top_layer = self.top_layer
+        return parts
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, D) after the last block and norm, of pictures (B, 3, H, W), or of tokens in an upper part."""
+        z: Tensor = self.model.forward_features(x)
+        return z
+
+    def features(self, z: Tensor) -> Tensor:
+        """What the classifier sees of tokens (B, N, D): (B, D), or (B, 2, D) where a distillation token is read too."""
+        if hasattr(self.model, "head_dist"):
+            return z[:, :2]
+        features: Tensor = self.model.forward_head(z, pre_logits=True)
+        return features
+
+    def head(self, features: Tensor) -> Tensor:
+        """The logits (B, C) of features."""
+        logits: Tensor = self.model.forward_head(features) if features.ndim == 3 else self.model.head(features)
+        return logits
+
+    def classify(self, z: Tensor) -> Tensor:
+        """The logits (B, C) of tokens (B, N, D)."""
+        return self.head(self.features(z))
+
+    def watch(self, index: int) -> None:
+        """Makes the attention of block `index` available to `cls_attention` after every forward in training mode."""
+        self._adapters[index].watch()
+
+    def cls_attention(self, index: int, score: Score = "auto") -> Tensor:
+        """How much attention each token that the watched block passed on received in the last forward, once.
+
+        Args:
+            index: of the block.
+            score: `cls` from the CLS token, `received` on average from all tokens; `auto` is the first that there is.
+
+        Returns:
+            (B, K) float32, >= 0, mean over heads, without gradient.
+
+        Raises:
+            ModelError: for `cls` in a model without CLS token.
+        """
+        if score == "cls" and not self.has_cls:
+            raise ModelError("score=cls needs a CLS token, which this model lacks: use score=received")
+        return self._adapters[index].take_attention(self.has_cls if score == "auto" else score == "cls")
+
+    def take_positions(self) -> Tensor | None:
+        """Where the tokens that the last forward kept stood before, (B, K) int64; None where it dropped none."""
+        positions = None
+        for adapter in self._adapters:
+            kept, adapter.kept = adapter.kept, None
+            if kept is not None:
+                positions = kept if positions is None else positions.gather(1, kept)
+        return positions
 
     def attach(self, observer: BlockObserver) -> None:
         """Lets `observer` see and drop tokens in every block until `detach`.
@@ -136,8 +224,16 @@ class BlockAdapter:
         self.has_cls = vit.has_cls
         self.observer: BlockObserver | None = None
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self.kept: Tensor | None = None
+        """Indices (B, K) of the tokens that the last forward kept; None where it dropped none."""
         self._capturing = False
+        self._watched: torch.utils.hooks.RemovableHandle | None = None
         self._qkv: Tensor | None = None
+
+    def watch(self) -> None:
+        """Keeps what the attention row is computed from, in training mode, with or without an observer."""
+        if self._watched is None:
+            self._watched = self.block.attn.qkv.register_forward_hook(self._capture_watched)
 
     def attach(self, observer: BlockObserver) -> None:
         """Replaces the block's forward."""
@@ -162,6 +258,7 @@ class BlockAdapter:
             return result
         if attn_mask is not None or is_causal:
             raise ModelError("attention masks are not supported while tokens are dropped: detach first")
+        self.kept = None
         num_patches = x.shape[1] - self.num_prefix_tokens
         num_keep = observer.num_keep(self.index, num_patches)
         if num_keep >= num_patches:
@@ -177,7 +274,8 @@ class BlockAdapter:
             h = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
         finally:
             self._capturing = False
-        index = tokens.keep_top(self._take_scores(), num_keep, self.num_prefix_tokens)
+        index = tokens.keep_top(self._scores(self.has_cls), num_keep, self.num_prefix_tokens)
+        self.kept = index
         if observer.drop_at == "mid":
             h = tokens.gather(h, index)
         y: Tensor = h + block.drop_path2(block.ls2(block.mlp(block.norm2(h))))
@@ -203,15 +301,25 @@ class BlockAdapter:
         if self._capturing:
             self._qkv = output.detach()
 
+    def _capture_watched(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if self.block.training and not recomputing():
+            self._qkv = output.detach()
+
+    def take_attention(self, from_cls: bool) -> Tensor:
+        """Attention that each token which the watched block passed on received, (B, K) float32."""
+        scores = self._scores(from_cls, take=True)
+        return scores if self.kept is None else scores.gather(1, self.kept)
+
     @torch.no_grad()
-    def _take_scores(self) -> Tensor:
+    def _scores(self, from_cls: bool, take: bool = False) -> Tensor:
         """Attention that each token receives, (B, N) float32: from the CLS token, or the mean over all queries."""
         attn, qkv = self.block.attn, self._qkv
         assert qkv is not None
-        self._qkv = None  # held no longer than needed: it counts as memory
+        if take or self._watched is None:
+            self._qkv = None  # held no longer than needed: it counts as memory
         B, N, _ = qkv.shape
         q, k, _ = qkv.view(B, N, 3, attn.num_heads, attn.head_dim).unbind(2)
-        if self.has_cls:
+        if from_cls:
             q = q[:, :1]
         q, k = attn.q_norm(q).transpose(1, 2), attn.k_norm(k).transpose(1, 2)  # (B, H, 1 or N, head_dim)
         logits = (q * attn.scale) @ k.transpose(-2, -1)
@@ -229,6 +337,18 @@ def _adapter(block: Any, index: int, vit: ViT) -> BlockAdapter:
     if attn.gate is not None or not isinstance(attn.norm, nn.Identity):
         raise _unsupported("attention with a gate" if attn.gate is not None else "attention with scale_norm")
     return BlockAdapter(block, index, vit)
+
+
+def _shell(model: Any) -> Any:
+    """A copy of a module that shares all it holds, and can be given other parts without changing the first."""
+    shell = copy.copy(model)
+    for name in ("_modules", "_parameters", "_buffers"):
+        setattr(shell, name, dict(getattr(model, name)))
+    return shell
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def _unsupported(what: str) -> ModelError:

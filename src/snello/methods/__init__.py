@@ -69,8 +69,10 @@ class AdaptiveMethod:
 
     def __init__(self, vit: ViT, config: FinetuneConfig) -> None:
         options = {name: value for name, value in vars(config.alast).items() if name != "full_tail"}
+        if options["blocks"] is not None and vit.depth < vit.top_layer - 1:  # a half trains its share of them
+            options["blocks"] = max(1, round(options["blocks"] * vit.depth / (vit.top_layer - 1)))
         try:
-            self.alast = ALaST(vit.model, **options, seed=config.seed)
+            self.alast = ALaST(vit, **options, seed=config.seed)
         except ConfigError as error:
             raise ConfigError(f"--alast.{error}") from None  # the name as the user typed it
         self._tail = 1 - config.alast.full_tail
@@ -107,9 +109,10 @@ def _head(vit: ViT, config: FinetuneConfig) -> Method:
 
 
 def _last_k(vit: ViT, config: FinetuneConfig) -> Method:
-    if config.last_k > vit.depth:
-        raise ConfigError(f"--last-k must be in 1..{vit.depth} (the model's depth), got {config.last_k}")
-    first = vit.depth - config.last_k + 1
+    depth = vit.top_layer - 1
+    if config.last_k > depth:
+        raise ConfigError(f"--last-k must be in 1..{depth} (the model's depth), got {config.last_k}")
+    first = depth - config.last_k + 1
     return Fixed(vit, {id(p) for name, p in vit.model.named_parameters() if vit.layer_of(name) >= first})
 
 
@@ -125,10 +128,12 @@ METHODS: dict[str, Callable[[ViT, FinetuneConfig], Method]] = {
 }
 
 
-def make_method(vit: ViT, config: FinetuneConfig) -> Method:
-    """The method that `config` names, attached to the model; nothing is frozen by ALaST before its first step.
+def make_method(vit: ViT, config: FinetuneConfig, name: str | None = None) -> Method:
+    """The method that `name`, or else `config`, names, attached to a model or a part of one.
+
+    Nothing is frozen by ALaST before its first step.
 
     Raises:
         ConfigError: where an option does not fit the model.
     """
-    return METHODS[config.method](vit, config)
+    return METHODS[name or config.method](vit, config)

@@ -39,7 +39,8 @@ class ALaST:
     Build the optimizer over all parameters, before the first `step`: a block frozen now trains later.
 
     Args:
-        model: a supported ViT (see `snello.vit.ViT`); not yet compiled or wrapped for data parallelism.
+        model: a supported ViT (see `snello.vit.ViT`), or a part of one; not yet compiled or wrapped for data
+            parallelism.
         blocks: blocks that train at each step, K in 1..depth; default: three quarters of the depth.
         start_budget: budget of every block at the start, in (0, 1].
         min_budget: lowest budget, in (0, start_budget].
@@ -62,7 +63,7 @@ class ALaST:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | ViT,
         *,
         blocks: int | None = None,
         start_budget: float = 0.9,
@@ -76,7 +77,7 @@ class ALaST:
         moments: Literal["keep", "release"] = "keep",
         seed: int = 0,
     ) -> None:
-        self.vit = ViT(model)
+        self.vit = model if isinstance(model, ViT) else ViT(model)
         depth = self.vit.depth
         self.num_blocks = max(1, round(depth * 0.75)) if blocks is None else blocks
         _check(1 <= self.num_blocks <= depth, f"blocks must be in 1..{depth} (the model's depth)", self.num_blocks)

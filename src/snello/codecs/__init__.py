@@ -1,0 +1,78 @@
+"""What may stand at the cut: every codec is one small file and one line of CODECS.
+
+Reducers leave fewer numbers (ADC, top-k, C3-SL, BottleNet++); formats say how numbers travel (floats, integers,
+FedLite's codebooks). `adc(0.2)+int4` chains them: any number of reducers, at most one format, which comes last.
+"""
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+from snello.codecs.grammar import Part, parse
+from snello.errors import ConfigError
+
+CODECS = {
+    "none": "snello.codecs.floats:Float32",
+    "bf16": "snello.codecs.floats:BFloat16",
+    "fp16": "snello.codecs.floats:Float16",
+    "int8": "snello.codecs.integers:Int8",
+    "int4": "snello.codecs.integers:Int4",
+    "int2": "snello.codecs.integers:Int2",
+    "adc": "snello.methods.adc:ADC",
+    "topk": "snello.codecs.topk:TopK",
+    "randtopk": "snello.codecs.randtopk:RandTopK",
+    "c3sl": "snello.codecs.c3sl:C3SL",
+    "bottlenet": "snello.codecs.bottlenet:BottleNet",
+    "fedlite": "snello.codecs.fedlite:FedLite",
+}
+# Measured, see docs/adc.md: the fewest bytes within a point of training without compression.
+AUTO = "adc(samples=1, tokens=0.4)+int4"
+
+
+def parse_codec(text: str, flag: str = "codec") -> list[Part]:
+    """The parts of a codec's text; `auto` is the recommended chain.
+
+    Raises:
+        ConfigError: where the text does not parse or names an unknown codec.
+    """
+    return parse(AUTO if text.strip() == "auto" else text, CODECS, flag)
+
+
+def codec_class(name: str) -> Any:
+    """The class behind the name of a codec."""
+    module, _, attribute = CODECS[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def build(part: Part, flag: str, **given: Any) -> Any:
+    """The codec that `part` describes; `given` are arguments that do not come from the text.
+
+    Raises:
+        ConfigError: for an unknown option, or a value that is not in its range.
+    """
+    cls = codec_class(part.name)
+    options = {
+        name: parameter
+        for name, parameter in inspect.signature(cls).parameters.items()
+        if name not in given and name != "self"
+    }
+    if len(part.positional) > len(options):
+        raise ConfigError(f"{flag}: {part.name} has {len(options)} options, got {len(part.positional)} values")
+    values = dict(zip(options, part.positional, strict=False))
+    for name, value in part.named:
+        if name not in options:
+            raise ConfigError(f"{flag}: {part.name} has no option {name!r}; known: {', '.join(options) or 'none'}")
+        if name in values:
+            raise ConfigError(f"{flag}: {part.name} has two values for {name}")
+        values[name] = value
+    missing = [name for name, p in options.items() if p.default is p.empty and name not in values]
+    if missing:
+        raise ConfigError(f"{flag}: {part.name} needs a value for {missing[0]}, as {part.name}({missing[0]}=...)")
+    accepted = {name: value for name, value in given.items() if name in inspect.signature(cls).parameters}
+    try:
+        return cls(**values, **accepted)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{flag}: {part}: {error}") from None
+
+
+__all__ = ["AUTO", "CODECS", "build", "codec_class", "parse_codec"]

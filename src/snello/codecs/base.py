@@ -1,0 +1,313 @@
+"""The interface of everything that may stand at the cut, and the chain that composes it.
+
+On the way up, reducers make the activations smaller, one after the other, and the format writes the numbers that are
+left. On the way down, the format writes the gradient with respect to those same numbers, and autograd carries it
+back through the reducers of either side: on the server through decoding, on the client through encoding.
+
+B: samples, N: tokens including prefix tokens, D: embed dim, R: rows that are left (B, or fewer where samples merge).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from snello.codecs import build, codec_class, parse_codec
+from snello.data import mix
+from snello.errors import ConfigError, TrainingError
+from snello.vit import Score
+
+Arrays = dict[str, Tensor]
+"""Arrays for the wire; a name is a kind of `snello.split.frames.ARRAY_KINDS`, or `kind.detail`."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a codec may know of an exchange besides the activations."""
+
+    num_prefix_tokens: int = 1
+    attention: Tensor | None = None
+    """(B, N) float32: how much attention each token received, for codecs that ask for it."""
+    positions: Tensor | None = None
+    """(B, N) int64: where each token stood before some were dropped on the client; None where none were."""
+    num_positions: int = 0
+    """Tokens before any were dropped."""
+    seed: int = 0
+    """Of everything random in this exchange."""
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        """A fresh generator on `device`."""
+        return torch.Generator(device).manual_seed(self.seed % 2**63)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What a reducer leaves."""
+
+    values: Tensor
+    """The numbers that are left, with the graph that leads to them."""
+    side: Arrays = field(default_factory=dict)
+    """What decoding needs besides, without gradient; named by kind."""
+    groups: Tensor | None = None
+    """(B,) int64: the row that each sample went into; None where every sample is a row of its own."""
+
+
+class Reducer(nn.Module):
+    """Leaves fewer numbers. Parameters of `encoder` train on the client, those of `decoder` on the server."""
+
+    source = ""
+    """Where the idea comes from."""
+    score: Score | None = None
+    """Which attention `encode` needs in its context; None: none."""
+    buffer = 1
+    """Forward passes that are reduced together."""
+    last = False
+    """Whether what it leaves are no tokens, so that no other reducer can follow."""
+    in_model = False
+    """Whether the model is trained around it, so that it stays in place in eval mode."""
+    weighting: Literal["rows", "sizes"] = "rows"
+    """How the loss weighs merged rows: all alike, or by the number of samples in them."""
+
+    def encode(self, z: Tensor, context: Context) -> Reduced:
+        """Makes z (B, N, D) smaller."""
+        raise NotImplementedError
+
+    def decode(self, values: Tensor, side: Arrays) -> Tensor:
+        """Tokens for the server's blocks, (R, K, D), differentiable in `values`."""
+        return values
+
+    def metrics(self) -> dict[str, Any]:
+        """What is logged of the exchanges since the last call."""
+        return {}
+
+
+class Format:
+    """Writes numbers as arrays, and gradients with respect to them; straight-through where it rounds."""
+
+    source = ""
+
+    def pack(self, x: Tensor, context: Context) -> Arrays:
+        """Arrays that describe x, of any shape; the one named `values` is the payload."""
+        raise NotImplementedError
+
+    def unpack(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """What `pack` was given, up to its error."""
+        raise NotImplementedError
+
+    def pack_gradient(self, x: Tensor, context: Context) -> Arrays:
+        """The same for the gradient on its way down."""
+        return self.pack(x, context)
+
+    def unpack_gradient(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """What `pack_gradient` was given, up to its error."""
+        return self.unpack(arrays)
+
+    def correct(self, gradient: Tensor, sent: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+        """The gradient that the client goes on with, of what it `sent` as `arrays`."""
+        return gradient
+
+
+@dataclass(frozen=True)
+class Message:
+    """Activations on their way up, as the client holds them."""
+
+    arrays: Arrays
+    """What crosses the wire."""
+    sent: Tensor
+    """The numbers that the arrays describe, with the client's graph behind them: the gradient comes back to these."""
+    groups: Tensor | None
+    """(B,) int64: the row that each sample went into; None where every sample is a row of its own."""
+    num_rows: int
+    """R."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Activations as the server sees them."""
+
+    z: Tensor
+    """(R, K, D): the tokens its blocks see."""
+    leaf: Tensor
+    """What z was computed from; its `.grad` is what goes down."""
+
+
+class Codec(nn.Module):
+    """A chain of reducers and a format, for either side of the cut.
+
+    In eval mode nothing is merged or dropped: activations travel in `eval_format`, through those reducers only around
+    which the model is trained.
+
+    Args:
+        text: as `adc(0.2)+int8`, see `snello.codecs.grammar`.
+        embed_dim: D.
+        eval_text: the format of evaluation, e.g. `int8`.
+        seed: of fixed random keys and of starting weights, equal on both sides.
+        flag: what the user typed the text after, for messages.
+
+    Raises:
+        ConfigError: where the text does not parse or an option is out of range.
+    """
+
+    def __init__(
+        self, text: str, *, embed_dim: int, eval_text: str = "int8", seed: int = 0, flag: str = "codec"
+    ) -> None:
+        super().__init__()
+        self.text = text
+        with torch.random.fork_rng():  # a codec's starting weights are its own affair
+            torch.manual_seed(mix(seed, 0xC0DEC))
+            made = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(text, flag)]
+            (self.eval_format,) = _formats([build(part, flag) for part in parse_codec(eval_text, flag)], flag)
+        for part in made[:-1]:
+            if isinstance(part, Format):
+                raise ConfigError(f"{flag} {text!r}: a number format must come last, and there can be one only")
+        _check_order([part for part in made if isinstance(part, Reducer)], f"{flag} {text!r}")
+        formats = [part for part in made if isinstance(part, Format)]
+        self.format: Format = formats[0] if formats else build(parse_codec("none")[0], flag)
+        self.reducers = nn.ModuleList(part for part in made if isinstance(part, Reducer))
+        self.buffer = max([1, *(part.buffer for part in self._all)])
+        self.score: Score | None = next((part.score for part in self._all if part.score is not None), None)
+        self.weighting = next((part.weighting for part in self._all if part.weighting != "rows"), "rows")
+
+    @property
+    def feature_dtype(self) -> torch.dtype:
+        """How head features travel in U-shape: as they are where nothing is rounded, else in 16 bits."""
+        return torch.float32 if isinstance(self.format, codec_class("none")) else torch.bfloat16
+
+    @property
+    def _all(self) -> list[Reducer]:
+        return [part for part in self.reducers if isinstance(part, Reducer)]
+
+    @property
+    def _active(self) -> list[Reducer]:
+        return [part for part in self._all if self.training or part.in_model]
+
+    @property
+    def _format(self) -> Format:
+        return self.format if self.training else self.eval_format
+
+    def client_parameters(self) -> Iterator[nn.Parameter]:
+        """What trains on the client."""
+        return (p for name, p in self.named_parameters() if ".encoder." in name)
+
+    def server_parameters(self) -> Iterator[nn.Parameter]:
+        """What trains on the server."""
+        return (p for name, p in self.named_parameters() if ".decoder." in name)
+
+    def encode(self, z: Tensor, context: Context) -> Message:
+        """Activations z (B, N, D) as arrays for the wire.
+
+        Raises:
+            TrainingError: where z is not finite.
+        """
+        _require_finite(z, "activations", self.text)
+        arrays: Arrays = {}
+        groups = None
+        with torch.autocast(z.device.type, enabled=False):  # sums and distances keep the precision they come in
+            sent = z
+            num_rows = len(z)
+            for index, part in enumerate(self._active):
+                reduced = part.encode(sent, context)
+                sent = reduced.values
+                if reduced.groups is not None:
+                    groups, num_rows = reduced.groups, len(sent)
+                arrays |= {f"{name}.{index}": value for name, value in reduced.side.items()}
+            packed = self._format.pack(sent.detach(), context)
+        arrays["activations"] = packed.pop("values")
+        return Message(arrays | packed, sent, groups, num_rows)
+
+    def decode(self, arrays: Mapping[str, Tensor], *, with_gradient: bool = True) -> Decoded:
+        """What the server goes on with; without gradient nothing is to go down."""
+        side: list[Arrays] = [{} for _ in self._active]
+        for name, value in arrays.items():
+            base, _, index = name.rpartition(".")
+            if index.isdigit() and int(index) < len(side):
+                side[int(index)][base] = value
+        leaf = self._format.unpack({**arrays, "values": arrays["activations"]})
+        leaf.requires_grad_(self.training and with_gradient)
+        with torch.autocast(leaf.device.type, enabled=False):
+            z = leaf
+            for part, its in zip(reversed(self._active), reversed(side), strict=True):
+                z = part.decode(z, its)
+        return Decoded(z, leaf)
+
+    def encode_gradient(self, gradient: Tensor, context: Context) -> Arrays:
+        """The leaf's gradient as arrays for the way down.
+
+        Raises:
+            TrainingError: where it is not finite.
+        """
+        _require_finite(gradient, "gradients", self.text)
+        packed = self.format.pack_gradient(gradient, context)
+        return {"gradients": packed.pop("values")} | packed
+
+    def decode_gradient(self, message: Message, arrays: Mapping[str, Tensor]) -> Tensor:
+        """The gradient with respect to `message.sent`, of its shape and dtype."""
+        gradient = self.format.unpack_gradient({**arrays, "values": arrays["gradients"]})
+        return self.format.correct(gradient, message.sent, message.arrays).to(message.sent.dtype)
+
+    def metrics(self) -> dict[str, Any]:
+        """What the reducers have to say of the exchanges since the last call."""
+        return {name: value for part in self._all for name, value in part.metrics().items()}
+
+
+def _check_order(reducers: list[Reducer], where: str) -> None:
+    for index, part in enumerate(reducers):
+        if part.score is not None and index > 0:
+            raise ConfigError(f"{where}: adc looks at the tokens that leave the client, so it must come first")
+        if part.last and index + 1 < len(reducers):
+            raise ConfigError(f"{where}: only a number format can follow a codec that leaves no tokens (topk, c3sl)")
+
+
+def _formats(made: list[Any], flag: str) -> list[Format]:
+    if len(made) != 1 or not isinstance(made[0], Format):
+        raise ConfigError(f"{flag}: activations are evaluated in one number format, such as none, bf16, int8")
+    return made
+
+
+def _require_finite(x: Tensor, what: str, codec: str) -> None:
+    if not bool(x.isfinite().all()):
+        raise TrainingError(
+            f"the {what} at the cut hold NaN or infinite values, which the codec {codec} cannot encode; "
+            "try a lower --lr, more --warmup, or --precision fp32"
+        )
+
+
+def require(ok: bool, name: str, rule: str, got: object) -> None:
+    """Raises the ConfigError `name must be rule, got ...` unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{name} must be {rule}, got {got}")
+
+
+def number(value: object, name: str) -> float:
+    """`value` as it is, where it is a number.
+
+    Raises:
+        ConfigError: where it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{name} must be a number, got {value!r}")
+    return value
+
+
+def integer(value: object, name: str, least: int) -> int:
+    """`value` as it is, where it is a whole number from `least` on.
+
+    Raises:
+        ConfigError: where it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} must be a whole number from {least} on, got {value!r}")
+    return value
+
+
+def ratio(value: object, name: str) -> float:
+    """`value` as it is, where it is a number in (0, 1].
+
+    Raises:
+        ConfigError: where it is none.
+    """
+    value = number(value, name)
+    require(0 < value <= 1, name, "in (0, 1]", value)
+    return value

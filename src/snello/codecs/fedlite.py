@@ -1,0 +1,81 @@
+"""FedLite: product quantization of the activations, with a correction of the gradient for what was lost.
+
+Source: FedLite: A Scalable Approach for Federated Learning on Resource-constrained Clients, arXiv:2201.11865.
+Every token is cut into subvectors; one codebook of them all is sent with the index of each subvector's nearest entry.
+The gradient of the whole decoded tensor comes down uncompressed, so the ratio of both ways stays above one half.
+Deviation: the codebook is learned on a sample of the subvectors, then set to the means of all that are nearest.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from snello.codecs.base import Arrays, Context, Format, integer, number, require
+from snello.codecs.integers import pack_bits, unpack_bits
+from snello.tokens import kmeans
+
+SAMPLE = 2048
+CODE_BITS = (1, 2, 4, 8)
+
+
+class FedLite(Format):
+    """Subvectors of every token as indices into a codebook; gradients uncompressed.
+
+    Args:
+        subvectors: that a token is cut into; the last numbers that do not fill one are padded with zeros.
+        clusters: entries of the codebook, in 2..256.
+        correction: weight of the quantization error that is added to the gradient, >= 0.
+    """
+
+    source = "https://arxiv.org/abs/2201.11865"
+
+    def __init__(self, subvectors: int = 16, clusters: int = 16, correction: float = 1e-4) -> None:
+        self.subvectors = integer(subvectors, "subvectors", 1)
+        self.clusters = integer(clusters, "clusters", 2)
+        require(clusters <= 256, "clusters", "at most 256", clusters)
+        self.correction = number(correction, "correction")
+        require(self.correction >= 0, "correction", "0 or more", correction)
+        self.bits = next(bits for bits in CODE_BITS if 2**bits >= clusters)
+
+    def pack(self, x: Tensor, context: Context) -> Arrays:
+        """Codes, several to a byte; the codebook as `scales`, shapes as `indices`."""
+        width = math.ceil(x.shape[-1] / self.subvectors)
+        padded = torch.nn.functional.pad(x.float(), (0, width * self.subvectors - x.shape[-1]))
+        vectors = padded.reshape(-1, width)
+        codebook = self._codebook(vectors, context)
+        codes = torch.cdist(vectors, codebook).argmin(dim=1)
+        sums = torch.zeros_like(codebook).index_add_(0, codes, vectors)
+        sizes = codes.bincount(minlength=len(codebook)).unsqueeze(1)
+        codebook = torch.where(sizes > 0, sums / sizes.clamp_min(1), codebook)
+        shape = torch.tensor(x.shape, dtype=torch.int32)
+        codes = codes.to(torch.uint8).view(*x.shape[:-1], self.subvectors)
+        return {"values": pack_bits(codes, self.bits), "scales": codebook, "indices.shape": shape}
+
+    def unpack(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """Every subvector replaced by its entry of the codebook."""
+        shape = arrays["indices.shape"].tolist()
+        codes = unpack_bits(arrays["values"], self.bits, self.subvectors).long()
+        return arrays["scales"][codes].flatten(-2)[..., : shape[-1]].reshape(shape)
+
+    def pack_gradient(self, x: Tensor, context: Context) -> Arrays:
+        """As it is."""
+        return {"values": x.contiguous()}
+
+    def unpack_gradient(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """As it is."""
+        return arrays["values"].detach()
+
+    def correct(self, gradient: Tensor, sent: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+        """The gradient plus `correction` times what quantization lost."""
+        lost = sent.detach() - self.unpack({**arrays, "values": arrays["activations"]})
+        return gradient + self.correction * lost
+
+    def _codebook(self, vectors: Tensor, context: Context) -> Tensor:
+        generator = context.generator(vectors.device)
+        sample = vectors
+        if len(vectors) > SAMPLE:
+            chosen = torch.randint(len(vectors), (SAMPLE,), generator=generator, device=vectors.device)
+            sample = vectors[chosen]
+        return kmeans(sample, min(self.clusters, len(sample)), generator, max_iter=20)[1]

@@ -1,0 +1,92 @@
+"""Top-k: of every sample the largest numbers, with their places; the gradient comes back for those alone.
+
+Source: the sparsification that "Reducing Communication for Split Learning by Randomized Top-k Sparsification"
+(arXiv:2305.18469) starts from.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from snello.codecs.base import Arrays, Context, Reduced, Reducer, ratio
+
+
+class TopK(Reducer):
+    """The largest numbers of every sample and their places, sent as a bitmap or as indices, whichever is smaller.
+
+    Args:
+        ratio: share of the uncompressed bytes of both ways, in (0, 1], that numbers and places may take together.
+    """
+
+    last = True
+    source = "https://arxiv.org/abs/2305.18469"
+
+    def __init__(self, ratio: float) -> None:
+        super().__init__()
+        self.ratio = _ratio(ratio, "ratio")
+
+    def encode(self, z: Tensor, context: Context) -> Reduced:
+        """The chosen numbers, (B, m); places as `indices`, the number of tokens as `indices.tokens`."""
+        flat = z.reshape(len(z), -1)
+        plan = _plan(flat.shape[1], self.ratio)
+        index = self._choose(flat.detach().abs(), plan.num_kept, context).sort(dim=1).values
+        side = {
+            "indices": _bitmap(index, flat.shape[1]) if plan.as_bitmap else _as_bytes(index, plan.index_bytes),
+            "indices.shape": torch.tensor(z.shape[1:], dtype=torch.int32),
+        }
+        return Reduced(flat.gather(1, index), side)
+
+    def decode(self, values: Tensor, side: Arrays) -> Tensor:
+        """Zero but at the chosen places."""
+        num_tokens, width = side["indices.shape"].tolist()
+        num = num_tokens * width
+        if _plan(num, self.ratio).as_bitmap:
+            bits = torch.arange(8, device=values.device, dtype=torch.uint8)
+            mask = (side["indices"].unsqueeze(-1) >> bits & 1).flatten(1)[:, :num]
+            index = mask.nonzero()[:, 1].view(values.shape)
+        else:
+            index = _from_bytes(side["indices"])
+        flat = torch.zeros(len(values), num, dtype=values.dtype, device=values.device)
+        return flat.scatter(1, index, values).view(-1, num_tokens, width)
+
+    def _choose(self, sizes: Tensor, num_kept: int, context: Context) -> Tensor:
+        """Places (B, m) of the numbers to send, given their sizes (B, N * D)."""
+        return sizes.topk(num_kept, dim=1, sorted=False).indices
+
+
+class _Plan(NamedTuple):
+    num_kept: int
+    as_bitmap: bool
+    index_bytes: int
+
+
+def _plan(num: int, ratio: float) -> _Plan:
+    """How many of `num` numbers fit: each takes 4 bytes up, 4 down, and its share of what says where it stood."""
+    index_bytes = max(1, math.ceil(math.log2(max(2, num)) / 8))
+    budget = 8 * num * ratio
+    by_index = budget / (8 + index_bytes)
+    by_bitmap = (budget - num / 8) / 8
+    return _Plan(max(1, min(num, int(max(by_index, by_bitmap)))), by_bitmap > by_index, index_bytes)
+
+
+def _bitmap(index: Tensor, num: int) -> Tensor:
+    """Places (B, m) of `num` as (B, ceil(num / 8)) uint8."""
+    mask = torch.zeros(len(index), math.ceil(num / 8) * 8, dtype=torch.uint8, device=index.device)
+    mask.scatter_(1, index, 1)
+    bits = torch.arange(8, device=index.device, dtype=torch.uint8)
+    return (mask.view(len(index), -1, 8) << bits).sum(dim=2, dtype=torch.uint8)
+
+
+def _as_bytes(index: Tensor, num_bytes: int) -> Tensor:
+    """Places (B, m) as (B, m, num_bytes) uint8, the lowest byte first."""
+    return torch.stack([(index >> 8 * byte & 0xFF).to(torch.uint8) for byte in range(num_bytes)], dim=2)
+
+
+def _from_bytes(packed: Tensor) -> Tensor:
+    parts = [packed[..., byte].long() << 8 * byte for byte in range(packed.shape[2])]
+    return torch.stack(parts).sum(dim=0)
+
+
+_ratio = ratio  # the option of that name hides it

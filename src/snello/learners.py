@@ -1,0 +1,152 @@
+"""What the training loop drives: a whole model, a model cut in one process, or later a half of one.
+
+The loop knows pictures, steps and checkpoints; a learner knows how one micro-step makes gradients and how they become
+an update.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from snello.config import FinetuneConfig
+from snello.loading import Batch
+from snello.methods import Method, make_method
+from snello.optim import make_optimizer, set_lr
+from snello.vit import ViT
+
+
+class Learner(Protocol):
+    """One model in training; every call is about the step under way."""
+
+    buffer: int
+    """Batches that make one micro-step."""
+    max_steps: int | None
+    """Optimizer steps after which a budget is spent; None without one."""
+    modules: Mapping[str, nn.Module]
+    """What has weights to save, by name; `model` is the whole model in its own names."""
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    """What updates them, by name."""
+    evaluator: nn.Module
+    """Normalised pictures (B, 3, H, W) to logits (B, C), in eval mode."""
+
+    def begin(self, progress: float) -> None:
+        """Once per step, before its first micro-step; `progress` is the share of the run that is done, in [0, 1)."""
+
+    def backward(self, batches: Sequence[Batch], *, step: int, micro: int, num_samples: int, seed: int) -> Tensor:
+        """One micro-step: forward and backward over normalised pictures and labels on the device.
+
+        Args:
+            batches: up to `buffer` of them.
+            step: of the optimizer.
+            micro: micro-step within the step.
+            num_samples: pictures in the whole step, the loss's denominator.
+            seed: of what is random outside the model.
+
+        Returns:
+            The micro-step's part of the step's mean loss, () float32.
+        """
+
+    def clip(self, max_norm: float) -> dict[str, Tensor]:
+        """Clips gradients (0: not) and returns their norms before that, named for the log."""
+
+    def update(self, lr: float) -> None:
+        """Moves the weights and drops the gradients."""
+
+    def spent(self, step: int) -> bool:
+        """Whether the budget leaves no room for another step after `step` of them."""
+
+    def metrics(self) -> dict[str, Any]:
+        """What is logged of the step."""
+
+    def eval_metrics(self) -> dict[str, Any]:
+        """What is logged of an evaluation."""
+
+    def summary(self) -> dict[str, Any]:
+        """What is said of the whole run."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is neither in `modules` nor in `optimizers`, as values that JSON can hold."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict()`."""
+
+
+class Whole:
+    """A model in one piece, on Accelerate."""
+
+    buffer = 1
+    max_steps: int | None = None
+
+    def __init__(self, vit: ViT, config: FinetuneConfig, accelerator: Accelerator) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.method: Method = make_method(vit, config)
+        optimizer = make_optimizer(
+            vit,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            layer_decay=config.layer_decay,
+            device=accelerator.device,
+        )
+        self._model, self._optimizer = accelerator.prepare(vit.model, optimizer)
+        self.modules: Mapping[str, nn.Module] = {"model": accelerator.unwrap_model(self._model)}
+        self.optimizers: Mapping[str, torch.optim.Optimizer] = {"optimizer": self._optimizer}
+        self.evaluator: nn.Module = self._model
+
+    def begin(self, progress: float) -> None:
+        """See `Learner`."""
+        self._model.train()
+        self.method.step(self.config.lr, self._optimizer, progress)
+
+    def backward(self, batches: Sequence[Batch], *, step: int, micro: int, num_samples: int, seed: int) -> Tensor:
+        """See `Learner`."""
+        ((images, labels),) = batches
+        with self.accelerator.autocast():
+            logits = self._model(images)
+        loss = cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+        loss = loss * (len(labels) / num_samples)
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def clip(self, max_norm: float) -> dict[str, Tensor]:
+        """See `Learner`."""
+        norm = self.accelerator.clip_grad_norm_(self._model.parameters(), max_norm or math.inf)
+        assert norm is not None
+        return {"grad_norm": norm}
+
+    def update(self, lr: float) -> None:
+        """See `Learner`."""
+        set_lr(self._optimizer, lr)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def spent(self, step: int) -> bool:
+        """Never."""
+        return False
+
+    def metrics(self) -> dict[str, Any]:
+        """The method's."""
+        return self.method.metrics()
+
+    def eval_metrics(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def summary(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The method's, and the gradient scaler's in half precision."""
+        scaler = self.accelerator.scaler
+        return {"method": self.method.state_dict()} | ({} if scaler is None else {"scaler": scaler.state_dict()})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Learner`."""
+        self.method.load_state_dict(state["method"])
+        if "scaler" in state and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,279 @@
+"""Bytes on the wire: a fixed header and a safetensors body of typed arrays. All bytes are counted here.
+
+    magic "snlo" | version u8 | kind u8 | flags u16 | step u64 | micro-step u32 | body bytes u64      little-endian
+    body: safetensors (u64 length, JSON of names, dtypes, shapes and offsets, then the arrays' bytes)
+
+A frame is a list of buffers that share memory with the tensors they come from; who sends them may join them. What is
+received is checked against limits before memory is taken. No pickle.
+"""
+
+import json
+import math
+import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum, IntFlag
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from snello.errors import ProtocolError
+
+MAGIC, VERSION = b"snlo", 1
+HEADER = struct.Struct("<4sBBHQIQ")
+MAX_JSON_BYTES = 1 << 20
+MAX_BODY_BYTES = 1 << 31
+ARRAY_KINDS = ("activations", "gradients", "labels", "scales", "indices")
+"""What an array on the wire is, for the counters; its name is its kind, or `kind.detail`."""
+BYTE_KINDS = (*ARRAY_KINDS, "headers", "evaluation")
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+Direction = Literal["uplink", "downlink"]
+Buffer = bytes | memoryview
+
+
+class Kind(IntEnum):
+    """What a frame carries."""
+
+    ACTIVATIONS = 1
+    """Up: the codec's arrays, with labels where the server has the loss."""
+    GRADIENTS = 2
+    """Down: the gradient of what the activations described."""
+    FEATURES = 3
+    """Down, in U-shape: what the classifier sees."""
+    FEATURE_GRADIENTS = 4
+    """Up, in U-shape."""
+    EVALUATION = 5
+    """Up: activations of held-out pictures."""
+    EVALUATED = 6
+    """Down: what the server made of them, logits or in U-shape features."""
+
+
+class Flags(IntFlag):
+    """What else a frame says."""
+
+    FORWARD_ONLY = 1
+    """Up: the client trains nothing below the cut and wants no gradient."""
+    OVERFLOW = 2
+    """The gradient overflowed in half precision: both sides skip this step."""
+
+
+NOTHING = Flags(0)
+EVALUATION_KINDS = (Kind.EVALUATION, Kind.EVALUATED)
+UPLINK_KINDS = (Kind.ACTIVATIONS, Kind.FEATURE_GRADIENTS, Kind.EVALUATION)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One message of an exchange."""
+
+    kind: Kind
+    step: int
+    micro: int
+    arrays: dict[str, Tensor]
+    """Named by kind, or `kind.detail`; the kinds are ARRAY_KINDS."""
+    flags: Flags = NOTHING
+
+
+@dataclass
+class Counters:
+    """Bytes by direction and kind: what was written, headers included."""
+
+    uplink: Counter[str] = field(default_factory=Counter)
+    downlink: Counter[str] = field(default_factory=Counter)
+
+    def add(self, frame: Frame, sizes: Mapping[str, int]) -> None:
+        """Counts a frame of these sizes by kind; its kind says which way it goes."""
+        counter = self.uplink if frame.kind in UPLINK_KINDS else self.downlink
+        if frame.kind in EVALUATION_KINDS:
+            counter["evaluation"] += sum(sizes.values())
+        else:
+            counter.update(sizes)
+
+    def total(self, direction: Direction) -> int:
+        """Training bytes of one way: all but evaluation."""
+        return sum(size for kind, size in getattr(self, direction).items() if kind != "evaluation")
+
+    @property
+    def training(self) -> int:
+        """Training bytes of both ways."""
+        return self.total("uplink") + self.total("downlink")
+
+    @property
+    def evaluation(self) -> int:
+        """Bytes of evaluation, both ways."""
+        return self.uplink["evaluation"] + self.downlink["evaluation"]
+
+    def state_dict(self) -> dict[str, dict[str, int]]:
+        """As plain numbers."""
+        return {"uplink": dict(self.uplink), "downlink": dict(self.downlink)}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
+        """Goes on from a `state_dict()`."""
+        self.uplink, self.downlink = Counter(state["uplink"]), Counter(state["downlink"])
+
+
+def sizes(frame: Frame) -> dict[str, int]:
+    """Bytes that `write` makes of a frame, by kind, without writing it; of tensors on any device, `meta` too."""
+    counted: Counter[str] = Counter(headers=HEADER.size + len(_json(frame.arrays)))
+    for name, value in frame.arrays.items():
+        counted[_kind(name)] += value.numel() * value.element_size()
+    return dict(counted)
+
+
+def write(frame: Frame) -> list[Buffer]:
+    """The frame as buffers, in order; those of arrays on the CPU share their memory."""
+    head = _json(frame.arrays)
+    body = len(head) + sum(value.numel() * value.element_size() for value in frame.arrays.values())
+    header = HEADER.pack(MAGIC, VERSION, frame.kind, frame.flags, frame.step, frame.micro, body)
+    return [header + head, *(_bytes(frame.arrays[name]) for name in _order(frame.arrays))]
+
+
+def read(buffers: Sequence[Buffer], max_body_bytes: int = MAX_BODY_BYTES) -> Frame:
+    """The frame that `write` made, from its buffers or from all of them joined in one.
+
+    The arrays share memory with the buffers: they are to be read, not written.
+
+    Raises:
+        ProtocolError: for anything that `write` does not make, or a body larger than `max_body_bytes`.
+    """
+    first = memoryview(buffers[0])
+    head = parse_header(first, max_body_bytes)
+    body = head.body_bytes
+    if sum(len(buffer) for buffer in buffers) != HEADER.size + body:
+        raise ProtocolError(f"a frame of {HEADER.size + body} bytes was announced, {sum(map(len, buffers))} came")
+    table, start = _parse_table(first[HEADER.size :], body)
+    rest = first[HEADER.size + start :]
+    if len(buffers) == 1:
+        parts = [rest[entry.begin : entry.end] for entry in table]
+    else:
+        parts = [memoryview(buffer) for buffer in buffers[1:]]
+        if len(rest) or [len(part) for part in parts] != [entry.end - entry.begin for entry in table]:
+            raise ProtocolError("the buffers of a frame do not fit its table")
+    arrays = {entry.name: _tensor(entry, part) for entry, part in zip(table, parts, strict=True)}
+    return Frame(head.kind, head.step, head.micro, arrays, head.flags)
+
+
+class Header(NamedTuple):
+    """What the first HEADER.size bytes of a frame say."""
+
+    kind: Kind
+    flags: Flags
+    step: int
+    micro: int
+    body_bytes: int
+
+
+def parse_header(data: Buffer, max_body_bytes: int = MAX_BODY_BYTES) -> Header:
+    """The header of a frame, from its first HEADER.size bytes.
+
+    Raises:
+        ProtocolError: for anything that is no header of this version, or a body larger than `max_body_bytes`.
+    """
+    if len(data) < HEADER.size:
+        raise ProtocolError(f"a frame's header has {HEADER.size} bytes, got {len(data)}")
+    magic, version, kind, flags, step, micro, body = HEADER.unpack(bytes(data[: HEADER.size]))
+    if magic != MAGIC:
+        raise ProtocolError("this is no frame of snello's protocol")
+    if version != VERSION:
+        raise ProtocolError(f"a frame of protocol version {version}; this snello speaks version {VERSION}")
+    if flags & ~sum(Flags):
+        raise ProtocolError(f"unknown flags in a frame: {flags:#x}")
+    if kind not in Kind._value2member_map_:
+        raise ProtocolError(f"unknown kind of frame: {kind}")
+    if body > max_body_bytes:
+        raise ProtocolError(f"a frame of {body} bytes is larger than the limit of {max_body_bytes}")
+    return Header(Kind(kind), Flags(flags), step, micro, body)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _order(arrays: Mapping[str, Tensor]) -> list[str]:
+    """Large elements first, as safetensors does, so that every array is aligned."""
+    return sorted(arrays, key=lambda name: (-arrays[name].element_size(), name))
+
+
+def _json(arrays: Mapping[str, Tensor]) -> bytes:
+    """The length-prefixed table of a safetensors body, padded to 8 bytes."""
+    table: dict[str, Any] = {}
+    at = 0
+    for name in _order(arrays):
+        value = arrays[name]
+        _kind(name)
+        end = at + value.numel() * value.element_size()
+        table[name] = {"dtype": NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text) + HEADER.size) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _parse_table(data: memoryview, body: int) -> tuple[list[_Entry], int]:
+    """The entries of a body's table in the order of their bytes, and where those bytes begin."""
+    if len(data) < 8:
+        raise ProtocolError("the body of a frame is cut off")
+    (length,) = struct.unpack("<Q", data[:8])
+    if length > min(MAX_JSON_BYTES, body - 8) or length > len(data) - 8:
+        raise ProtocolError(f"the table of a frame cannot have {length} bytes")
+    try:
+        table = json.loads(bytes(data[8 : 8 + length]))
+        entries = [_entry(name, row) for name, row in table.items()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ProtocolError(f"the table of a frame cannot be read: {type(error).__name__}") from None
+    at = 0
+    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != at:
+            raise ProtocolError(f"the array {entry.name!r} of a frame does not begin where the one before ends")
+        at = entry.end
+    if at != body - 8 - length:
+        raise ProtocolError("the arrays of a frame do not fill its body")
+    return sorted(entries, key=lambda entry: (entry.begin, entry.end)), 8 + length
+
+
+def _entry(name: str, row: Mapping[str, Any]) -> _Entry:
+    dtype, shape, (begin, end) = DTYPES[row["dtype"]], tuple(row["shape"]), row["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError
+    _kind(name)
+    return _Entry(name, dtype, shape, begin, end)
+
+
+def _kind(name: str) -> str:
+    kind = name.split(".")[0]
+    if kind not in ARRAY_KINDS:
+        raise ProtocolError(f"unknown kind of array: {name[:40]!r}")
+    return kind
+
+
+def _bytes(value: Tensor) -> memoryview:
+    flat = value.detach().contiguous().cpu().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _tensor(entry: _Entry, data: memoryview) -> Tensor:
+    if not len(data):
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    if data.readonly:  # torch has no tensors that cannot be written to
+        data = memoryview(bytearray(data))
+    return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)

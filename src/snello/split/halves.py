@@ -1,0 +1,354 @@
+"""One Vision Transformer in two halves that know of each other only the frames they exchange.
+
+    labels on the server      activations, labels ->                     <- gradients, loss
+    labels on the client      activations ->  <- features                feature gradients ->  <- gradients
+    (U-shape)
+
+An exchange is a conversation: the client starts it, and each side answers the other's frame until the client has
+nothing more to say. Where the frames travel is another's business.
+
+B: samples, N: tokens, D: embed dim, R: rows after merging (B where nothing merges), C: classes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from snello.codecs.base import Codec, Context, Message
+from snello.errors import ProtocolError
+from snello.loading import Batch
+from snello.methods import Method
+from snello.split.frames import NOTHING, Flags, Frame, Kind
+from snello.vit import ViT
+
+Labels = Literal["server", "client"]
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+class Half:
+    """What both sides have: a part of the model, its method, its optimizer, and the codec.
+
+    Args:
+        vit: the part of the model.
+        method: attached to it.
+        optimizer: over all of the part's parameters and the codec's on this side.
+        codec: equal on both sides.
+        labels: where the labels are, and with them the classifier's loss.
+        label_smoothing: in [0, 1).
+        num_classes: C.
+        autocast: the precision of forward passes.
+        scale: factor on the loss against underflow in half precision; what crosses the cut is free of it.
+    """
+
+    def __init__(
+        self,
+        vit: ViT,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        codec: Codec,
+        *,
+        labels: Labels,
+        num_classes: int,
+        label_smoothing: float = 0.0,
+        autocast: Autocast,
+        scale: Callable[[], float] = lambda: 1.0,
+    ) -> None:
+        self.vit, self.method, self.optimizer, self.codec = vit, method, optimizer, codec
+        self.labels, self.num_classes, self.label_smoothing = labels, num_classes, label_smoothing
+        self.autocast, self.scale = autocast, scale
+        self.overflow = False
+        """Whether a gradient of the step under way overflowed in half precision, here or on the other side."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the half computes."""
+        device: torch.device = next(self.vit.model.parameters()).device
+        return device
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All that this side's optimizer holds."""
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def train(self, mode: bool = True) -> None:
+        """Training or eval mode, as in PyTorch."""
+        self.vit.model.train(mode)
+        self.codec.train(mode)
+
+    def begin(self, lr: float, progress: float) -> None:
+        """Once per optimizer step, before its first exchange; see `Method.step`."""
+        self.overflow = False
+        self.train()
+        self.method.step(lr, self.optimizer, progress)
+
+    def _loss(self, logits: Tensor, targets: "Targets") -> Tensor:
+        """Cross-entropy, mean over rows, or weighted by their number of samples where the codec says so."""
+        if targets.sizes is None or self.codec.weighting == "rows":
+            return cross_entropy(logits.float(), targets.values, label_smoothing=self.label_smoothing)
+        losses = cross_entropy(logits.float(), targets.values, label_smoothing=self.label_smoothing, reduction="none")
+        return (losses * targets.sizes).sum() / targets.sizes.sum()
+
+    def _on_device(self, frame: Frame) -> dict[str, Tensor]:
+        return {name: value.to(self.device, non_blocking=True) for name, value in frame.arrays.items()}
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the loss compares logits with."""
+
+    values: Tensor
+    """Classes (B,) int64, or their shares in every row, (R, C) float32."""
+    sizes: Tensor | None
+    """(R,) float32: samples in every row; None where every sample is a row of its own."""
+
+    @classmethod
+    def of(cls, labels: Tensor, groups: Tensor | None, num_rows: int, num_classes: int) -> "Targets":
+        """Of labels (B,) whose samples went into the rows `groups` (B,)."""
+        if groups is None:
+            return cls(labels, None)
+        counts = torch.zeros(num_rows, num_classes, device=labels.device)
+        counts.index_put_((groups, labels), torch.ones_like(labels, dtype=counts.dtype), accumulate=True)
+        sizes = counts.sum(dim=1)
+        return cls(counts / sizes.unsqueeze(1), sizes)
+
+
+def number_type(largest: int) -> torch.dtype:
+    """The smallest type for whole numbers from 0 to `largest`."""
+    return torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
+
+
+def labels_to_arrays(labels: Tensor, message: Message, num_classes: int) -> dict[str, Tensor]:
+    """Labels (B,) for the wire in the smallest type: ordered by row, with the rows' sizes where samples were merged.
+
+    That says as much as the soft labels (R, C) would, exactly, in B + R numbers.
+    """
+    small = number_type(num_classes - 1)
+    if message.groups is None:
+        return {"labels": labels.to(small)}
+    sizes = message.groups.bincount(minlength=message.num_rows)
+    order = (message.groups * num_classes + labels).argsort()
+    return {"labels": labels[order].to(small), "labels.sizes": sizes.to(number_type(len(labels)))}
+
+
+def labels_from_arrays(arrays: dict[str, Tensor], num_classes: int) -> Targets:
+    """What `labels_to_arrays` was given, as targets.
+
+    Raises:
+        ProtocolError: where labels are missing or out of range.
+    """
+    if "labels" not in arrays:
+        raise ProtocolError("a frame of activations came without labels")
+    labels = arrays["labels"].long()
+    if labels.ndim != 1 or bool((labels < 0).any()) or bool((labels >= num_classes).any()):
+        raise ProtocolError(f"labels must be in 0..{num_classes - 1}")
+    sizes = arrays.get("labels.sizes")
+    if sizes is None:
+        return Targets(labels, None)
+    sizes = sizes.long()
+    if int(sizes.sum()) != len(labels) or bool((sizes < 1).any()):
+        raise ProtocolError("the sizes of merged rows do not add up to the number of labels")
+    groups = torch.arange(len(sizes), device=labels.device).repeat_interleave(sizes)
+    return Targets.of(labels, groups, len(sizes), num_classes)
+
+
+@dataclass
+class _Pending:
+    """An exchange that the client waits on."""
+
+    step: int
+    micro: int
+    message: Message
+    context: Context
+    targets: Targets
+    share: float
+    features: Tensor | None = None
+
+
+class ClientHalf(Half):
+    """Embeddings and first blocks, on the side that has the pictures; in U-shape the classifier too."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._pending: _Pending | None = None
+        self.loss = torch.zeros(())
+        """The last exchange's loss, times its share of the step."""
+        if self.codec.score is not None:
+            self.vit.watch(self.vit.depth - 1)
+
+    def start(self, batches: Sequence[Batch], *, step: int, micro: int, num_samples: int, seed: int) -> Frame:
+        """Runs the client's blocks on one or more batches and encodes what comes out, as one exchange.
+
+        Args:
+            batches: normalised pictures (B, 3, H, W) and labels (B,) int64, on the half's device.
+            step: of the optimizer.
+            micro: exchange within the step.
+            num_samples: pictures in the whole step.
+            seed: of everything random in the codec.
+
+        Raises:
+            TrainingError: where the activations are not finite.
+        """
+        z, context = self._activations([images for images, _ in batches], seed)
+        labels = torch.cat([labels for _, labels in batches])
+        message = self.codec.encode(z, context)
+        targets = Targets.of(labels, message.groups, message.num_rows, self.num_classes)
+        share = len(labels) / num_samples
+        self._pending = _Pending(step, micro, message, context, targets, share)
+        arrays = dict(message.arrays)
+        if self.labels == "server":
+            arrays |= labels_to_arrays(labels, message, self.num_classes)
+            arrays["labels.share"] = torch.tensor([share])
+        flags = NOTHING if message.sent.requires_grad else Flags.FORWARD_ONLY
+        return Frame(Kind.ACTIVATIONS, step, micro, arrays, flags)
+
+    def answer(self, frame: Frame) -> Frame | None:
+        """Goes on with an exchange as the server's frame asks; None ends it.
+
+        Raises:
+            ProtocolError: for a frame that does not belong to the exchange under way.
+        """
+        pending = self._pending
+        if pending is None or (frame.step, frame.micro) != (pending.step, pending.micro):
+            raise ProtocolError(f"a frame of step {frame.step}.{frame.micro} came, which is not under way")
+        self.overflow |= Flags.OVERFLOW in frame.flags
+        arrays = self._on_device(frame)
+        if frame.kind == Kind.FEATURES and self.labels == "client" and pending.features is None:
+            return self._take_loss(pending, frame, arrays)
+        if frame.kind != Kind.GRADIENTS:
+            raise ProtocolError(f"a frame of kind {frame.kind.name} came, where gradients were waited for")
+        self._pending = None
+        if self.labels == "server":
+            self.loss = arrays["gradients.loss"].squeeze(0)
+        if "gradients" in arrays and not self.overflow:
+            gradient = self.codec.decode_gradient(pending.message, arrays)
+            torch.autograd.backward(pending.message.sent, gradient * self.scale())
+        return None
+
+    def evaluate(self, images: Tensor) -> Frame:
+        """The activations of normalised pictures (B, 3, H, W) in the format of evaluation; after `train(False)`."""
+        z, context = self._activations([images], 0)
+        return Frame(Kind.EVALUATION, 0, 0, self.codec.encode(z, context).arrays)
+
+    def logits(self, frame: Frame) -> Tensor:
+        """Logits (B, C) of the pictures of `evaluate`, from the server's answer."""
+        values = self._on_device(frame)["activations"]
+        if self.labels == "server":
+            return values
+        with self.autocast():
+            return self.vit.head(values)
+
+    def _activations(self, pictures: Iterable[Tensor], seed: int) -> tuple[Tensor, Context]:
+        """The tokens of all pictures in one tensor (B, N, D), and what the codec may know of them."""
+        z, attention, positions = [], [], []
+        training = self.vit.model.training
+        for images in pictures:
+            with self.autocast():
+                z.append(self.vit.tokens(images))
+            if training and self.codec.score is not None:
+                attention.append(self.vit.cls_attention(self.vit.depth - 1, self.codec.score))
+            positions.append(self.vit.take_positions() if training else None)
+        where = [p for p in positions if p is not None]
+        context = Context(
+            num_prefix_tokens=self.vit.num_prefix_tokens,
+            attention=torch.cat(attention) if attention else None,
+            positions=torch.cat(where) if where else None,
+            num_positions=self.vit.num_prefix_tokens + self.vit.num_patches,
+            seed=seed,
+        )
+        return torch.cat(z), context
+
+    def _take_loss(self, pending: _Pending, frame: Frame, arrays: dict[str, Tensor]) -> Frame | None:
+        """The classifier and the loss on features that came down, and the features' gradient if it is wanted."""
+        features = arrays["activations"].float().requires_grad_()
+        with self.autocast():
+            logits = self.vit.head(features)
+        loss = self._loss(logits, pending.targets) * pending.share
+        self.loss = loss.detach()
+        torch.autograd.backward(loss * self.scale())
+        if Flags.FORWARD_ONLY in frame.flags:
+            self._pending = None
+            return None
+        assert features.grad is not None
+        pending.features = features
+        gradient = features.grad / self.scale()
+        flags = NOTHING
+        if not bool(gradient.isfinite().all()) and self.scale() != 1:
+            self.overflow, flags = True, Flags.OVERFLOW
+        values = {"gradients": gradient.to(self.codec.feature_dtype)}
+        return Frame(Kind.FEATURE_GRADIENTS, pending.step, pending.micro, values, flags)
+
+
+class ServerHalf(Half):
+    """The other blocks and, but in U-shape, the classifier; it never sees a picture."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._pending: tuple[Frame, Tensor, Tensor] | None = None  # activations' frame, leaf, features
+
+    def answer(self, frame: Frame) -> Frame:
+        """The server's part of an exchange: gradients of activations, or in U-shape features first.
+
+        Raises:
+            ProtocolError: for a frame that does not fit the exchange.
+            TrainingError: where the gradient is not finite.
+        """
+        arrays = self._on_device(frame)
+        if frame.kind == Kind.EVALUATION:
+            return self._evaluate(arrays)
+        if frame.kind == Kind.ACTIVATIONS:
+            return self._forward(frame, arrays)
+        if frame.kind == Kind.FEATURE_GRADIENTS and self._pending is not None:
+            return self._backward(frame, arrays)
+        raise ProtocolError(f"a frame of kind {frame.kind.name} came out of turn")
+
+    def _forward(self, frame: Frame, arrays: dict[str, Tensor]) -> Frame:
+        decoded = self.codec.decode(arrays, with_gradient=Flags.FORWARD_ONLY not in frame.flags)
+        with self.autocast():
+            features = self.vit.features(self.vit.tokens(decoded.z))
+            logits = self.vit.head(features) if self.labels == "server" else None
+        if logits is None:
+            self._pending = frame, decoded.leaf, features
+            flags = NOTHING if features.requires_grad else Flags.FORWARD_ONLY
+            values = features.detach().to(self.codec.feature_dtype)
+            return Frame(Kind.FEATURES, frame.step, frame.micro, {"activations": values}, flags)
+        share = float(arrays["labels.share"])
+        loss = self._loss(logits, labels_from_arrays(arrays, self.num_classes)) * share
+        if loss.requires_grad:
+            torch.autograd.backward(loss * self.scale())
+        answer = self._gradients(frame, decoded.leaf)
+        answer.arrays["gradients.loss"] = loss.detach().view(1)
+        return answer
+
+    def _backward(self, frame: Frame, arrays: dict[str, Tensor]) -> Frame:
+        assert self._pending is not None
+        first, leaf, features = self._pending
+        if (frame.step, frame.micro) != (first.step, first.micro):
+            raise ProtocolError(f"a frame of step {frame.step}.{frame.micro} came, which is not under way")
+        self._pending = None
+        self.overflow |= Flags.OVERFLOW in frame.flags
+        if features.requires_grad and not self.overflow:
+            torch.autograd.backward(features, (arrays["gradients"].float() * self.scale()).to(features.dtype))
+        return self._gradients(first, leaf)
+
+    def _gradients(self, frame: Frame, leaf: Tensor) -> Frame:
+        """What goes down at the end of an exchange; nothing where the client wants none, or after an overflow."""
+        arrays: dict[str, Tensor] = {}
+        if leaf.grad is not None:
+            gradient = leaf.grad / self.scale()
+            if self.scale() != 1 and not bool(gradient.isfinite().all()):
+                self.overflow = True
+            else:
+                arrays = self.codec.encode_gradient(gradient, Context(seed=frame.step))
+        flags = Flags.OVERFLOW if self.overflow else NOTHING
+        return Frame(Kind.GRADIENTS, frame.step, frame.micro, arrays, flags)
+
+    def _evaluate(self, arrays: dict[str, Tensor]) -> Frame:
+        z = self.codec.decode(arrays).z
+        with self.autocast():
+            features = self.vit.features(self.vit.tokens(z))
+            answer = self.vit.head(features) if self.labels == "server" else features
+        return Frame(Kind.EVALUATED, 0, 0, {"activations": answer.detach().float()})
