@@ -244,7 +244,8 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--per-class", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--seeds", default="0", help="of every setting; those marked so get 0,1,2")
+    parser.add_argument("--seeds", default="0", help="of every setting")
+    parser.add_argument("--more-seeds", default="1,2", help="of the settings marked so")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--device", default="cpu")
@@ -257,19 +258,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
-    seeds = [int(seed) for seed in args.seeds.split(",")]
-    for seed in () if args.no_train else sorted({*seeds, 0, 1, 2}):
+    seeds, more = ([int(seed) for seed in text.split(",") if seed] for text in (args.seeds, args.more_seeds))
+    for seed in () if args.no_train else sorted({*seeds, *more}):
         for setting in SETTINGS:  # every setting with one seed before the next seed
             if args.only and setting.name not in args.only.split(";"):
                 continue
             if seed not in seeds and not setting.more_seeds:
                 continue
             summary = train(setting, args, seed)
-            print(
-                f"seed {seed}  {setting.name:50} {summary['last_accuracy']:.2%}  {1 / summary['ratio']:7.2f}x fewer bytes"
-                f"  {summary['train_time_s']:.0f} s",
-                flush=True,
-            )
+            accuracy, less = summary["last_accuracy"], 1 / summary["ratio"]
+            took = summary["train_time_s"]
+            print(f"seed {seed}  {setting.name:50} {accuracy:.2%}  {less:7.2f}x fewer bytes  {took:.0f} s", flush=True)
     if args.out:
         write(args)
 

@@ -152,10 +152,13 @@ def test_other_version_is_refused(tmp_path, monkeypatch):
 def test_model_and_optimizer_come_back(tmp_path, freeze):
     path = tmp_path / "last.safetensors"
     model, optimizer = trained_model(freeze=freeze)
-    save_checkpoint(path, model, optimizer, {"step": 3})
+    save_checkpoint(path, {"model": model}, {"optimizer": optimizer}, {"step": 3})
     other, other_optimizer = trained_model(steps=0)
     other_optimizer.param_groups[0]["lr"] = 0.5  # a function of the step, not of the checkpoint
-    assert load_checkpoint(path, other, other_optimizer) == {"version": checkpoint.VERSION, "step": 3}
+    assert load_checkpoint(path, {"model": other}, {"optimizer": other_optimizer}) == {
+        "version": checkpoint.VERSION,
+        "step": 3,
+    }
     assert other_optimizer.param_groups[0]["lr"] == 0.5
     for name, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], value)
@@ -165,7 +168,7 @@ def test_model_and_optimizer_come_back(tmp_path, freeze):
         assert entry.keys() == states[1][index].keys() == {"step", "exp_avg", "exp_avg_sq"}
         for key, value in entry.items():
             assert torch.equal(value, states[1][index][key]) and value.dtype == states[1][index][key].dtype
-    save_checkpoint(tmp_path / "again", other, other_optimizer, {"step": 3})
+    save_checkpoint(tmp_path / "again", {"model": other}, {"optimizer": other_optimizer}, {"step": 3})
     (tensors, state), (again, again_state) = load_tensors(path), load_tensors(tmp_path / "again")
     assert tensors.keys() == again.keys() and state == again_state
     assert all(torch.equal(value, again[name]) for name, value in tensors.items())
@@ -173,10 +176,10 @@ def test_model_and_optimizer_come_back(tmp_path, freeze):
 
 def test_checkpoint_of_another_model_is_refused_in_one_line(tmp_path):
     model, optimizer = trained_model()
-    save_checkpoint(tmp_path / "a", model, optimizer, {})
+    save_checkpoint(tmp_path / "a", {"model": model}, {"optimizer": optimizer}, {})
     other = nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 2))
     with pytest.raises(CheckpointError, match="does not fit the model") as caught:
-        load_checkpoint(tmp_path / "a", other, torch.optim.AdamW(other.parameters()))
+        load_checkpoint(tmp_path / "a", {"model": other}, {"optimizer": torch.optim.AdamW(other.parameters())})
     assert "\n" not in str(caught.value)
 
 
@@ -184,7 +187,7 @@ def test_checkpoint_of_another_model_is_refused_in_one_line(tmp_path):
 def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch, error):
     path = tmp_path / "last.safetensors"
     model, optimizer = trained_model()
-    save_checkpoint(path, model, optimizer, {"step": 3})
+    save_checkpoint(path, {"model": model}, {"optimizer": optimizer}, {"step": 3})
     before = path.read_bytes()
 
     def full(tensors, filename, metadata):
@@ -193,7 +196,7 @@ def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(CheckpointError, match="the one before is untouched"):
-        save_checkpoint(path, model, optimizer, {"step": 4})
+        save_checkpoint(path, {"model": model}, {"optimizer": optimizer}, {"step": 4})
     assert path.read_bytes() == before and nothing_else(tmp_path, "last.safetensors")
 
 

@@ -172,7 +172,7 @@ def test_values_that_yaml_gives_otherwise():
         ({"compare": 1}, "compare must be of type bool"),
         ({"data": ["a"]}, "data must be of type Path"),
         ({"image_size": "big"}, "image_size must be of type int"),
-        ({"method": "lora"}, "method must be one of alast, full, head, last-k, got 'lora'"),
+        ({"method": "lora"}, "method must be one of auto, alast, full, head, last-k, got 'lora'"),
         ({"precision": 16}, "precision must be one of auto, fp32, bf16, fp16, got 16"),
         ({"alast": {"draw": "coin"}}, "alast: draw must be one of proportional, softmax, lowest-first"),
     ],

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from snello.errors import CheckpointError
 
-VERSION = 1
+VERSION = 2
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from snello.config import EvaluateConfig, FinetuneConfig, PredictConfig, from_dict, read_yaml
+from snello.config import CodecsConfig, EvaluateConfig, FinetuneConfig, PredictConfig, from_dict, read_yaml
 from snello.errors import ConfigError, SnelloError
 
 T = TypeVar("T")
@@ -70,7 +70,27 @@ def predict(args: Sequence[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {"finetune": finetune, "evaluate": evaluate, "predict": predict}
+def codecs(args: Sequence[str]) -> int:
+    """List what may stand at a cut, with options, sources and exact bytes."""
+    config = _parse(CodecsConfig, args, "codecs")
+    from snello.split.listing import list_codecs
+
+    rows = list_codecs(config)
+    if config.format == "json":
+        print(json.dumps(rows, indent=2))
+    else:
+        from snello.report import print_codecs
+
+        print_codecs(config, rows)
+    return 0
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "predict": predict,
+    "codecs": codecs,
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -128,7 +148,7 @@ def _one_line(box: str, verb: str) -> str:
     told = [line for line in lines[1:] if line]  # the first is the box's title
     until = next((i for i, line in enumerate(told) if line.startswith(("Argument helptext", "For full help"))), None)
     text = re.sub(r"\s+", " ", " ".join(told[:until])) or "cannot be parsed"
-    text = re.sub(r"^Error parsing \w+: (?=--)", "", text)  # our own words, which name the flag already
+    text = re.sub(r"^Error parsing \w+: (?=--|[A-Z]+ )", "", text)  # our own words, which name the flag already
     return f"{text} (snello {verb} --help lists the options)"
 
 

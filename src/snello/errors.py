@@ -6,7 +6,8 @@ SnelloError
 ├── ModelError         an unknown or unsupported model, or weights that do not fit it
 ├── CheckpointError    a run folder or checkpoint that cannot be read or written
 ├── TrainingError      training cannot go on (the loss is not finite)
-└── ProtocolError      what came over the wire is not what the other side may send
+├── ProtocolError      what came over the wire is not what the other side may send
+└── AuthenticationError  the other side did not admit this client
 """
 
 
@@ -40,3 +41,7 @@ class TrainingError(SnelloError):
 
 class ProtocolError(SnelloError):
     """What came over the wire is not what the other side may send; nothing was done with it."""
+
+
+class AuthenticationError(SnelloError):
+    """The other side did not admit this client."""

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from snello.checkpoint import replacing
 from snello.comparison import Comparison
+from snello.config import CodecsConfig
 from snello.runs import RunFolder
 
 COST_ROWS = (
@@ -89,6 +90,30 @@ def _colours(num: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["viridis"](block / max(1, num - 1)) for block in range(num)]
+
+
+def print_codecs(config: CodecsConfig, rows: list[dict[str, Any]]) -> None:
+    """Prints the codecs, and below what each does."""
+    print(
+        f"Bytes of one exchange: {config.model} cut after block {config.cut}, batch {config.batch_size}, "
+        f"labels on the {config.labels}; headers, labels and scales included.\n"
+    )
+    width = max(len(row["codec"]) for row in rows)
+    print(f"{'':{width}}  {'bytes up':>12} {'bytes down':>12} {'ratio':>8} {'fewer':>8}")
+    for row in rows:
+        print(
+            f"{row['codec']:{width}}  {row['uplink_bytes']:>12} {row['downlink_bytes']:>12} {row['ratio']:>8.4f} "
+            f"{row['times_fewer']:>7.2f}x"
+        )
+    parts = {part["name"]: part for row in rows for part in row["parts"]}
+    for part in parts.values():
+        options = f"\n    options: {part['options']}" if part["options"] else ""
+        source = f"\n    source: {part['source']}" if part["source"] != "-" else ""
+        print(f"\n{part['name']}: {part['what']}{options}{source}")
+    print(
+        "\nCodecs are chained with +, a number format last, as adc(samples=1, tokens=0.4)+int4; options are given in "
+        "order or by name. docs/adc.md explains them."
+    )
 
 
 def print_traffic(console: Console, summary: dict[str, Any]) -> None:

@@ -127,6 +127,7 @@ class Trainer:
         vit.set_attention_paths([attention] * vit.depth)
         self.normalize = Normalize(self.preprocessing, self.device)
         self.progressed = Progressed()
+        self._stream: Iterator[Batch] | None = None
         resolved = self._resolved(str(attention), saved.get("codec"))
         self.learner = self._make_learner(vit, resolved)
         if saved:
@@ -178,21 +179,32 @@ class Trainer:
         if self.progressed.finished:
             self.console.print("the run was already complete")
             return
-        epoch, done = divmod(self.progressed.step, self.steps_per_epoch)
-        stream = self._training_batches(epoch * self.micro_per_epoch + done * self.config.accumulate)
         with stopping() as stop, self._progress_bar() as (bar, task):
             while not self.progressed.finished:
                 started = time.perf_counter()
-                loss = self._step(stream)
+                (loss,) = self.advance(1)
                 rate = self.config.batch_size * self.config.accumulate / (time.perf_counter() - started)
                 bar.update(task, advance=1, loss=loss, rate=rate)
-                self._after_step()
                 if stop and not self.progressed.finished:
                     self._save()
                     raise Interrupted(
                         f"stopped after step {self.progressed.step} of {self.total_steps}; "
                         f"go on with: snello finetune --out {self.run.path} --resume"
                     )
+
+    def advance(self, steps: int) -> list[float]:
+        """Takes up to `steps` optimizer steps, fewer where the run ends, and returns their losses.
+
+        After the last step of an epoch it evaluates, and it saves whenever a checkpoint is due.
+        """
+        if self._stream is None:
+            epoch, done = divmod(self.progressed.step, self.steps_per_epoch)
+            self._stream = self._training_batches(epoch * self.micro_per_epoch + done * self.config.accumulate)
+        losses: list[float] = []
+        while len(losses) < steps and not self.progressed.finished:
+            losses.append(self._step(self._stream))
+            self._after_step()
+        return losses
 
     def evaluate(self) -> tuple[float, float]:
         """Accuracy in [0, 1] and mean loss on the held-out pictures."""

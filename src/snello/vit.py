@@ -122,7 +122,7 @@ class ViT:
             ConfigError: where `blocks` is out of range.
         """
         if not 1 <= blocks < self.depth:
-            raise ConfigError(f"--split.cut must be in 1..{self.depth - 1} (the model's depth less 1), got {blocks}")
+            raise ConfigError(f"cut must be in 1..{self.depth - 1} (the model's depth less 1), got {blocks}")
         lower, upper = _shell(self.model), _shell(self.model)
         for part, kept in ((lower, range(blocks)), (upper, range(blocks, self.depth))):
             part.blocks = nn.Sequential()
@@ -154,6 +154,11 @@ class ViT:
             return z[:, :2]
         features: Tensor = self.model.forward_head(z, pre_logits=True)
         return features
+
+    @property
+    def features_shape(self) -> tuple[int, ...]:
+        """The shape of one sample's features."""
+        return (2, self.embed_dim) if hasattr(self.model, "head_dist") else (self.embed_dim,)
 
     def head(self, features: Tensor) -> Tensor:
         """The logits (B, C) of features."""

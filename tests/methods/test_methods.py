@@ -37,7 +37,7 @@ def expected(model, method: str, last_k: int = 2) -> set[str]:
 
 
 def test_config_and_registry_name_the_same_methods():
-    assert set(METHODS) == set(config_module.METHODS)
+    assert {"auto", *METHODS} == set(config_module.METHODS)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -59,6 +59,8 @@ class Reducer(nn.Module):
 
     source = ""
     """Where the idea comes from."""
+    example = ""
+    """Arguments to show it with, as `0.1`."""
     score: Score | None = None
     """Which attention `encode` needs in its context; None: none."""
     buffer = 1
@@ -87,6 +89,7 @@ class Format:
     """Writes numbers as arrays, and gradients with respect to them; straight-through where it rounds."""
 
     source = ""
+    example = ""
 
     def pack(self, x: Tensor, context: Context) -> Arrays:
         """Arrays that describe x, of any shape; the one named `values` is the payload."""

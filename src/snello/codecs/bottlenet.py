@@ -20,6 +20,7 @@ class BottleNet(Reducer):
     """
 
     source = "https://arxiv.org/abs/1910.14315"
+    example = "0.1"
     in_model = True
 
     def __init__(self, ratio: float, embed_dim: int = 0) -> None:

@@ -24,6 +24,7 @@ class C3SL(Reducer):
 
     last = True
     source = "https://arxiv.org/abs/2207.12397"
+    example = "10"
 
     def __init__(self, num: int, seed: int = 0) -> None:
         super().__init__()

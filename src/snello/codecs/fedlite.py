@@ -30,6 +30,7 @@ class FedLite(Format):
     """
 
     source = "https://arxiv.org/abs/2201.11865"
+    example = "32"
 
     def __init__(self, subvectors: int = 16, clusters: int = 16, correction: float = 1e-4) -> None:
         self.subvectors = integer(subvectors, "subvectors", 1)

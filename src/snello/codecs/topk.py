@@ -22,6 +22,7 @@ class TopK(Reducer):
 
     last = True
     source = "https://arxiv.org/abs/2305.18469"
+    example = "0.1"
 
     def __init__(self, ratio: float) -> None:
         super().__init__()

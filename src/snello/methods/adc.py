@@ -37,6 +37,7 @@ class ADC(Reducer):
         min_cluster: smallest group: samples of smaller ones join the nearest other group.
         buffer: forward passes that are merged together, for small batches.
         weight: how the loss weighs merged samples: all `rows` alike (published), or by their `sizes`.
+        summary: adds one token, the mean of those that are dropped, weighted by their attention.
         score: the attention that is looked at: from the `cls` token (published), or `received` from all tokens on
             average; `auto` is `received` where there is no CLS token.
 
@@ -45,6 +46,7 @@ class ADC(Reducer):
     """
 
     source = "https://arxiv.org/abs/2509.15058"
+    example = "0.1"
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class ADC(Reducer):
         min_cluster: int = 1,
         buffer: int = 1,
         weight: Literal["rows", "sizes"] = "rows",
+        summary: int = 0,
         score: Score = "auto",
     ) -> None:
         super().__init__()
@@ -68,7 +71,8 @@ class ADC(Reducer):
         self.buffer = integer(buffer, "buffer", 1)
         require(weight in ("rows", "sizes"), "weight", "rows or sizes", weight)
         require(score in ("auto", "cls", "received"), "score", "auto, cls or received", score)
-        self.weighting, self.score = weight, score
+        require(summary in (0, 1), "summary", "0 or 1", summary)
+        self.weighting, self.score, self.summary = weight, score, bool(summary)
         self._sizes: list[Tensor] = []
         self._warned = False
 
@@ -93,7 +97,7 @@ class ADC(Reducer):
         num_groups = self.num_groups(len(z))
         if num_groups == len(z):
             self._warn_where_too_small(len(z))
-            return Reduced(_drop(z, attention, num_kept, context.num_prefix_tokens))
+            return Reduced(_drop(z, attention, num_kept, context.num_prefix_tokens, self.summary))
         if context.positions is not None:
             z, attention, present = _in_place(z, attention, context.positions, context.num_positions)
         else:
@@ -128,11 +132,17 @@ def _floor(x: float) -> int:
     return math.floor(x + 1e-6)  # 0.58 * 50 is 28.999... and means 29
 
 
-def _drop(z: Tensor, attention: Tensor, num_kept: int, num_prefix_tokens: int) -> Tensor:
-    """Each row of z (B, N, D) with its most attended tokens, (B, k, D)."""
+def _drop(z: Tensor, attention: Tensor, num_kept: int, num_prefix_tokens: int, summary: bool) -> Tensor:
+    """Each row of z (B, N, D) with its most attended tokens, (B, k, D), or one more with their summary."""
     if num_kept == z.shape[1]:
         return z
-    return tokens.gather(z, tokens.keep_top(attention, num_kept - num_prefix_tokens, num_prefix_tokens))
+    index = tokens.keep_top(attention, num_kept - num_prefix_tokens, num_prefix_tokens)
+    kept = tokens.gather(z, index)
+    if not summary:
+        return kept
+    weights = attention.scatter(1, index, 0.0)
+    weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    return torch.cat((kept, weights.unsqueeze(1) @ z), dim=1)
 
 
 def _merge(

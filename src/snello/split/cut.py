@@ -59,7 +59,12 @@ class Cut:
             codec_text, embed_dim=vit.embed_dim, eval_text=split.eval_codec, seed=config.seed, flag="--split.codec"
         ).to(device)
         self._scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
-        lower, upper = vit.cut(split.cut, head_below=split.labels == "client")
+        if self._scaler is not None:
+            self._scaler.scale(torch.zeros((), device=device))  # it is lazy, and halves scale by themselves
+        try:
+            lower, upper = vit.cut(split.cut, head_below=split.labels == "client")
+        except ConfigError as error:
+            raise ConfigError(f"--split.{error}") from None  # the name as the user typed it
         options = {
             "labels": split.labels,
             "num_classes": num_classes,
@@ -250,7 +255,6 @@ class Cut:
     def _shape(self, num_samples: int, num_tokens: int | None = None) -> Exchange:
         """An exchange's shape; by default that of the uncompressed reference, in which no token is dropped."""
         vit = self.vit
-        two = hasattr(vit.model, "head_dist")
         return Exchange(
             num_samples=num_samples,
             num_tokens=num_tokens or vit.num_prefix_tokens + vit.num_patches,
@@ -258,7 +262,7 @@ class Cut:
             num_prefix_tokens=vit.num_prefix_tokens,
             num_classes=self.num_classes,
             labels=self.config.split.labels,
-            features=(2, vit.embed_dim) if two else (vit.embed_dim,),
+            features=vit.features_shape,
         )
 
     def _planned(self, num_samples: int) -> int:

@@ -25,6 +25,7 @@ MAGIC, VERSION = b"snlo", 1
 HEADER = struct.Struct("<4sBBHQIQ")
 MAX_JSON_BYTES = 1 << 20
 MAX_BODY_BYTES = 1 << 31
+MAX_DIMENSIONS = 8
 ARRAY_KINDS = ("activations", "gradients", "labels", "scales", "indices")
 """What an array on the wire is, for the counters; its name is its kind, or `kind.detail`."""
 BYTE_KINDS = (*ARRAY_KINDS, "headers", "evaluation")
@@ -149,7 +150,7 @@ def read(buffers: Sequence[Buffer], max_body_bytes: int = MAX_BODY_BYTES) -> Fra
     Raises:
         ProtocolError: for anything that `write` does not make, or a body larger than `max_body_bytes`.
     """
-    first = memoryview(buffers[0])
+    first = memoryview(buffers[0] if buffers else b"")
     head = parse_header(first, max_body_bytes)
     body = head.body_bytes
     if sum(len(buffer) for buffer in buffers) != HEADER.size + body:
@@ -163,6 +164,8 @@ def read(buffers: Sequence[Buffer], max_body_bytes: int = MAX_BODY_BYTES) -> Fra
         if len(rest) or [len(part) for part in parts] != [entry.end - entry.begin for entry in table]:
             raise ProtocolError("the buffers of a frame do not fit its table")
     arrays = {entry.name: _tensor(entry, part) for entry, part in zip(table, parts, strict=True)}
+    if _json(arrays) != bytes(first[HEADER.size : HEADER.size + start]):
+        raise ProtocolError("the table of a frame is not written as this protocol writes it")
     return Frame(head.kind, head.step, head.micro, arrays, head.flags)
 
 
@@ -251,7 +254,9 @@ def _parse_table(data: memoryview, body: int) -> tuple[list[_Entry], int]:
 
 def _entry(name: str, row: Mapping[str, Any]) -> _Entry:
     dtype, shape, (begin, end) = DTYPES[row["dtype"]], tuple(row["shape"]), row["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
+        raise ValueError
+    if math.prod(max(n, 1) for n in shape) >= 2**63:  # of no bytes, but of a size that torch cannot hold
         raise ValueError
     if end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError

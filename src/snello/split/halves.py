@@ -142,6 +142,8 @@ def labels_from_arrays(arrays: dict[str, Tensor], num_classes: int) -> Targets:
     """
     if "labels" not in arrays:
         raise ProtocolError("a frame of activations came without labels")
+    if any(arrays[name].is_floating_point() for name in ("labels", "labels.sizes") if name in arrays):
+        raise ProtocolError("labels must be whole numbers")
     labels = arrays["labels"].long()
     if labels.ndim != 1 or bool((labels < 0).any()) or bool((labels >= num_classes).any()):
         raise ProtocolError(f"labels must be in 0..{num_classes - 1}")
@@ -149,7 +151,8 @@ def labels_from_arrays(arrays: dict[str, Tensor], num_classes: int) -> Targets:
     if sizes is None:
         return Targets(labels, None)
     sizes = sizes.long()
-    if int(sizes.sum()) != len(labels) or bool((sizes < 1).any()):
+    num = len(labels)
+    if sizes.ndim != 1 or bool((sizes < 1).any()) or bool((sizes > num).any()) or int(sizes.sum()) != num:
         raise ProtocolError("the sizes of merged rows do not add up to the number of labels")
     groups = torch.arange(len(sizes), device=labels.device).repeat_interleave(sizes)
     return Targets.of(labels, groups, len(sizes), num_classes)
@@ -315,8 +318,12 @@ class ServerHalf(Half):
             flags = NOTHING if features.requires_grad else Flags.FORWARD_ONLY
             values = features.detach().to(self.codec.feature_dtype)
             return Frame(Kind.FEATURES, frame.step, frame.micro, {"activations": values}, flags)
-        share = float(arrays["labels.share"])
-        loss = self._loss(logits, labels_from_arrays(arrays, self.num_classes)) * share
+        targets = labels_from_arrays(arrays, self.num_classes)
+        rows = len(targets.values)
+        share = arrays.get("labels.share", torch.empty(0))
+        if share.numel() != 1 or rows != len(logits):
+            raise ProtocolError(f"labels of {rows} rows came with activations of {len(logits)}, or without their share")
+        loss = self._loss(logits, targets) * float(share)
         if loss.requires_grad:
             torch.autograd.backward(loss * self.scale())
         answer = self._gradients(frame, decoded.leaf)

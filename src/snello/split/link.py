@@ -2,22 +2,14 @@
 
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
 from snello.errors import ConfigError
 
-BYTES = {
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
-BITS_PER_SECOND = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+BYTES = {unit: Fraction(1000**power) for power, unit in enumerate(("b", "kb", "mb", "gb", "tb"))}
+BYTES |= {unit: Fraction(1024**power) for power, unit in enumerate(("kib", "mib", "gib", "tib"), start=1)}
+BITS_PER_SECOND = {"kbit": Fraction(10**3), "mbit": Fraction(10**6), "gbit": Fraction(10**9)}
+SECONDS = {"us": Fraction(1, 10**6), "ms": Fraction(1, 1000), "s": Fraction(1)}
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
 
 
@@ -27,7 +19,11 @@ def parse_bytes(text: str, name: str) -> int:
     Raises:
         ConfigError: where it means none.
     """
-    return int(_amount(text, BYTES, name, "an amount as 500MB or 2GiB"))
+    rule = "an amount as 500MB or 2GiB"
+    amount = _amount(text, BYTES, name, rule)
+    if not 1 <= amount < 2**63:
+        raise ConfigError(f"{name} must be {rule}, got {text!r}")
+    return int(amount)
 
 
 @dataclass(frozen=True)
@@ -44,10 +40,11 @@ class Link:
         Raises:
             ConfigError: where it means none.
         """
-        rate, _, round_trip = text.partition("/")
+        rate, slash, round_trip = text.partition("/")
         rule = "a link as 10mbit/20ms (rate in kbit, mbit or gbit per second, time of a round trip in us, ms or s)"
         return cls(
-            _amount(rate, BITS_PER_SECOND, name, rule), _amount(round_trip, SECONDS, name, rule) if round_trip else 0.0
+            float(_amount(rate, BITS_PER_SECOND, name, rule)),
+            float(_amount(round_trip, SECONDS, name, rule)) if slash else 0.0,
         )
 
     def seconds(self, num_bytes: int, round_trips: int) -> float:
@@ -55,8 +52,9 @@ class Link:
         return num_bytes * 8 / self.bits_per_second + round_trips * self.round_trip_s
 
 
-def _amount(text: str, units: dict[str, float] | dict[str, int], name: str, rule: str) -> float:
+def _amount(text: str, units: dict[str, Fraction], name: str, rule: str) -> Fraction:
+    """Exact: as a float, 1.001 kB would be a byte short."""
     match = _AMOUNT.fullmatch(text)
-    if not match or match[2].lower() not in units or float(match[1]) <= 0:
+    if not match or match[2].lower() not in units or not 0 < Fraction(match[1]) < 10**18:
         raise ConfigError(f"{name} must be {rule}, got {text!r}")
-    return float(match[1]) * units[match[2].lower()]
+    return Fraction(match[1]) * units[match[2].lower()]

@@ -1,5 +1,7 @@
 """Exact bytes of an exchange, before it happens: from the shapes alone, through the same frames."""
 
+import copy
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from snello.codecs.base import Codec, Context
+from snello.errors import SnelloWarning
 from snello.split.frames import Frame, Kind, sizes
 from snello.split.halves import Labels, labels_to_arrays
 
@@ -40,12 +43,11 @@ def exchange_bytes(codec: Codec, shape: Exchange) -> tuple[int, int]:
     z = torch.randn(B, N, D, generator=generator)
     attention = torch.rand(B, N, generator=generator)
     context = Context(num_prefix_tokens=shape.num_prefix_tokens, attention=attention)
-    was_training = codec.training
-    with torch.no_grad():
-        message = codec.train().encode(z, context)
-        codec.metrics()  # this exchange is none to be logged
+    codec = copy.deepcopy(codec).cpu().train()  # statistics and counts are those of real exchanges
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", SnelloWarning)
+        message = codec.encode(z, context)
         gradients = codec.encode_gradient(torch.zeros_like(message.sent), context) if shape.with_gradient else {}
-    codec.train(was_training)
     up = dict(message.arrays)
     if shape.labels == "server":
         up |= labels_to_arrays(torch.zeros(B, dtype=torch.int64), message, shape.num_classes)

@@ -1,0 +1,147 @@
+"""A session: a client half in training with a server half, a number of steps at a time.
+
+That is what rounds of federated learning call: run some steps, take a half's weights, put averaged ones back.
+"""
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+from rich.console import Console
+from torch import Tensor
+
+from snello.config import FinetuneConfig
+from snello.data import load_splits
+from snello.errors import AuthenticationError, CheckpointError, ConfigError
+from snello.runs import RunFolder
+from snello.split.cut import Cut
+from snello.split.halves import Half
+from snello.training import Trainer
+
+Side = Literal["client", "server"]
+
+
+class Authenticator(Protocol):
+    """How a client shows who it is, and how a server decides."""
+
+    def credentials(self) -> dict[str, str]:
+        """What the client sends; never logged."""
+
+    def admits(self, credentials: Mapping[str, str]) -> bool:
+        """Whether the server takes a client with these credentials."""
+
+
+class Anyone:
+    """Admits every client: for both halves in one process."""
+
+    def credentials(self) -> dict[str, str]:
+        """Nothing."""
+        return {}
+
+    def admits(self, credentials: Mapping[str, str]) -> bool:
+        """Always."""
+        return True
+
+
+class Token:
+    """Admits clients that know a secret; the server keeps only its hash.
+
+    Args:
+        token: the secret, on the client.
+        sha256: its hash in hexadecimal, on the server; default: that of `token`.
+    """
+
+    def __init__(self, token: str = "", sha256: str | None = None) -> None:
+        self._token = token
+        self._sha256 = sha256 or _hash(token)
+
+    def credentials(self) -> dict[str, str]:
+        """The secret."""
+        return {"token": self._token}
+
+    def admits(self, credentials: Mapping[str, str]) -> bool:
+        """Compares in constant time."""
+        return hmac.compare_digest(_hash(credentials.get("token", "")), self._sha256)
+
+
+class Session(Protocol):
+    """Training across a cut, wherever the other half is."""
+
+    def run(self, steps: int) -> dict[str, float]:
+        """Takes up to `steps` optimizer steps; returns their number, mean loss, and the bytes they sent each way."""
+
+    def get_state(self, side: Side) -> dict[str, Tensor]:
+        """A copy of a half's weights, by their names in the whole model; a codec's begin with `codec.`"""
+
+    def set_state(self, side: Side, state: Mapping[str, Tensor]) -> None:
+        """Goes on with these weights; optimizers keep their state."""
+
+
+class LocalSession:
+    """A session with both halves in this process.
+
+    Args:
+        config: of the run, with a cut.
+        authenticator: of both sides.
+        console: where the run reports to.
+
+    Raises:
+        ConfigError: where the config has no cut.
+        AuthenticationError: where the client is not admitted; nothing has been written.
+        SnelloError: for input that cannot be used.
+    """
+
+    def __init__(
+        self, config: FinetuneConfig, authenticator: Authenticator | None = None, console: Console | None = None
+    ) -> None:
+        if not config.split.cut:
+            raise ConfigError("a session needs a cut: set --split.cut")
+        authenticator = authenticator or Anyone()
+        if not authenticator.admits(authenticator.credentials()):
+            raise AuthenticationError("the server did not admit this client: check its token")
+        options: dict[str, Any] = {"skip_bad": config.skip_bad, "check": config.check_pictures}
+        splits = load_splits(config.data, val_share=config.val_share, seed=config.seed, **options)
+        self._trainer = Trainer(config, splits, RunFolder.of(config), {}, console or Console(stderr=True))
+        assert isinstance(self._trainer.learner, Cut)
+        self._cut = self._trainer.learner
+
+    def run(self, steps: int) -> dict[str, float]:
+        """See `Session`."""
+        counters = self._cut.counters
+        up, down = counters.total("uplink"), counters.total("downlink")
+        losses = self._trainer.advance(steps)
+        return {
+            "steps": len(losses),
+            "loss": sum(losses) / len(losses) if losses else 0.0,
+            "uplink_bytes": counters.total("uplink") - up,
+            "downlink_bytes": counters.total("downlink") - down,
+        }
+
+    def get_state(self, side: Side) -> dict[str, Tensor]:
+        """See `Session`."""
+        return {name: value.detach().clone() for name, value in self._tensors(side).items()}
+
+    def set_state(self, side: Side, state: Mapping[str, Tensor]) -> None:
+        """See `Session`.
+
+        Raises:
+            CheckpointError: where names or shapes are not those of the half; nothing was changed.
+        """
+        own = self._tensors(side)
+        wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+        if wrong:
+            raise CheckpointError(f"the weights do not fit the {side} half: {wrong[0]}")
+        for name, value in own.items():
+            value.detach().copy_(state[name])
+
+    def _tensors(self, side: Side) -> dict[str, Tensor]:
+        """A half's weights themselves, and those of the codec's part on its side."""
+        half: Half = getattr(self._cut, side)
+        part = {"client": ".encoder.", "server": ".decoder."}[side]
+        codec = {f"codec.{name}": value for name, value in half.codec.state_dict().items() if part in name}
+        return {**half.vit.model.state_dict(), **codec}
+
+
+def _hash(token: str) -> str:
+    return hashlib.sha256(token.encode()).hexdigest()
