@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
 from snello.checkpoint import load_tensors
-from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
+from snello.config import AlastConfig, AugmentConfig, FinetuneConfig, SplitConfig
 from snello.runs import RunFolder
 
 torch.set_num_threads(1)
 
 QUIET = Console(quiet=True)
+TIMES = ("seconds", "train_time_s", "client_seconds", "server_seconds")
 
 
 def write_pictures(folder: Path, counts: dict[str, int], seed: int = 0, size: int = 16) -> Path:
@@ -74,14 +75,14 @@ def small(pictures: Path, tmp_path: Path) -> FinetuneConfig:
 def flags(config: FinetuneConfig) -> list[str]:
     """The flags that describe what `config` sets apart from the defaults."""
     groups = (("", config, FinetuneConfig()), ("alast.", config.alast, AlastConfig()))
-    groups += (("augment.", config.augment, AugmentConfig()),)
+    groups += (("augment.", config.augment, AugmentConfig()), ("split.", config.split, SplitConfig()))
     return [flag for prefix, values, default in groups for flag in _flags(values, default, prefix)]
 
 
 def _flags(config: Any, default: Any, prefix: str) -> list[str]:
     result = []
     for name, value in vars(config).items():
-        if name in ("alast", "augment") or value == getattr(default, name):
+        if is_dataclass(value) or value == getattr(default, name):
             continue
         flag = prefix + name.replace("_", "-")
         result += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
@@ -89,14 +90,15 @@ def _flags(config: Any, default: Any, prefix: str) -> list[str]:
 
 
 def rows_of(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without the only thing in them that may differ from run to run."""
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in RunFolder(run).rows(kind)]
+    """The rows of metrics.jsonl without the only things in them that may differ from run to run."""
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in RunFolder(run).rows(kind)]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Both run folders hold the same result: metrics, weights, optimizer and state, bit for bit."""
     assert rows_of(one) == rows_of(other)
-    for name in ("model.safetensors", "last.safetensors"):
+    names = [name for name in ("model.safetensors", "last.safetensors", "codec.safetensors") if (other / name).exists()]
+    for name in names:
         (ours, our_state), (theirs, their_state) = (load_tensors(run / name) for run in (one, other))
         assert ours.keys() == theirs.keys() and our_state == their_state, name
         for key, value in ours.items():
@@ -104,9 +106,8 @@ def assert_same_run(one: Path, other: Path) -> None:
     alast = [(run / "alast.json").read_text() if (run / "alast.json").exists() else "" for run in (one, other)]
     assert alast[0] == alast[1]
     summaries = [json.loads((run / "summary.json").read_text()) for run in (one, other)]
-    for summary in summaries:
-        del summary["train_time_s"]
-    assert summaries[0] == summaries[1]
+    one_summary, other_summary = ({k: v for k, v in s.items() if k not in TIMES} for s in summaries)
+    assert one_summary == other_summary
     assert not list(one.glob(".*")) and not list(other.glob(".*"))
 
 

@@ -82,7 +82,7 @@ def test_cut_off_within_an_epoch(small, tmp_path, monkeypatch, name):
     """The eleventh micro-batch: within the second epoch, and within a window where gradients accumulate."""
     config = replace(small, **CASES[name])
     other = whole(config, tmp_path / "whole")
-    cut_off(config, monkeypatch, Trainer, "_loss", 11)
+    cut_off(config, monkeypatch, Trainer, "_backward", 11)
     had = len(rows_of(config.out, "step"))
     finetune(resumed(config), QUIET)
     assert_same_run(config.out, other)
@@ -124,7 +124,7 @@ def test_noise_of_the_model_goes_on(small, tmp_path, monkeypatch, method):
     monkeypatch.setattr(training, "create_model", with_noise)
     config = replace(small, method=method, accumulate=3, checkpoint_steps=1)
     other = whole(config, tmp_path / "whole")
-    cut_off(config, monkeypatch, Trainer, "_loss", 11)
+    cut_off(config, monkeypatch, Trainer, "_backward", 11)
     torch.manual_seed(99)
     finetune(resumed(config), QUIET)
     assert_same_run(config.out, other)
@@ -139,7 +139,7 @@ def test_early_stop_is_remembered(small, tmp_path, monkeypatch):
     other = whole(config, tmp_path / "whole")
     steps = len(rows_of(other, "step"))
     assert 21 <= steps < 56
-    cut_off(config, monkeypatch, Trainer, "_loss", steps - 2)
+    cut_off(config, monkeypatch, Trainer, "_backward", steps - 2)
     finetune(resumed(config), QUIET)
     assert_same_run(config.out, other)
 
@@ -147,7 +147,7 @@ def test_early_stop_is_remembered(small, tmp_path, monkeypatch):
 def test_workers_and_checkpoints_may_change(small, tmp_path, monkeypatch):
     config = replace(small, method="alast", checkpoint_steps=3)
     other = whole(config, tmp_path / "whole")
-    cut_off(config, monkeypatch, Trainer, "_loss", 11)
+    cut_off(config, monkeypatch, Trainer, "_backward", 11)
     finetune(replace(resumed(config), workers=2, checkpoint_steps=1, check_pictures=False), QUIET)
     assert_same_run(config.out, other)
 
@@ -158,7 +158,7 @@ def test_workers_and_checkpoints_may_change(small, tmp_path, monkeypatch):
 def test_before_the_first_checkpoint(small, tmp_path, monkeypatch):
     config = replace(small, method="alast")
     other = whole(config, tmp_path / "whole")
-    cut_off(config, monkeypatch, Trainer, "_loss", 4)
+    cut_off(config, monkeypatch, Trainer, "_backward", 4)
     assert len(rows_of(config.out)) == 3 and not RunFolder(config.out).checkpoint_file.exists()
     finetune(resumed(config), QUIET)
     assert_same_run(config.out, other)
@@ -198,7 +198,7 @@ def test_after_the_last_checkpoint(small, tmp_path, monkeypatch):
 def test_line_cut_off_in_the_metrics(small, tmp_path, monkeypatch):
     config = replace(small, checkpoint_steps=3)
     other = whole(config, tmp_path / "whole")
-    cut_off(config, monkeypatch, Trainer, "_loss", 11)
+    cut_off(config, monkeypatch, Trainer, "_backward", 11)
     file = RunFolder(config.out).metrics_file
     file.write_text(file.read_text()[:-25])
     finetune(resumed(config), QUIET)
@@ -389,7 +389,7 @@ def test_nothing_to_resume(small, tmp_path):
 
 def test_damaged_checkpoint_is_named(small, monkeypatch):
     config = replace(small, checkpoint_steps=3)
-    cut_off(config, monkeypatch, Trainer, "_loss", 6)
+    cut_off(config, monkeypatch, Trainer, "_backward", 6)
     file = RunFolder(config.out).checkpoint_file
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match=r"could not read .*last\.safetensors"):

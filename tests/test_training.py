@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from snello import cli, tokens, training
+from snello import cli, learners, tokens, training
 from snello.assets.micro import WEIGHTS
 from snello.checkpoint import load_tensors
 from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
@@ -323,14 +323,14 @@ def test_evaluation_every_other_epoch_and_after_the_last(small, monkeypatch):
 
 def spoil_loss(monkeypatch, micro: int) -> None:
     """Makes the loss NaN from the `micro`-th micro-step (from 1) on."""
-    original, count = Trainer._loss, 0
+    original, count = learners.cross_entropy, 0
 
-    def loss(self, images, labels):
+    def loss(*args, **kwargs):
         nonlocal count
         count += 1
-        return original(self, images, labels) * (math.nan if count >= micro else 1)
+        return original(*args, **kwargs) * (math.nan if count >= micro else 1)
 
-    monkeypatch.setattr(Trainer, "_loss", loss)
+    monkeypatch.setattr(learners, "cross_entropy", loss)
 
 
 @pytest.mark.parametrize("method", ["full", "alast"])
@@ -343,7 +343,7 @@ def test_loss_that_is_not_finite(small, monkeypatch, method):
     assert "loss is not finite at step 9;" in text and str(config.out / "last.safetensors") in text
     assert "--lr" in text and "\n" not in text
     tensors, state = load_tensors(config.out / "last.safetensors")
-    assert state["step"] == 8 and all(value.isfinite().all() for value in tensors.values())
+    assert state["progressed"]["step"] == 8 and all(value.isfinite().all() for value in tensors.values())
     assert len(rows_of(config.out, "step")) == 8
     monkeypatch.undo()
     assert finetune(resumed(config), QUIET)["steps"] == 14
@@ -357,14 +357,14 @@ def test_loss_that_is_not_finite_before_any_checkpoint(small, monkeypatch, capfd
 
 
 def test_gradient_that_is_not_finite(small, monkeypatch):
-    original = Trainer._loss
+    original = learners.cross_entropy
 
-    def loss(self, images, labels):
-        value = original(self, images, labels)
+    def loss(*args, **kwargs):
+        value = original(*args, **kwargs)
         value.register_hook(lambda grad: grad * math.inf)
         return value
 
-    monkeypatch.setattr(Trainer, "_loss", loss)
+    monkeypatch.setattr(learners, "cross_entropy", loss)
     with pytest.raises(TrainingError, match="the gradient is not finite at step 1"):
         finetune(small, QUIET)
 

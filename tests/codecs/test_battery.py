@@ -22,6 +22,7 @@ EXAMPLES = {
     "int8": "int8",
     "int4": "int4(down=8)",
     "int2": "int2",
+    "int1": "int1(clip=auto)",
     "adc": "adc(0.2)",
     "topk": "topk(0.2)",
     "randtopk": "randtopk(0.2)",
@@ -32,11 +33,12 @@ EXAMPLES = {
 CHAINS = [
     "adc(0.2)+int8",
     "adc(samples=1, tokens=0.4)+int4",
+    "adc(samples=1, tokens=0.4, summary=1)+int4",
     "adc(0.3)+bottlenet(0.5)+int4",
     "topk(0.2)+int8",
     "c3sl(3)+int8",
     "adc(0.5)+topk(0.5)+fedlite(2, 4)",
-    "bottlenet(0.5)+int2(scale=pow2)",
+    "bottlenet(0.5)+topk(0.5)+int2(scale=pow2)",
     "int2(clip=1.5)",
 ]
 TEXTS = [*EXAMPLES.values(), *CHAINS]

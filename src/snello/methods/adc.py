@@ -37,7 +37,8 @@ class ADC(Reducer):
         min_cluster: smallest group: samples of smaller ones join the nearest other group.
         buffer: forward passes that are merged together, for small batches.
         weight: how the loss weighs merged samples: all `rows` alike (published), or by their `sizes`.
-        summary: adds one token, the mean of those that are dropped, weighted by their attention.
+        pick: which tokens stay: the `top` ones (published), or a `sample`, drawn in proportion to their attention, so
+            that in time every token is seen.
         score: the attention that is looked at: from the `cls` token (published), or `received` from all tokens on
             average; `auto` is `received` where there is no CLS token.
 
@@ -56,7 +57,7 @@ class ADC(Reducer):
         min_cluster: int = 1,
         buffer: int = 1,
         weight: Literal["rows", "sizes"] = "rows",
-        summary: int = 0,
+        pick: Literal["top", "sample"] = "top",
         score: Score = "auto",
     ) -> None:
         super().__init__()
@@ -71,8 +72,8 @@ class ADC(Reducer):
         self.buffer = integer(buffer, "buffer", 1)
         require(weight in ("rows", "sizes"), "weight", "rows or sizes", weight)
         require(score in ("auto", "cls", "received"), "score", "auto, cls or received", score)
-        require(summary in (0, 1), "summary", "0 or 1", summary)
-        self.weighting, self.score, self.summary = weight, score, bool(summary)
+        require(pick in ("top", "sample"), "pick", "top or sample", pick)
+        self.weighting, self.score, self.pick = weight, score, pick
         self._sizes: list[Tensor] = []
         self._warned = False
 
@@ -97,7 +98,7 @@ class ADC(Reducer):
         num_groups = self.num_groups(len(z))
         if num_groups == len(z):
             self._warn_where_too_small(len(z))
-            return Reduced(_drop(z, attention, num_kept, context.num_prefix_tokens, self.summary))
+            return Reduced(_drop(z, self._ranks(attention, context), num_kept, context.num_prefix_tokens))
         if context.positions is not None:
             z, attention, present = _in_place(z, attention, context.positions, context.num_positions)
         else:
@@ -106,8 +107,17 @@ class ADC(Reducer):
         if self.min_cluster > 1:
             groups, centroids = _enlarge(attention, groups, centroids, self.min_cluster)
         self._sizes.append(groups.bincount())
-        values = _merge(z, groups, centroids, num_kept, context.num_prefix_tokens, present)
+        values = _merge(z, groups, self._ranks(centroids, context), num_kept, context.num_prefix_tokens, present)
         return Reduced(values, groups=groups)
+
+    def _ranks(self, attention: Tensor, context: Context) -> Tensor:
+        """What decides which tokens stay, (T, N): attention, or its logarithm with Gumbel noise, whose highest are
+        a sample without replacement in proportion to attention."""
+        if self.pick == "top":
+            return attention
+        uniform = torch.rand(attention.shape, generator=context.generator(attention.device), device=attention.device)
+        noise = -(-uniform.clamp_min(1e-20).log()).log()
+        return attention.clamp_min(1e-20).log() + noise
 
     def metrics(self) -> dict[str, Any]:
         """How many groups there were of each size, `{"cluster_sizes": {"1": 7, ...}}`."""
@@ -132,26 +142,20 @@ def _floor(x: float) -> int:
     return math.floor(x + 1e-6)  # 0.58 * 50 is 28.999... and means 29
 
 
-def _drop(z: Tensor, attention: Tensor, num_kept: int, num_prefix_tokens: int, summary: bool) -> Tensor:
-    """Each row of z (B, N, D) with its most attended tokens, (B, k, D), or one more with their summary."""
+def _drop(z: Tensor, ranks: Tensor, num_kept: int, num_prefix_tokens: int) -> Tensor:
+    """Each row of z (B, N, D) with its highest ranked tokens, (B, k, D)."""
     if num_kept == z.shape[1]:
         return z
-    index = tokens.keep_top(attention, num_kept - num_prefix_tokens, num_prefix_tokens)
-    kept = tokens.gather(z, index)
-    if not summary:
-        return kept
-    weights = attention.scatter(1, index, 0.0)
-    weights = weights / weights.sum(dim=1, keepdim=True).clamp_min(1e-12)
-    return torch.cat((kept, weights.unsqueeze(1) @ z), dim=1)
+    return tokens.gather(z, tokens.keep_top(ranks, num_kept - num_prefix_tokens, num_prefix_tokens))
 
 
 def _merge(
-    z: Tensor, groups: Tensor, centroids: Tensor, num_kept: int, num_prefix_tokens: int, present: Tensor | None
+    z: Tensor, groups: Tensor, ranks: Tensor, num_kept: int, num_prefix_tokens: int, present: Tensor | None
 ) -> Tensor:
-    """The means of the groups at the tokens their centroids attend to most, (T, k, D)."""
-    T, N = centroids.shape
+    """The means of the groups at the tokens that rank (T, N) highest in each, (T, k, D)."""
+    T, N = ranks.shape
     if num_kept < N:
-        index = tokens.keep_top(centroids, num_kept - num_prefix_tokens, num_prefix_tokens)
+        index = tokens.keep_top(ranks, num_kept - num_prefix_tokens, num_prefix_tokens)
         z = tokens.gather(z, index[groups])  # before merging: there is less to add up
         present = None if present is None else present.gather(1, index[groups])
     merged = tokens.merge(z, groups, T)
