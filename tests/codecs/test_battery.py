@@ -33,7 +33,6 @@ EXAMPLES = {
 CHAINS = [
     "adc(0.2)+int8",
     "adc(samples=1, tokens=0.4)+int4",
-    "adc(samples=1, tokens=0.4, summary=1)+int4",
     "adc(0.3)+bottlenet(0.5)+int4",
     "topk(0.2)+int8",
     "c3sl(3)+int8",

@@ -163,18 +163,6 @@ def test_groups_depend_on_the_seed_alone():
     assert len({tuple(groups(seed)) for seed in range(5)}) > 1
 
 
-@pytest.mark.parametrize("prefix", [1, 2])
-def test_the_summary_is_the_attended_mean_of_what_is_dropped(prefix):
-    z, attention = batch(6, 14)
-    context = Context(num_prefix_tokens=prefix, attention=attention)
-    values = ADC(samples=1, tokens=0.5, summary=1).encode(z, context).values
-    assert torch.equal(values[:, :7], ADC(samples=1, tokens=0.5).encode(z, context).values)
-    for row, its, scores in zip(values, z, attention.tolist(), strict=True):
-        lost = sorted(set(range(14)) - set(best_of(scores, 7 - prefix, prefix)))
-        mean = sum(scores[n] * its[n] for n in lost) / sum(scores[n] for n in lost)
-        torch.testing.assert_close(row[7:], mean.unsqueeze(0))
-
-
 # Gradients
 
 

@@ -7,6 +7,7 @@ back through the reducers of either side: on the server through decoding, on the
 B: samples, N: tokens including prefix tokens, D: embed dim, R: rows that are left (B, or fewer where samples merge).
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -161,7 +162,8 @@ class Codec(nn.Module):
         with torch.random.fork_rng():  # a codec's starting weights are its own affair
             torch.manual_seed(mix(seed, 0xC0DEC))
             made = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(text, flag)]
-            (self.eval_format,) = _formats([build(part, flag) for part in parse_codec(eval_text, flag)], flag)
+            of_eval = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(eval_text, flag)]
+            (self.eval_format,) = _formats(of_eval, flag)
         for part in made[:-1]:
             if isinstance(part, Format):
                 raise ConfigError(f"{flag} {text!r}: a number format must come last, and there can be one only")
@@ -284,12 +286,12 @@ def require(ok: bool, name: str, rule: str, got: object) -> None:
 
 
 def number(value: object, name: str) -> float:
-    """`value` as it is, where it is a number.
+    """`value` as it is, where it is a finite number.
 
     Raises:
         ConfigError: where it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ConfigError(f"{name} must be a number, got {value!r}")
     return value
 

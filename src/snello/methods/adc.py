@@ -154,6 +154,8 @@ def _merge(
 ) -> Tensor:
     """The means of the groups at the tokens that rank (T, N) highest in each, (T, k, D)."""
     T, N = ranks.shape
+    if present is not None:  # a place that no member has must not win
+        ranks = ranks.masked_fill(tokens.merge(present, groups, T) == 0, -math.inf)
     if num_kept < N:
         index = tokens.keep_top(ranks, num_kept - num_prefix_tokens, num_prefix_tokens)
         z = tokens.gather(z, index[groups])  # before merging: there is less to add up
@@ -162,7 +164,7 @@ def _merge(
     if present is None:
         return merged
     # A token that some members dropped is the mean of those that have it.
-    return merged / tokens.merge(present, groups, T).clamp_min(1e-6).unsqueeze(2)
+    return merged / tokens.merge(present, groups, T).clamp_min(1 / len(groups)).unsqueeze(2)
 
 
 def _in_place(z: Tensor, attention: Tensor, positions: Tensor, num_positions: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -272,7 +272,8 @@ def _kind(name: str) -> str:
 
 
 def _bytes(value: Tensor) -> memoryview:
-    flat = value.detach().contiguous().cpu().view(-1)
+    # One element is contiguous to torch whatever its stride, and yet cannot be seen as bytes.
+    flat = value.detach().contiguous().cpu().as_strided((value.numel(),), (1,))
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
