@@ -55,38 +55,39 @@ class Setting:
 
 
 RATIOS = (0.05, 0.1, 0.2, 0.5)
-CHAINS = (
+CHAINS = (  # what each is there to show: the frontier, from many bytes to few, then ADC's own chains
     "adc(samples=1, tokens=0.4)+int4",
-    "adc(samples=1, tokens=0.4)+int2",
+    "int2(clip=auto)",
+    "adc(samples=1, tokens=0.7)+int2(clip=auto)",
+    "adc(samples=1, tokens=0.4)+int2(clip=auto)",
+    "adc(samples=1, tokens=0.35)+int2(clip=auto)",
     "adc(samples=1, tokens=0.2)+int4",
     "adc(samples=1, tokens=0.2)+int2",
-    "adc(samples=1, tokens=0.15)+int2",
-    "adc(samples=1, tokens=0.3)+int2",
-    "adc(samples=1, tokens=0.6)+int4",
-    "adc(samples=1, tokens=0.6)+int2",
-    "adc(samples=1, tokens=0.4)+int4(down=2)",
-    "adc(samples=1, tokens=0.2)+int4(down=2)",
-    "adc(samples=1, tokens=0.2)+int2(scale=pow2)",
-    "adc(samples=1, tokens=0.2)+int2(per=sample)",
+    "adc(samples=1, tokens=0.2)+int2(clip=auto)",
+    "adc(samples=1, tokens=0.175)+int2(clip=auto)",
+    "adc(samples=1, tokens=0.15)+int2(clip=auto)",
     "adc(0.2)+int8",
     "adc(0.2)+int4",
-    "adc(0.2)+int2",
 )
+FRONTIER = CHAINS[2], CHAINS[4], CHAINS[8]
+BEST = CHAINS[7]
 SETTINGS = (
     Setting("none", "none", 1.0, more_seeds=True),
     *(Setting(f"adc({r})", "ADC", r, more_seeds=r == 0.1) for r in RATIOS),
-    Setting("adc(0.1)+int8", "ADC, int8", 0.025, more_seeds=True),
+    Setting("adc(0.1)+int8", "chains", 0.025, more_seeds=True),
     *(Setting(f"int{bits}", "integers", bits / 32) for bits in (8, 4, 2)),
-    *(Setting(chain, "chains") for chain in CHAINS),
-    *(Setting(f"topk({r})", "top-k", r) for r in RATIOS),
+    *(Setting(chain, "chains", more_seeds=chain in FRONTIER) for chain in CHAINS),
+    *(Setting(f"topk({r})", "top-k", r, more_seeds=r == 0.1) for r in RATIOS),
     *(Setting(f"randtopk({r})", "rand-top-k", r) for r in RATIOS),
     *(Setting(f"c3sl({round(1 / r)})", "C3-SL", r) for r in RATIOS),
     *(Setting(f"bottlenet({r})", "BottleNet++", r) for r in RATIOS),
     Setting("fedlite(32)", "FedLite"),
-    Setting("adc(samples=1, tokens=0.1)", "tokens only", 0.1),
-    Setting("adc(samples=0.1, tokens=1)", "samples only", 0.1),
+    Setting("adc(samples=0.5, tokens=0.2)", "ADC variants", 0.1),
     Setting("adc(0.1, weight=sizes)", "ADC variants", 0.1),
+    Setting("adc(samples=1, tokens=0.1)", "ADC variants", 0.1),
+    Setting("adc(samples=0.1, tokens=1)", "ADC variants", 0.1),
     Setting("adc(0.1)", "ADC", 0.1, until="traffic"),
+    Setting(BEST, "chains", until="time", more_seeds=True),
 )
 
 

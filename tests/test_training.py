@@ -276,7 +276,7 @@ def with_accuracies(monkeypatch, *values: float) -> list[dict[str, torch.Tensor]
     seen: list[dict[str, torch.Tensor]] = []
 
     def evaluate(self):
-        seen.append({name: value.clone() for name, value in self.model.state_dict().items()})
+        seen.append({name: value.clone() for name, value in self.learner.modules["model"].state_dict().items()})
         return values[len(seen) - 1], 1.0
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)

@@ -22,7 +22,6 @@ EXAMPLES = {
     "int8": "int8",
     "int4": "int4(down=8)",
     "int2": "int2",
-    "int1": "int1(clip=auto)",
     "adc": "adc(0.2)",
     "topk": "topk(0.2)",
     "randtopk": "randtopk(0.2)",

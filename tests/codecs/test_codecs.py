@@ -9,7 +9,7 @@ from torch import Tensor
 from snello.codecs.base import Arrays, Codec, Context, Message
 from snello.codecs.bottlenet import BottleNet
 from snello.codecs.c3sl import C3SL
-from snello.codecs.integers import Int1, Int2, Int4, Int8, Integers, pack_bits, unpack_bits
+from snello.codecs.integers import Int2, Int4, Int8, Integers, pack_bits, unpack_bits
 from snello.codecs.randtopk import RandTopK
 from snello.codecs.topk import TopK
 
@@ -98,7 +98,7 @@ def step_of(scales: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", TENSORS)
 @pytest.mark.parametrize("per", ["token", "sample", "tensor"])
 @pytest.mark.parametrize("scale", ["bf16", "fp32", "pow2"])
-@pytest.mark.parametrize("cls", [Int8, Int4, Int2, Int1])
+@pytest.mark.parametrize("cls", [Int8, Int4, Int2])
 def test_the_error_of_integers_is_at_most_half_a_step(cls, scale, per, name):
     x, number_format = TENSORS[name](), cls(scale=scale, per=per)
     arrays = number_format.pack(x, Context())
@@ -114,7 +114,7 @@ def test_the_error_of_integers_is_at_most_half_a_step(cls, scale, per, name):
 
 
 @pytest.mark.parametrize("per", ["token", "sample", "tensor"])
-@pytest.mark.parametrize("cls", [Int8, Int4, Int2, Int1])
+@pytest.mark.parametrize("cls", [Int8, Int4, Int2])
 def test_the_step_is_no_larger_than_it_must_be(cls, per):
     """So the bound above means something: the grid covers the numbers, and little else."""
     levels = 2**cls.bits - 1
@@ -129,7 +129,7 @@ def test_the_step_is_no_larger_than_it_must_be(cls, per):
     assert (pow2 <= 4 * torch.maximum(width / levels, largest / 127)).all()
 
 
-@pytest.mark.parametrize("cls", [Int8, Int4, Int2, Int1])
+@pytest.mark.parametrize("cls", [Int8, Int4, Int2])
 def test_an_offset_costs_no_precision(cls):
     """Symmetric quantization of [10, 11] would have steps of 11 / levels."""
     x = 10 + torch.rand(B, N, 21, generator=torch.Generator().manual_seed(0))
@@ -157,7 +157,7 @@ def test_bits_are_packed_and_unpacked(bits, length):
 
 
 @pytest.mark.parametrize("length", range(1, 10))
-@pytest.mark.parametrize("cls", [Int8, Int4, Int2, Int1])
+@pytest.mark.parametrize("cls", [Int8, Int4, Int2])
 def test_rows_of_any_length_come_back(cls, length):
     x = noise(2, 3, length)
     number_format = cls()

@@ -127,7 +127,7 @@ def built(text: str) -> object:
         ("randtopk(0.2, -0.1)", "share must be in [0, 1], got -0.1"),
         ("c3sl(0)", "num must be a whole number from 1 on, got 0"),
         ("c3sl(2.0)", "num must be a whole number from 1 on, got 2.0"),
-        ("int8(down=3)", "int8(down=3): down must be 1, 2, 4 or 8, got 3"),
+        ("int8(down=3)", "int8(down=3): down must be 2, 4 or 8, got 3"),
         ("int8(down=True)", "down must be a whole number"),
         ("int4(scale=fp8)", "scale must be bf16, fp32 or pow2, got fp8"),
         ("int2(per=row)", "per must be token, sample or tensor, got row"),

@@ -18,7 +18,6 @@ CODECS = {
     "int8": "snello.codecs.integers:Int8",
     "int4": "snello.codecs.integers:Int4",
     "int2": "snello.codecs.integers:Int2",
-    "int1": "snello.codecs.integers:Int1",
     "adc": "snello.methods.adc:ADC",
     "topk": "snello.codecs.topk:TopK",
     "randtopk": "snello.codecs.randtopk:RandTopK",

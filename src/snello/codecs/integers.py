@@ -1,4 +1,4 @@
-"""Numbers as 8, 4, 2 or 1 bits with a zero and a step per token; bits are really packed, zeros and steps are counted.
+"""Numbers as 8, 4 or 2 bits with a zero and a step per token; bits are really packed, zeros and steps are counted.
 
 x is written as q = round((x - zero) / step), an integer in 0..2^bits - 1. Zero and step are rounded outwards to what
 they travel in, so that every number lies within the grid and the error is at most half a step.
@@ -14,7 +14,7 @@ from snello.codecs.base import Arrays, Context, Format, integer, number, require
 
 ScaleType = Literal["bf16", "fp32", "pow2"]
 # Half the width of the uniform quantizer with the least squared error for normal numbers, in standard deviations.
-BEST_CLIP = {1: 0.8, 2: 1.5}
+BEST_CLIP = {2: 1.5}
 
 Group = Literal["token", "sample", "tensor"]
 
@@ -23,13 +23,12 @@ class Integers(Format):
     """Uniform quantization of activations and gradients.
 
     Args:
-        down: bits of the gradient on its way down, 1, 2, 4 or 8; default: as on the way up.
+        down: bits of the gradient on its way down, 2, 4 or 8; default: as on the way up.
         scale: what zero and step travel in: `bf16` (4 bytes), `fp32` (8 bytes), `pow2` (2 bytes: the step a power of
             two, the zero a multiple of it).
         per: what has a zero and a step of its own: each `token`, each `sample`, or the whole `tensor`.
         clip: covers mean +- clip standard deviations only, and moves what lies outside to the ends: with few bits
-            that loses less; 0 covers all, `auto` is what is best for normal numbers where that is less than all
-            (0.8 for 1 bit, 1.5 for 2 bits, 0 for more).
+            that loses less; 0 covers all, `auto` is 1.5 for 2 bits, about the best for normal numbers, and else 0.
     """
 
     source = "-"
@@ -42,8 +41,8 @@ class Integers(Format):
         per: Group = "token",
         clip: float | Literal["auto"] = 0,
     ) -> None:
-        self.down = self.bits if down is None else integer(down, "down", 1)
-        require(self.down in (1, 2, 4, 8), "down", "1, 2, 4 or 8", down)
+        self.down = self.bits if down is None else integer(down, "down", 2)
+        require(self.down in (2, 4, 8), "down", "2, 4 or 8", down)
         require(scale in ("bf16", "fp32", "pow2"), "scale", "bf16, fp32 or pow2", scale)
         require(per in ("token", "sample", "tensor"), "per", "token, sample or tensor", per)
         self.clip = clip if clip == "auto" else number(clip, "clip")
@@ -96,12 +95,6 @@ class Integers(Format):
             shape = (len(x) if self.per == "sample" else 1, *[1] * (x.ndim - 1))
             low, high = low.view(shape), high.view(shape)
         return low, high
-
-
-class Int1(Integers):
-    """Every number in 1 bit, with a zero and a step per token: needs `clip`, or two outliers decide for all."""
-
-    bits = 1
 
 
 class Int8(Integers):

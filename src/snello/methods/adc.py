@@ -37,8 +37,6 @@ class ADC(Reducer):
         min_cluster: smallest group: samples of smaller ones join the nearest other group.
         buffer: forward passes that are merged together, for small batches.
         weight: how the loss weighs merged samples: all `rows` alike (published), or by their `sizes`.
-        pick: which tokens stay: the `top` ones (published), or a `sample`, drawn in proportion to their attention, so
-            that in time every token is seen.
         score: the attention that is looked at: from the `cls` token (published), or `received` from all tokens on
             average; `auto` is `received` where there is no CLS token.
 
@@ -57,7 +55,6 @@ class ADC(Reducer):
         min_cluster: int = 1,
         buffer: int = 1,
         weight: Literal["rows", "sizes"] = "rows",
-        pick: Literal["top", "sample"] = "top",
         score: Score = "auto",
     ) -> None:
         super().__init__()
@@ -72,8 +69,7 @@ class ADC(Reducer):
         self.buffer = integer(buffer, "buffer", 1)
         require(weight in ("rows", "sizes"), "weight", "rows or sizes", weight)
         require(score in ("auto", "cls", "received"), "score", "auto, cls or received", score)
-        require(pick in ("top", "sample"), "pick", "top or sample", pick)
-        self.weighting, self.score, self.pick = weight, score, pick
+        self.weighting, self.score = weight, score
         self._sizes: list[Tensor] = []
         self._warned = False
 
@@ -98,7 +94,7 @@ class ADC(Reducer):
         num_groups = self.num_groups(len(z))
         if num_groups == len(z):
             self._warn_where_too_small(len(z))
-            return Reduced(_drop(z, self._ranks(attention, context), num_kept, context.num_prefix_tokens))
+            return Reduced(_drop(z, attention, num_kept, context.num_prefix_tokens))
         if context.positions is not None:
             z, attention, present = _in_place(z, attention, context.positions, context.num_positions)
         else:
@@ -107,17 +103,8 @@ class ADC(Reducer):
         if self.min_cluster > 1:
             groups, centroids = _enlarge(attention, groups, centroids, self.min_cluster)
         self._sizes.append(groups.bincount())
-        values = _merge(z, groups, self._ranks(centroids, context), num_kept, context.num_prefix_tokens, present)
+        values = _merge(z, groups, centroids, num_kept, context.num_prefix_tokens, present)
         return Reduced(values, groups=groups)
-
-    def _ranks(self, attention: Tensor, context: Context) -> Tensor:
-        """What decides which tokens stay, (T, N): attention, or its logarithm with Gumbel noise, whose highest are
-        a sample without replacement in proportion to attention."""
-        if self.pick == "top":
-            return attention
-        uniform = torch.rand(attention.shape, generator=context.generator(attention.device), device=attention.device)
-        noise = -(-uniform.clamp_min(1e-20).log()).log()
-        return attention.clamp_min(1e-20).log() + noise
 
     def metrics(self) -> dict[str, Any]:
         """How many groups there were of each size, `{"cluster_sizes": {"1": 7, ...}}`."""

@@ -92,7 +92,7 @@ class Cut:
         self._skip = False  # whether half precision overflowed
         self.link = None if split.link is None else Link.parse(split.link, "--split.link")
         self.max_bytes = None if split.max_bytes is None else parse_bytes(split.max_bytes, "--split.max-bytes")
-        self._step_bytes = [self._planned(num) for num in step_samples] if self.max_bytes is not None else []
+        self._step_bytes = [] if self.max_bytes is None else self._plan(step_samples)
         self.max_steps: int | None = None if self.max_bytes is None else self._steps_within(self.max_bytes)
 
     def _side(self, part: ViT, name: str) -> tuple[ViT, Method, torch.optim.Optimizer]:
@@ -265,16 +265,20 @@ class Cut:
             features=vit.features_shape,
         )
 
-    def _planned(self, num_samples: int) -> int:
-        """Training bytes of a step of so many pictures, with ALaST's budgets as they are now."""
+    def _plan(self, step_samples: Sequence[int]) -> list[int]:
+        """The training bytes of an epoch's steps, with ALaST's budgets as they are now."""
         num_patches, batch_size = self.vit.num_patches, self.config.batch_size * self.buffer
         if isinstance(self.client.method, AdaptiveMethod):
             alast = self.client.method.alast
             for index in range(alast.vit.depth):
                 num_patches = alast.num_keep(index, num_patches)
         num_tokens = self.vit.num_prefix_tokens + num_patches
-        exchanges = [min(batch_size, num_samples - at) for at in range(0, num_samples, batch_size)]
-        return sum(sum(_exchange_bytes(self.codec, self._shape(num, num_tokens))) for num in exchanges)
+
+        @lru_cache
+        def exchange(num_samples: int) -> int:
+            return sum(exchange_bytes(self.codec, self._shape(num_samples, num_tokens)))
+
+        return [sum(exchange(min(batch_size, num - at)) for at in range(0, num, batch_size)) for num in step_samples]
 
     def _steps_within(self, budget: int) -> int:
         """Steps whose training bytes fit into a budget."""
@@ -299,9 +303,6 @@ class Cut:
         yield
         synchronize(self.device)
         self.seconds[name] += time.perf_counter() - started
-
-
-_exchange_bytes = lru_cache(maxsize=64)(exchange_bytes)  # an epoch has few different batches
 
 
 class _OverTheCut(nn.Module):

@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""What a codec computes: encoding and decoding, both ways, against a step's forward and backward pass.
+
+    python benchmarks/codec_cost.py --out results/codec_cost.json
+
+In one process, in turn: a step of the uncompressed cut model (both halves, without the optimizer), then every codec on
+activations of the same shape: encode, decode, encode the gradient, decode it, and back through the codec's own graph.
+Medians. K-means is timed by itself against the client half's forward and backward pass of DeiT-T.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import environment
+
+from snello.codecs.base import Codec, Context
+from snello.config import FinetuneConfig, SplitConfig
+from snello.devices import autocast, resolve_device, synchronize
+from snello.models import create_model
+from snello.split.cut import Cut
+from snello.tokens import kmeans
+from snello.vit import ViT
+
+CODECS = (
+    "none", "bf16", "fp16", "int8", "int4", "int2", "int2(clip=auto)", "adc(0.1)", "adc(0.1)+int8",
+    "adc(samples=1, tokens=0.1)", "adc(samples=1, tokens=0.4)+int4", "adc(samples=1, tokens=0.7)+int2(clip=auto)",
+    "topk(0.1)", "randtopk(0.1)", "bottlenet(0.1)", "c3sl(10)", "fedlite(32)",
+)  # fmt: skip
+CUT = 3
+
+
+def timed(function: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def make_cut(model: str, args: argparse.Namespace, device: torch.device) -> Cut:
+    config = FinetuneConfig(model=model, method="full", split=SplitConfig(cut=CUT, codec="none", frames=False))
+    vit = ViT(create_model(model, "none", args.classes).to(device))
+    vit.set_attention_paths([args.attention] * vit.depth)
+    options = {"num_classes": args.classes, "device": device, "precision": args.precision}
+    return Cut(vit, config, codec_text="none", **options)
+
+
+def round_trip(codec: Codec, z: torch.Tensor, attention: torch.Tensor) -> None:
+    """All that a codec does in an exchange."""
+    z = z.detach().requires_grad_()
+    context = Context(num_prefix_tokens=1, attention=attention, seed=1)
+    message = codec.encode(z, context)
+    decoded = codec.decode(message.arrays)
+    torch.autograd.backward(decoded.z, torch.ones_like(decoded.z)) if decoded.z is not decoded.leaf else None
+    gradient = decoded.leaf.grad if decoded.leaf.grad is not None else torch.ones_like(decoded.leaf)
+    arrays = codec.encode_gradient(gradient, context)
+    torch.autograd.backward(message.sent, codec.decode_gradient(message, arrays))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--attention", default="explicit")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2, help="of the whole model")
+    parser.add_argument("--rounds", type=int, default=5, help="of every codec")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = resolve_device(args.device)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(args.batch_size, 3, 224, 224, generator=generator).to(device)
+    labels = torch.randint(args.classes, (args.batch_size,), generator=generator).to(device)
+    result: dict[str, Any] = {
+        "config": {key: value for key, value in vars(args).items() if key != "out"} | {"cut": CUT},
+        "environment": environment(device),
+        "kmeans": kmeans_cost(args, device, images),
+    }
+    cut = make_cut("deit_small_patch16_224", args, device)
+
+    def step() -> None:
+        cut.begin(0.0)
+        cut.backward([(images, labels)], step=0, micro=0, num_samples=len(labels), seed=0)
+        for half in (cut.client, cut.server):
+            half.optimizer.zero_grad(set_to_none=True)
+
+    z = torch.randn(args.batch_size, 197, 384, generator=generator).to(device)
+    attention = torch.softmax(torch.randn(args.batch_size, 197, generator=generator), 1).to(device)
+    codecs = {text: Codec(text, embed_dim=384).to(device) for text in CODECS}
+    steps, taken = [], {text: [] for text in CODECS}  # type: ignore[var-annotated]
+    for index in range(max(args.steps, args.rounds) + 1):
+        if index <= args.steps:
+            steps.append(timed(step, device))
+        for text, codec in codecs.items():
+            taken[text].append(timed(lambda codec=codec: round_trip(codec, z, attention), device))
+    step_seconds = statistics.median(steps[1:])
+    result["step_seconds"] = step_seconds
+    result["rows"] = [
+        {"codec": text, "seconds": statistics.median(times[1:]), "share": statistics.median(times[1:]) / step_seconds}
+        for text, times in taken.items()
+    ]
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["kmeans"]), f"step {step_seconds:.2f} s")
+    for row in result["rows"]:
+        print(f"{row['codec']:45} {1000 * row['seconds']:8.1f} ms  {row['share']:.2%} of a step")
+
+
+def kmeans_cost(args: argparse.Namespace, device: torch.device, images: torch.Tensor) -> dict[str, float]:
+    """K-means on (B, 197) rows against the client half's forward and backward pass of DeiT-T."""
+    cut = make_cut("deit_tiny_patch16_224", args, device)
+    cut.client.vit.watch(CUT - 1)
+    cut.client.train()
+
+    def forward_backward() -> None:
+        with autocast(device, args.precision):
+            z = cut.client.vit.tokens(images)
+        torch.autograd.backward(z, torch.ones_like(z))
+
+    halves = [timed(forward_backward, device) for _ in range(4)][1:]
+    attention = cut.client.vit.cls_attention(CUT - 1)
+    generator = torch.Generator(device)
+    groups = int(0.1**0.5 * args.batch_size)
+    calls = [timed(lambda: kmeans(attention, groups, generator.manual_seed(i)), device) for i in range(21)][1:]
+    seconds, half = statistics.median(calls), statistics.median(halves)
+    return {"seconds": seconds, "client_half_seconds": half, "share": seconds / half, "groups": groups}
+
+
+if __name__ == "__main__":
+    main()
