@@ -129,7 +129,7 @@ def kmeans_cost(args: argparse.Namespace, device: torch.device, images: torch.Te
     attention = cut.client.vit.cls_attention(CUT - 1)
     generator = torch.Generator(device)
     groups = int(0.1**0.5 * args.batch_size)
-    calls = [timed(lambda: kmeans(attention, groups, generator.manual_seed(i)), device) for i in range(21)][1:]
+    calls = [timed(lambda i=i: kmeans(attention, groups, generator.manual_seed(i)), device) for i in range(21)][1:]
     seconds, half = statistics.median(calls), statistics.median(halves)
     return {"seconds": seconds, "client_half_seconds": half, "share": seconds / half, "groups": groups}
 

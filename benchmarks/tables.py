@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Writes the tables of README.md from the JSON in results/: no figure there is typed by hand.
+"""Writes the tables of README.md and docs/ from the JSON in results/: no figure there is typed by hand.
 
 python benchmarks/tables.py            # rewrites the blocks between <!-- NAME --> and <!-- /NAME -->
-python benchmarks/tables.py --check    # exit code 1 where README.md is not what the results say
+python benchmarks/tables.py --check    # exit code 1 where a text is not what the results say
 """
 
 import argparse
@@ -59,14 +59,86 @@ def alast_quality(result: dict[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"step_cost": step_cost, "alast_quality": alast_quality}
+def codecs(result: dict[str, Any]) -> str:
+    """Every codec: bytes, accuracy, seconds of each side and under a link."""
+    links = list(result["rows"][0]["link_seconds"])
+    heads = ["codec", "epochs", "seeds", "accuracy, %", "nominal", "real", "MB up", "MB down", "client s", "server s"]
+    heads += [f"s under {link.split('/')[0].replace('mbit', ' Mbit/s')}" for link in links]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for row in result["rows"]:
+        compute = row["client_seconds"] + row["server_seconds"]
+        nominal = "" if row["nominal_ratio"] is None else f"{1 / row['nominal_ratio']:.0f}x"
+        cells = [row["setting"], f"{row['epochs']:.0f}", len(row["seeds"]), _accuracy(row), nominal]
+        cells += [f"{1 / row['ratio']:.1f}x", f"{row['uplink_bytes'] / 1e6:.1f}", f"{row['downlink_bytes'] / 1e6:.1f}"]
+        cells += [f"{row['client_seconds']:.0f}", f"{row['server_seconds']:.0f}"]
+        lines.append(_line(cells + [f"{compute + row['link_seconds'][link]:.0f}" for link in links]))
+    return "\n".join([*lines, "", _codecs_note(result)])
+
+
+def codecs_short(result: dict[str, Any]) -> str:
+    """The rows that a first look needs."""
+    wanted = ["none", "int4", "adc(0.1)", "topk(0.1)", "randtopk(0.1)", "c3sl(10)", "bottlenet(0.1)", "adc(0.1)+int8"]
+    lines = ["| codec | fewer bytes | accuracy, % | seeds | epochs |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        if row["setting"] in wanted or row["family"] == "chains":
+            epochs = f"{row['epochs']:.0f}"
+            lines.append(
+                _line([f"`{row['setting']}`", f"{1 / row['ratio']:.1f}x", _accuracy(row), len(row["seeds"]), epochs])
+            )
+    return "\n".join([*lines, "", _codecs_note(result)])
+
+
+def codec_cost(result: dict[str, Any]) -> str:
+    """Seconds of a codec against those of a step."""
+    lines = ["| codec | ms | share of a step |", "|---|---|---|"]
+    lines += [f"| {row['codec']} | {1000 * row['seconds']:.0f} | {row['share']:.2%} |" for row in result["rows"]]
+    config, env, kmeans = result["config"], result["environment"], result["kmeans"]
+    batch = config["batch_size"]
+    note = (
+        f"DeiT-S, batch {batch}, cut after block {config['cut']}, {config['precision']}, {env['device']}, "
+        f"{env['threads']} threads; a step (both halves, forward and backward) takes {result['step_seconds']:.1f} s. "
+        f"K-means alone on {batch} rows of 197: {1000 * kmeans['seconds']:.1f} ms, {kmeans['share']:.2%} of the "
+        "client half's forward and backward pass of DeiT-T."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    spread = "" if row["spread"] is None else f" ± {100 * row['spread']:.1f}"
+    return f"{100 * row['accuracy']:.1f}{spread}"
+
+
+def _line(cells: list[Any]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _codecs_note(result: dict[str, Any]) -> str:
+    config, env = result["config"], result["environment"]
+    pictures = 5 * config["per_class"]
+    return (
+        f"Micro ViT cut after block {config['cut']}, {pictures} pictures of five unseen CIFAR-10 classes, 5 000 to "
+        f"test, batch {config['batch_size']}, lr {config['lr']}, last epoch, mean ± standard deviation over seeds; "
+        "bytes of both ways against uncompressed fp32 over as many epochs, all counted but evaluation. The pictures "
+        f"as JPEG files of quality 90 are {result['jpeg_bytes'] / 1e6:.1f} MB. {env['device']}."
+    )
+
+
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "step_cost": ("step_cost", step_cost),
+    "alast_quality": ("alast_quality", alast_quality),
+    "codecs": ("codecs", codecs),
+    "codecs_short": ("codecs", codecs_short),
+    "codec_cost": ("codec_cost", codec_cost),
+}
+TEXTS = (ROOT / "README.md", ROOT / "docs" / "adc.md")
 
 
 def render(text: str) -> str:
-    """`text` with every table block made anew from results/NAME.json."""
-    for name, table in TABLES.items():
-        file = ROOT / "results" / f"{name}.json"
-        block = table(json.loads(file.read_text()))
+    """`text` with every table block made anew from its results file."""
+    for name, (results, table) in TABLES.items():
+        if f"<!-- {name} -->" not in text:
+            continue
+        block = table(json.loads((ROOT / "results" / f"{results}.json").read_text()))
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, b=block: f"{m[1]}{b}\n{m[2]}", text, flags=re.S
         )
@@ -77,13 +149,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    made = render(text)
-    if args.check:
-        return int(made != text)
-    readme.write_text(made)
-    return 0
+    changed = False
+    for file in TEXTS:
+        text = file.read_text()
+        made = render(text)
+        changed |= made != text
+        if not args.check:
+            file.write_text(made)
+    return int(args.check and changed)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What README.md and docs say is tried: its commands run, its code runs, its tables are the results."""
 
+import inspect
 import os
 import re
 import shlex
@@ -12,11 +13,13 @@ import torch
 from conftest import tiny_vit, write_pictures
 
 import snello
+from snello.codecs import CODECS, codec_class
 from snello.config import AlastConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 DOCS = (ROOT / "docs" / "alast.md").read_text()
+ADC_DOCS = (ROOT / "docs" / "adc.md").read_text()
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -43,7 +46,7 @@ def test_the_snello_commands_run_as_they_stand(tmp_path: Path) -> None:
     write_pictures(tmp_path / "some", {"x": 1}, size=32)
     (tmp_path / "some" / "x" / "000.png").rename(tmp_path / "some" / "picture.jpg")
     run = [command for command in commands() if command.startswith("snello ")]
-    assert len(run) == 4
+    assert len(run) == 6
     for command in run:
         args = shlex.split(command.replace("deit_small_patch16_224", "vit_micro_patch4_32"))[1:]
         if args[0] == "finetune":
@@ -67,6 +70,14 @@ def test_the_python_code_runs(text: str) -> None:
 def test_the_docs_name_every_option_of_alast() -> None:
     for name in AlastConfig.__dataclass_fields__:
         assert f"`{name}`" in DOCS or f"`{name.removesuffix('s')}" in DOCS, name
+
+
+def test_the_docs_name_every_codec_and_every_option_of_adc() -> None:
+    for name in CODECS:
+        assert re.search(rf"`{name}[`(]", ADC_DOCS), name
+    for name in ("adc", "int4"):
+        for option in inspect.signature(codec_class(name)).parameters:
+            assert f"`{option}`" in ADC_DOCS, option
 
 
 def test_the_tables_are_what_the_results_say() -> None:

@@ -1,5 +1,6 @@
 """What a user sees at the end: the result, the cost table, and the plot of budgets and trained blocks."""
 
+from itertools import accumulate
 from typing import Any
 
 from rich.console import Console
@@ -83,6 +84,35 @@ def plot_budgets(run: RunFolder) -> None:
     bottom.set_ylabel("block (green: trained)")
     bottom.set_xlabel("step")
     with replacing(run.plot_file) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def plot_traffic(run: RunFolder) -> None:
+    """Draws accuracy against epochs, training bytes and time, with and without the link, into traffic.png."""
+    from matplotlib.figure import Figure
+
+    steps = list(run.rows("step"))
+    evaluations = list(run.rows("eval"))
+    per_epoch = next((row["step"] for row in evaluations if row["epoch"] == 1), len(steps))
+    compute = [0.0, *accumulate(row["client_seconds"] + row["server_seconds"] for row in steps)]
+    link = [0.0, *accumulate(row.get("link_seconds", 0.0) for row in steps)]
+    at = [row["step"] for row in evaluations]
+    accuracy = [100 * row["accuracy"] for row in evaluations]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    by_epoch, by_bytes, by_time = figure.subplots(1, 3, sharey=True)
+    by_epoch.plot([step / per_epoch for step in at], accuracy, "o-")
+    by_epoch.set(xlabel="epochs", ylabel="held-out accuracy, %")
+    by_bytes.plot([row["training_bytes"] / 1e6 for row in evaluations], accuracy, "o-")
+    by_bytes.set_xlabel("training traffic, MB")
+    by_time.plot([compute[step] for step in at], accuracy, "o-", label="both halves computing")
+    if link[-1]:
+        by_time.plot([compute[step] + link[step] for step in at], accuracy, "s--", label="and the link")
+    by_time.set_xlabel("seconds")
+    by_time.legend(fontsize="small")
+    for axes in (by_epoch, by_bytes, by_time):
+        axes.grid(alpha=0.3)
+        axes.set_xlim(left=0)
+    with replacing(run.traffic_file) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
 

@@ -8,6 +8,7 @@ last.safetensors    the checkpoint to resume from
 alast.json          the final state of ALaST (with that method)
 summary.json        the result
 budgets.png         budgets and trained blocks over the steps (with ALaST)
+traffic.png         accuracy against epochs, bytes and time (across a cut)
 """
 
 import json
@@ -40,6 +41,7 @@ class RunFolder:
         self.alast_file = path / "alast.json"
         self.summary_file = path / "summary.json"
         self.plot_file = path / "budgets.png"
+        self.traffic_file = path / "traffic.png"
 
     @classmethod
     def of(cls, config: FinetuneConfig) -> "RunFolder":

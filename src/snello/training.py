@@ -82,6 +82,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
         report.plot_budgets(run)
     if config.split.cut:
         report.print_traffic(console, summary)
+        report.plot_traffic(run)
     elif config.compare:
         state = trainer.learner.state_dict()["method"]
         del trainer  # its memory is the comparison's
@@ -328,9 +329,13 @@ class Trainer:
             files = {"model": self.run.model_file, "codec": self.run.codec_file}
             for name, module in self.learner.modules.items():
                 checkpoint.save_tensors(files[name], module.state_dict())
-        row = {"kind": "eval", "step": at.step, "epoch": at.epochs, "accuracy": at.last_accuracy, "loss": loss}
-        self.run.log(row | self.learner.eval_metrics())
-        self.console.print(f"epoch {at.epochs}: accuracy {at.last_accuracy:.2%}, loss {loss:.4f}", highlight=False)
+        row: dict[str, Any] = {"kind": "eval", "step": at.step, "epoch": at.epochs}
+        row |= {"accuracy": at.last_accuracy, "loss": loss}
+        row |= self.learner.eval_metrics()
+        self.run.log(row)
+        sent = f", {row['training_bytes'] / 1e6:.2f} MB" if "training_bytes" in row else ""
+        text = f"epoch {at.epochs}: accuracy {at.last_accuracy:.2%}, loss {loss:.4f}{sent}"
+        self.console.print(text, highlight=False)
 
     # ------------------------------------------------------------------------------------- saving and resuming
 

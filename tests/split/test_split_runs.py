@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import warnings
 from dataclasses import replace
 
@@ -68,6 +69,7 @@ def test_summary_metrics_and_files(split, pictures):
         evaluations[-1]["training_bytes"] * 8 / 1e6 + len(steps) * 0.01, rel=1e-2
     )
     assert summary["eval_bytes"] > 0 and all("cluster_sizes" in row for row in steps[:6])
+    assert (split.out / "traffic.png").stat().st_size > 1000
     assert "step_time_s" not in summary  # costs are those of the halves
 
 
@@ -188,7 +190,10 @@ BAD = {
     "--split.codec: adc(1.5): ratio must be in (0, 1], got 1.5": ["--split.codec", "adc(1.5)"],
     '\'adc(0.1+int8\': expected "," or ")" at the caret: adc(0.1^+int8': ["--split.codec", "adc(0.1+int8"],
     "unknown codec 'zip'; known: none, bf16": ["--split.codec", "zip"],
-    "activations are evaluated in one number format": ["--split.eval-codec", "topk(0.1)"],
+    "--split.eval-codec 'topk(1)': activations are evaluated in one number format": [
+        "--split.eval-codec",
+        "topk(0.1)",
+    ],
     "--split.link must be a link as 10mbit/20ms": ["--split.link", "fast"],
     "--split.max-bytes must be an amount": ["--split.max-bytes", "much"],
 }
@@ -216,6 +221,7 @@ def test_a_split_setting_without_a_cut_is_refused(small, capfd):
 def test_the_command_says_how_many_bytes_crossed(split, capfd):
     assert cli.main(["finetune", *flags(with_codec(split, "adc(0.5)"))]) == 0
     printed = capfd.readouterr().err
+    assert re.search(r"epoch 2: accuracy .*, loss .*, 0\.\d+ MB", printed)
     assert "across the cut after block 2, codec adc(0.5)" in printed
     for line in ("up", "down", "training, both ways", "training uncompressed, fp32", "uploading the pictures once"):
         assert line in printed

@@ -149,21 +149,30 @@ class Codec(nn.Module):
         eval_text: the format of evaluation, e.g. `int8`.
         seed: of fixed random keys and of starting weights, equal on both sides.
         flag: what the user typed the text after, for messages.
+        eval_flag: the same for `eval_text`.
 
     Raises:
         ConfigError: where the text does not parse or an option is out of range.
     """
 
     def __init__(
-        self, text: str, *, embed_dim: int, eval_text: str = "int8", seed: int = 0, flag: str = "codec"
+        self,
+        text: str,
+        *,
+        embed_dim: int,
+        eval_text: str = "int8",
+        seed: int = 0,
+        flag: str = "codec",
+        eval_flag: str = "eval codec",
     ) -> None:
         super().__init__()
         self.text = text
         with torch.random.fork_rng():  # a codec's starting weights are its own affair
             torch.manual_seed(mix(seed, 0xC0DEC))
             made = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(text, flag)]
-            of_eval = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(eval_text, flag)]
-            (self.eval_format,) = _formats(of_eval, flag)
+            parts = parse_codec(eval_text, eval_flag)
+            of_eval = [build(part, eval_flag, embed_dim=embed_dim, seed=seed) for part in parts]
+            (self.eval_format,) = _formats(of_eval, f"{eval_flag} {eval_text!r}")
         for part in made[:-1]:
             if isinstance(part, Format):
                 raise ConfigError(f"{flag} {text!r}: a number format must come last, and there can be one only")

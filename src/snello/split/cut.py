@@ -56,7 +56,12 @@ class Cut:
         split = config.split
         self.config, self.vit, self.device, self.num_classes = config, vit, device, num_classes
         self.codec = Codec(
-            codec_text, embed_dim=vit.embed_dim, eval_text=split.eval_codec, seed=config.seed, flag="--split.codec"
+            codec_text,
+            embed_dim=vit.embed_dim,
+            eval_text=split.eval_codec,
+            seed=config.seed,
+            flag="--split.codec",
+            eval_flag="--split.eval-codec",
         ).to(device)
         self._scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
         if self._scaler is not None:
