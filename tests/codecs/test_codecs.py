@@ -91,19 +91,24 @@ TENSORS = {
 
 
 def step_of(scales: Tensor) -> Tensor:
-    second = scales[..., 1:].double()
+    second = scales[..., 1].double()
     return torch.exp2(second) if scales.dtype == torch.int8 else second
 
 
 @pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.parametrize("per", ["token", "sample", "tensor"])
+@pytest.mark.parametrize("per", ["token", "sample", "channel", "tensor"])
 @pytest.mark.parametrize("scale", ["bf16", "fp32", "pow2"])
 @pytest.mark.parametrize("cls", [Int8, Int4, Int2])
 def test_the_error_of_integers_is_at_most_half_a_step(cls, scale, per, name):
     x, number_format = TENSORS[name](), cls(scale=scale, per=per)
     arrays = number_format.pack(x, Context())
     scales = arrays["scales"]
-    groups = {"token": x.shape[:-1], "sample": (len(x), *[1] * (x.ndim - 2)), "tensor": (1,) * (x.ndim - 1)}[per]
+    groups = {
+        "token": (*x.shape[:-1], 1),
+        "sample": (len(x), *[1] * (x.ndim - 1)),
+        "channel": (*[1] * (x.ndim - 1), x.shape[-1]),
+        "tensor": (1,) * x.ndim,
+    }[per]
     assert scales.shape == (*groups, 2)
     assert scales.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32, "pow2": torch.int8}[scale]
     decoded = number_format.unpack(arrays)
@@ -113,14 +118,15 @@ def test_the_error_of_integers_is_at_most_half_a_step(cls, scale, per, name):
     assert (error <= step_of(scales) / 2 * (1 + 1e-6) + 1e-6 * x.abs()).all()
 
 
-@pytest.mark.parametrize("per", ["token", "sample", "tensor"])
+@pytest.mark.parametrize("per", ["token", "sample", "channel", "tensor"])
 @pytest.mark.parametrize("cls", [Int8, Int4, Int2])
 def test_the_step_is_no_larger_than_it_must_be(cls, per):
     """So the bound above means something: the grid covers the numbers, and little else."""
     levels = 2**cls.bits - 1
     x = noise(B, N, 21)
-    rows = {"token": x, "sample": x.flatten(1).unsqueeze(1), "tensor": x.view(1, 1, -1)}[per].double()
-    width, largest = rows.amax(2, keepdim=True) - rows.amin(2, keepdim=True), rows.abs().amax(2, keepdim=True)
+    dims = {"token": [2], "sample": [1, 2], "channel": [0, 1], "tensor": [0, 1, 2]}[per]
+    rows = x.double()
+    width, largest = rows.amax(dims, keepdim=True) - rows.amin(dims, keepdim=True), rows.abs().amax(dims, keepdim=True)
     fp32, bf16, pow2 = (
         step_of(cls(None, scale, per).pack(x, Context())["scales"]) for scale in ("fp32", "bf16", "pow2")
     )
@@ -183,7 +189,7 @@ def test_clipping_moves_outliers_to_the_ends_and_loses_less_in_all(per):
     x = 5 + noise(B, N, 400)
     whole, clipped = Int2(scale="fp32", per=per), Int2(scale="fp32", per=per, clip=1.5)
     arrays = clipped.pack(x, Context())
-    first, step = arrays["scales"][..., :1], arrays["scales"][..., 1:]
+    first, step = arrays["scales"].unbind(-1)
     inside = x.clamp(first, first + 3 * step)
     assert ((clipped.unpack(arrays) - inside).abs() <= step / 2 * (1 + 1e-5)).all()
     torch.testing.assert_close(3 * step, torch.full_like(step, 3.0), rtol=0.15, atol=0)  # 1.5 deviations either way
@@ -499,7 +505,7 @@ def test_a_format_follows_what_a_reducer_leaves():
     z = noise(B, N, D)
     codec = Codec("bottlenet(0.5)+int4", embed_dim=D)
     message = codec.encode(z, Context())
-    assert message.arrays["activations"].shape == (B, N, 2) and message.arrays["scales"].shape == (B, N, 2)
+    assert message.arrays["activations"].shape == (B, N, 2) and message.arrays["scales"].shape == (B, N, 1, 2)
     assert codec.decode(message.arrays).z.shape == z.shape
 
 

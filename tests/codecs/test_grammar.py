@@ -130,7 +130,7 @@ def built(text: str) -> object:
         ("int8(down=3)", "int8(down=3): down must be 2, 4 or 8, got 3"),
         ("int8(down=True)", "down must be a whole number"),
         ("int4(scale=fp8)", "scale must be bf16, fp32 or pow2, got fp8"),
-        ("int2(per=row)", "per must be token, sample or tensor, got row"),
+        ("int2(per=row)", "per must be token, sample, channel or tensor, got row"),
         ("fedlite(0)", "subvectors must be a whole number from 1 on"),
         ("fedlite(clusters=1)", "clusters must be a whole number from 2 on"),
         ("fedlite(clusters=257)", "clusters must be at most 256, got 257"),

@@ -131,6 +131,15 @@ def test_the_budget_ends_the_run_wherever_the_epochs_are(split):
     assert rates[-1] < 0.05 * max(rates)  # the schedule is that of the budget
 
 
+@pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.parametrize("method", ["head", "alast"])
+def test_the_budget_knows_what_will_be_sent(split, labels, method):
+    still = AlastConfig(alpha=0.0)
+    config = with_codec(replace(split, method=method, alast=still), "int8", labels=labels, max_bytes="300kB")
+    summary = finetune(config, QUIET)
+    assert 0.9 * 300_000 < summary["uplink_bytes"] + summary["downlink_bytes"] <= 300_000
+
+
 def test_a_budget_that_holds_no_step_is_refused(split):
     with pytest.raises(ConfigError, match=r"--split\.max-bytes 1kB is less than the \d+ bytes of one step"):
         finetune(with_codec(split, "none", max_bytes="1kB"), QUIET)
@@ -192,7 +201,7 @@ BAD = {
     "unknown codec 'zip'; known: none, bf16": ["--split.codec", "zip"],
     "--split.eval-codec 'topk(1)': activations are evaluated in one number format": [
         "--split.eval-codec",
-        "topk(0.1)",
+        "topk(1)",
     ],
     "--split.link must be a link as 10mbit/20ms": ["--split.link", "fast"],
     "--split.max-bytes must be an amount": ["--split.max-bytes", "much"],

@@ -278,10 +278,15 @@ class Cut:
             for index in range(alast.vit.depth):
                 num_patches = alast.num_keep(index, num_patches)
         num_tokens = self.vit.num_prefix_tokens + num_patches
+        head = {id(p) for p in self.client.vit.head_parameters()}
+        below = any(p.requires_grad and id(p) not in head for p in self.client.parameters())
+        above = any(p.requires_grad for p in self.server.parameters())
 
         @lru_cache
         def exchange(num_samples: int) -> int:
-            return sum(exchange_bytes(self.codec, self._shape(num_samples, num_tokens)))
+            shape = self._shape(num_samples, num_tokens)
+            shape = replace(shape, with_gradient=below, with_feature_gradient=below or above)
+            return sum(exchange_bytes(self.codec, shape))
 
         return [sum(exchange(min(batch_size, num - at)) for at in range(0, num, batch_size)) for num in step_samples]
 
