@@ -66,10 +66,12 @@ CHAINS = (  # what each is there to show: the frontier, from many bytes to few, 
     "adc(samples=1, tokens=0.2)+int2(clip=auto)",
     "adc(samples=1, tokens=0.175)+int2(clip=auto)",
     "adc(samples=1, tokens=0.15)+int2(clip=auto)",
+    "adc(samples=1, tokens=0.5)+bottlenet(0.2)+int4(per=channel)",
+    "bottlenet(0.25)+int4(per=channel)",
     "adc(0.2)+int8",
     "adc(0.2)+int4",
 )
-FRONTIER = CHAINS[2], CHAINS[4], CHAINS[8]
+FRONTIER = CHAINS[0], CHAINS[2], CHAINS[4], CHAINS[10]
 BEST = CHAINS[7]
 SETTINGS = (
     Setting("none", "none", 1.0, more_seeds=True),
@@ -118,7 +120,7 @@ def ending(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
     if setting.until == "traffic":
         summaries = finished(Setting("none", "none"), args)
         return {"max_bytes": f"{summaries[0]['uplink_bytes'] + summaries[0]['downlink_bytes']}B"}
-    costs = step_times(args)
+    costs = step_times(args, ["none", setting.codec])
     return {"epochs": math.floor(args.epochs * seconds(costs["none"]) / seconds(costs[setting.codec]))}
 
 
@@ -146,11 +148,11 @@ def train(setting: Setting, args: argparse.Namespace, seed: int) -> dict[str, An
         return finetune(config, Console(file=log))
 
 
-def step_times(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Median seconds of each side in a step of every codec, their steps taken in turn; kept in the work folder."""
+def step_times(args: argparse.Namespace, codecs: list[str]) -> dict[str, dict[str, float]]:
+    """Median seconds of each side in a step of these codecs, their steps taken in turn; kept in the work folder."""
     file: Path = args.work / f"costs-{args.batch_size}-{args.device}.json"
     costs: dict[str, dict[str, float]] = json.loads(file.read_text()) if file.exists() else {}
-    missing = [codec for codec in {s.codec: s for s in SETTINGS} if codec not in costs]
+    missing = [codec for codec in codecs if codec not in costs]
     if missing:
         costs |= measure(["none", *(codec for codec in missing if codec != "none")], args)
         file.write_text(json.dumps(costs, indent=1))
@@ -276,7 +278,8 @@ def main() -> None:
 
 def write(args: argparse.Namespace) -> None:
     """The results file and the picture, of all that is finished."""
-    costs = step_times(args)
+    ran = list(dict.fromkeys(setting.codec for setting in SETTINGS if finished(setting, args)))
+    costs = step_times(args, ran)
     config = {key: value for key, value in vars(args).items() if not isinstance(value, Path)} | {"cut": CUT}
     for name in ("only", "no_train"):
         config.pop(name, None)

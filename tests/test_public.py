@@ -36,7 +36,15 @@ def test_public_names(name):
 
 
 def test_all_is_complete_and_star_import_works():
-    assert set(snello.__all__) == {"ALaST", "AlastConfig", "FinetuneConfig", "SnelloError", "ViT", "finetune"}
+    assert set(snello.__all__) == {
+        "ALaST",
+        "AlastConfig",
+        "FinetuneConfig",
+        "SnelloError",
+        "SplitConfig",
+        "ViT",
+        "finetune",
+    }
     names: dict[str, object] = {}
     exec("from snello import *", names)
     assert set(snello.__all__) <= set(names)

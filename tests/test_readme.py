@@ -57,6 +57,12 @@ def test_the_snello_commands_run_as_they_stand(tmp_path: Path) -> None:
         assert done.returncode == 0, (command, done.stderr)
 
 
+def test_the_python_code_of_split_learning_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = blocks(ADC_DOCS, "python")
+    exec(block.replace("steps=10", "steps=1"), {"snello": snello, "folder": tmp_path / "run"})
+    assert "'uplink_bytes': " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", [README, DOCS], ids=["README", "docs/alast.md"])
 def test_the_python_code_runs(text: str) -> None:
     model = tiny_vit()

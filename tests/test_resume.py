@@ -239,7 +239,7 @@ def test_killed_between_write_and_rename(small, tmp_path, name, call):
     assert left == [f".{name}.tmp"], "a killed process cleans nothing up"
     step = 6
     assert len(rows_of(config.out, "step")) == 7 > step
-    assert checkpoint.load_tensors(RunFolder(config.out).checkpoint_file)[1]["step"] == step
+    assert checkpoint.load_tensors(RunFolder(config.out).checkpoint_file)[1]["progressed"]["step"] == step
     assert cli.main(["finetune", "--out", str(config.out), "--resume"]) == 0
     assert_same_run(config.out, other)
 

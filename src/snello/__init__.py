@@ -17,6 +17,7 @@ import wrapt
 if TYPE_CHECKING:
     from snello.config import AlastConfig as AlastConfig
     from snello.config import FinetuneConfig as FinetuneConfig
+    from snello.config import SplitConfig as SplitConfig
     from snello.errors import SnelloError as SnelloError
     from snello.methods.alast import ALaST as ALaST
     from snello.training import finetune as finetune
@@ -27,6 +28,7 @@ _PUBLIC = {
     "AlastConfig": "snello.config",
     "FinetuneConfig": "snello.config",
     "SnelloError": "snello.errors",
+    "SplitConfig": "snello.config",
     "ViT": "snello.vit",
     "finetune": "snello.training",
 }

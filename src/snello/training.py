@@ -138,6 +138,8 @@ class Trainer:
 
     def _make_learner(self, vit: ViT, resolved: dict[str, Any]) -> Learner:
         if self.config.split.cut:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise ConfigError("--split.cut trains both halves in one process: start it without torchrun")
             vit.model.to(self.device)
             return Cut(
                 vit,

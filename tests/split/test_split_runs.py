@@ -222,6 +222,13 @@ def test_what_cannot_be_used_is_one_line(split, capfd, told):
     assert not split.out.exists()
 
 
+def test_several_processes_are_refused(split, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="without torchrun"):
+        finetune(split, QUIET)
+    assert not split.out.exists()
+
+
 def test_a_split_setting_without_a_cut_is_refused(small, capfd):
     assert cli.main(["finetune", *flags(small), "--split.codec", "int8"]) == 2
     assert "--split.codec has no effect without --split.cut" in capfd.readouterr().err
