@@ -300,7 +300,7 @@ def test_asked_to_stop(small, tmp_path, number, workers):
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     assert process.wait(60) == 130
     text = (tmp_path / "err").read_text()
-    step = checkpoint.load_tensors(RunFolder(config.out).checkpoint_file)[1]["step"]
+    step = checkpoint.load_tensors(RunFolder(config.out).checkpoint_file)[1]["progressed"]["step"]
     assert "Traceback" not in text and "Error" not in text
     expected = f"snello: stopped after step {step} of 56; go on with: snello finetune --out {config.out} --resume"
     assert text.splitlines()[-1] == expected
