@@ -29,6 +29,7 @@ from target import CLASSES, link_data
 from snello.config import FinetuneConfig, SplitConfig
 from snello.devices import resolve_device, resolve_precision
 from snello.models import create_model
+from snello.runs import RunFolder
 from snello.split.cut import Cut
 from snello.training import finetune
 from snello.vit import ViT
@@ -207,6 +208,7 @@ def row(setting: Setting, args: argparse.Namespace, costs: dict[str, dict[str, f
         "ratio": one["ratio"],
         "epochs": steps / math.ceil(5 * args.per_class / args.batch_size),
         "seeds": [run["seed"] for run in runs],
+        "train_threads": [RunFolder(folder(setting, args, run["seed"])).read_config()[1]["threads"] for run in runs],
         "accuracies": accuracies,
         "accuracy": statistics.mean(accuracies),
         "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
