@@ -78,6 +78,7 @@ def codecs(result: dict[str, Any]) -> str:
 def codecs_short(result: dict[str, Any]) -> str:
     """The rows that a first look needs."""
     wanted = ["none", "int4", "adc(0.1)", "topk(0.1)", "randtopk(0.1)", "c3sl(10)", "bottlenet(0.1)", "adc(0.1)+int8"]
+    wanted.append("adc(0.1), equal traffic")
     lines = ["| codec | fewer bytes | accuracy, % | seeds | epochs |", "|---|---|---|---|---|"]
     for row in result["rows"]:
         if row["setting"] in wanted or row["family"] == "chains":
