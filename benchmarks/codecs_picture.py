@@ -25,7 +25,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         colour = f"C{index % 10}"
         marker = MARKERS[index % len(MARKERS)]
         equal = [row for row in mine if row["until"] == "epochs"]
-        line = "" if family in ("chains", "none") else "-"
+        line = "" if family in ("chains", "none", "ADC variants") else "-"
         axes.errorbar(
             [row["training_bytes"] / 1e6 for row in equal],
             [100 * row["accuracy"] for row in equal],
