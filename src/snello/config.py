@@ -17,17 +17,12 @@ import tyro
 import yaml
 
 from snello.codecs import parse_codec
-from snello.errors import ConfigError
+from snello.errors import ConfigError, require
 from snello.split.link import Link, parse_bytes
 
 T = TypeVar("T")
 
 METHODS = ("auto", "alast", "full", "head", "last-k")
-
-
-def _require(ok: bool, name: str, rule: str, got: object) -> None:
-    if not ok:
-        raise ConfigError(f"{name} must be {rule}, got {got}")
 
 
 @dataclass(frozen=True)
@@ -59,19 +54,19 @@ class AlastConfig:
     """Optimizer moments of a frozen block: kept (exact), or released to save memory."""
 
     def __post_init__(self) -> None:
-        _require(self.blocks is None or self.blocks >= 1, "--alast.blocks", "at least 1", self.blocks)
-        _require(0 < self.start_budget <= 1, "--alast.start-budget", "in (0, 1]", self.start_budget)
-        _require(0 < self.min_budget <= 1, "--alast.min-budget", "in (0, 1]", self.min_budget)
-        _require(
+        require(self.blocks is None or self.blocks >= 1, "--alast.blocks", "at least 1", self.blocks)
+        require(0 < self.start_budget <= 1, "--alast.start-budget", "in (0, 1]", self.start_budget)
+        require(0 < self.min_budget <= 1, "--alast.min-budget", "in (0, 1]", self.min_budget)
+        require(
             self.min_budget <= self.start_budget,
             "--alast.min-budget",
             f"at most --alast.start-budget ({self.start_budget})",
             self.min_budget,
         )
-        _require(self.alpha is None or self.alpha >= 0, "--alast.alpha", "0 or more", self.alpha)
-        _require(self.temperature > 0, "--alast.temperature", "above 0", self.temperature)
-        _require(0 <= self.full_tail <= 1, "--alast.full-tail", "in [0, 1]", self.full_tail)
-        _require(self.token_multiple >= 1, "--alast.token-multiple", "at least 1", self.token_multiple)
+        require(self.alpha is None or self.alpha >= 0, "--alast.alpha", "0 or more", self.alpha)
+        require(self.temperature > 0, "--alast.temperature", "above 0", self.temperature)
+        require(0 <= self.full_tail <= 1, "--alast.full-tail", "in [0, 1]", self.full_tail)
+        require(self.token_multiple >= 1, "--alast.token-multiple", "at least 1", self.token_multiple)
 
 
 @dataclass(frozen=True)
@@ -88,9 +83,9 @@ class AugmentConfig:
     """Magnitude of RandAugment, 0 to 30."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.crop_scale <= 1, "--augment.crop-scale", "in (0, 1]", self.crop_scale)
-        _require(self.rand_ops >= 0, "--augment.rand-ops", "0 or more", self.rand_ops)
-        _require(0 <= self.rand_magnitude <= 30, "--augment.rand-magnitude", "in 0..30", self.rand_magnitude)
+        require(0 < self.crop_scale <= 1, "--augment.crop-scale", "in (0, 1]", self.crop_scale)
+        require(self.rand_ops >= 0, "--augment.rand-ops", "0 or more", self.rand_ops)
+        require(0 <= self.rand_magnitude <= 30, "--augment.rand-magnitude", "in 0..30", self.rand_magnitude)
 
 
 @dataclass(frozen=True)
@@ -116,8 +111,8 @@ class SplitConfig:
     """Report the time that this link would add, as 10mbit/20ms: rate of each direction / time of a round trip."""
 
     def __post_init__(self) -> None:
-        _require(self.cut >= 0, "--split.cut", "0 or more", self.cut)
-        _require(self.labels in ("server", "client"), "--split.labels", "server or client", self.labels)
+        require(self.cut >= 0, "--split.cut", "0 or more", self.cut)
+        require(self.labels in ("server", "client"), "--split.labels", "server or client", self.labels)
         parse_codec(self.codec, "--split.codec")
         parse_codec(self.eval_codec, "--split.eval-codec")
         if self.max_bytes is not None:
@@ -202,17 +197,17 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         for name in ("last_k", "batch_size", "accumulate", "epochs", "eval_epochs"):
-            _require(getattr(self, name) >= 1, flag(name), "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, flag(name), "at least 1", getattr(self, name))
         for name in ("clip_norm", "weight_decay", "workers", "patience", "checkpoint_steps"):
-            _require(getattr(self, name) >= 0, flag(name), "0 or more", getattr(self, name))
-        _require(0 <= self.seed < 2**63, "--seed", "in 0..2**63-1", self.seed)
-        _require(0 < self.lr < math.inf, "--lr", "above 0 and finite", self.lr)
-        _require(0 < self.layer_decay <= 1, "--layer-decay", "in (0, 1]", self.layer_decay)
-        _require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
-        _require(0 <= self.label_smoothing < 1, "--label-smoothing", "in [0, 1)", self.label_smoothing)
-        _require(0 < self.val_share < 1, "--val-share", "in (0, 1)", self.val_share)
-        _require(self.image_size is None or self.image_size >= 1, "--image-size", "at least 1", self.image_size)
-        _require(self.method in METHODS, "--method", f"one of {', '.join(METHODS)}", self.method)
+            require(getattr(self, name) >= 0, flag(name), "0 or more", getattr(self, name))
+        require(0 <= self.seed < 2**63, "--seed", "in 0..2**63-1", self.seed)
+        require(0 < self.lr < math.inf, "--lr", "above 0 and finite", self.lr)
+        require(0 < self.layer_decay <= 1, "--layer-decay", "in (0, 1]", self.layer_decay)
+        require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
+        require(0 <= self.label_smoothing < 1, "--label-smoothing", "in [0, 1)", self.label_smoothing)
+        require(0 < self.val_share < 1, "--val-share", "in (0, 1)", self.val_share)
+        require(self.image_size is None or self.image_size >= 1, "--image-size", "at least 1", self.image_size)
+        require(self.method in METHODS, "--method", f"one of {', '.join(METHODS)}", self.method)
         if self.method == "auto":
             object.__setattr__(self, "method", "full" if self.split.cut else "alast")
 
@@ -240,7 +235,7 @@ class CodecsConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "cut", "num_classes"):
-            _require(getattr(self, name) >= 1, flag(name), "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, flag(name), "at least 1", getattr(self, name))
         for text in self.codecs:
             parse_codec(text, "CODECS")
 
@@ -265,8 +260,8 @@ class EvaluateConfig:
     """How the result is printed."""
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
-        _require(self.workers >= 0, "--workers", "0 or more", self.workers)
+        require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
+        require(self.workers >= 0, "--workers", "0 or more", self.workers)
 
 
 @dataclass(frozen=True)
@@ -289,9 +284,9 @@ class PredictConfig:
     """How the result is printed."""
 
     def __post_init__(self) -> None:
-        _require(len(self.paths) > 0, "PATHS", "at least one picture or folder", "none")
-        _require(self.top_k >= 1, "--top-k", "at least 1", self.top_k)
-        _require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
+        require(len(self.paths) > 0, "PATHS", "at least one picture or folder", "none")
+        require(self.top_k >= 1, "--top-k", "at least 1", self.top_k)
+        require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
 
 
 def flag(name: str) -> str:

@@ -45,3 +45,9 @@ class ProtocolError(SnelloError):
 
 class AuthenticationError(SnelloError):
     """The other side did not admit this client."""
+
+
+def require(ok: bool, name: str, rule: str, got: object) -> None:
+    """Raises the ConfigError `name must be rule, got ...` unless `ok`."""
+    if not ok:
+        raise ConfigError(f"{name} must be {rule}, got {got}")

@@ -222,6 +222,14 @@ def test_what_cannot_be_used_is_one_line(split, capfd, told):
     assert not split.out.exists()
 
 
+def test_values_that_no_codec_can_encode_stop_the_run_in_one_line(split, monkeypatch, capfd):
+    monkeypatch.setattr("snello.vit.ViT.tokens", lambda self, x: self.model.forward_features(x) * float("nan"))
+    assert cli.main(["finetune", *flags(split)]) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "the activations at the cut hold NaN" in line and "adc(0.5)+int8" in line and " at step 1;" in line
+    assert line.count("try a lower --lr") == 1
+
+
 def test_several_processes_are_refused(split, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="without torchrun"):

@@ -8,6 +8,7 @@ B: samples, N: tokens including prefix tokens, D: embed dim, R: rows that are le
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from snello.codecs import build, codec_class, parse_codec
 from snello.data import mix
-from snello.errors import ConfigError, TrainingError
+from snello.errors import ConfigError, TrainingError, require
 from snello.vit import Score
 
 Arrays = dict[str, Tensor]
@@ -55,7 +56,7 @@ class Reduced:
     """(B,) int64: the row that each sample went into; None where every sample is a row of its own."""
 
 
-class Reducer(nn.Module):
+class Reducer(nn.Module, ABC):
     """Leaves fewer numbers. Parameters of `encoder` train on the client, those of `decoder` on the server."""
 
     source = ""
@@ -73,9 +74,9 @@ class Reducer(nn.Module):
     weighting: Literal["rows", "sizes"] = "rows"
     """How the loss weighs merged rows: all alike, or by the number of samples in them."""
 
+    @abstractmethod
     def encode(self, z: Tensor, context: Context) -> Reduced:
         """Makes z (B, N, D) smaller."""
-        raise NotImplementedError
 
     def decode(self, values: Tensor, side: Arrays) -> Tensor:
         """Tokens for the server's blocks, (R, K, D), differentiable in `values`."""
@@ -86,19 +87,19 @@ class Reducer(nn.Module):
         return {}
 
 
-class Format:
+class Format(ABC):
     """Writes numbers as arrays, and gradients with respect to them; straight-through where it rounds."""
 
     source = ""
     example = ""
 
+    @abstractmethod
     def pack(self, x: Tensor, context: Context) -> Arrays:
         """Arrays that describe x, of any shape; the one named `values` is the payload."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unpack(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """What `pack` was given, up to its error."""
-        raise NotImplementedError
 
     def pack_gradient(self, x: Tensor, context: Context) -> Arrays:
         """The same for the gradient on its way down."""
@@ -282,16 +283,7 @@ def _formats(made: list[Any], flag: str) -> list[Format]:
 
 def _require_finite(x: Tensor, what: str, codec: str) -> None:
     if not bool(x.isfinite().all()):
-        raise TrainingError(
-            f"the {what} at the cut hold NaN or infinite values, which the codec {codec} cannot encode; "
-            "try a lower --lr, more --warmup, or --precision fp32"
-        )
-
-
-def require(ok: bool, name: str, rule: str, got: object) -> None:
-    """Raises the ConfigError `name must be rule, got ...` unless `ok`."""
-    if not ok:
-        raise ConfigError(f"{name} must be {rule}, got {got}")
+        raise TrainingError(f"the {what} at the cut hold NaN or infinite values, which the codec {codec} cannot encode")
 
 
 def number(value: object, name: str) -> float:

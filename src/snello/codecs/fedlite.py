@@ -12,8 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from snello.codecs.base import Arrays, Context, Format, integer, number, require
+from snello.codecs.base import Arrays, Context, Format, integer, number
 from snello.codecs.integers import pack_bits, unpack_bits
+from snello.errors import require
 from snello.tokens import kmeans
 
 SAMPLE = 2048

@@ -50,6 +50,7 @@ class _Parser:
         self.at = 0
 
     def codec(self) -> list[Part]:
+        """The first rule of the grammar."""
         parts = [self.part()]
         while self.accept("+"):
             parts.append(self.part())
@@ -58,6 +59,7 @@ class _Parser:
         return parts
 
     def part(self) -> Part:
+        """A codec with its arguments."""
         start = self.peek()
         if start is None or start.lastgroup != "word":
             self.fail("expected the name of a codec")
@@ -77,6 +79,7 @@ class _Parser:
         return Part(name, tuple(positional), tuple(named))
 
     def argument(self, positional: list[Value], named: list[tuple[str, Value]]) -> None:
+        """An argument, put where it belongs."""
         place = self.at
         value = self.value()
         if isinstance(value, str) and self.accept("="):
@@ -89,6 +92,7 @@ class _Parser:
             positional.append(value)
 
     def value(self) -> Value:
+        """A number or a word."""
         token = self.peek()
         if token is None or token.lastgroup == "sign":
             self.fail("expected a number or a word")
@@ -108,6 +112,7 @@ class _Parser:
         return token
 
     def accept(self, sign: str) -> bool:
+        """Goes past `sign` if it comes next, and says whether it did."""
         token = self.peek()
         if token is None or token.lastgroup != "sign" or token["sign"] != sign:
             return False
@@ -115,6 +120,7 @@ class _Parser:
         return True
 
     def fail(self, problem: str, at: int | None = None) -> None:
+        """Raises the ConfigError that shows the place, by default the one reached."""
         at = self.at if at is None else at
         at += len(self.text[at:]) - len(self.text[at:].lstrip())
         marked = f"{self.text[:at]}^{self.text[at:]}"

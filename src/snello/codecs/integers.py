@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from snello.codecs.base import Arrays, Context, Format, integer, number, require
+from snello.codecs.base import Arrays, Context, Format, integer, number
+from snello.errors import require
 
 ScaleType = Literal["bf16", "fp32", "pow2"]
 # Half the width of the uniform quantizer with the least squared error for normal numbers, in standard deviations.

@@ -6,8 +6,9 @@ Source: Reducing Communication for Split Learning by Randomized Top-k Sparsifica
 import torch
 from torch import Tensor
 
-from snello.codecs.base import Context, number, require
+from snello.codecs.base import Context, number
 from snello.codecs.topk import TopK
+from snello.errors import require
 
 
 class RandTopK(TopK):

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from snello import tokens
-from snello.codecs.base import Context, Reduced, Reducer, integer, require
+from snello.codecs.base import Context, Reduced, Reducer, integer
 from snello.codecs.base import ratio as in_0_1
-from snello.errors import ConfigError, SnelloWarning
+from snello.errors import ConfigError, SnelloWarning, require
 from snello.vit import Score
 
 
