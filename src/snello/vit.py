@@ -165,10 +165,6 @@ class ViT:
         logits: Tensor = self.model.forward_head(features) if features.ndim == 3 else self.model.head(features)
         return logits
 
-    def classify(self, z: Tensor) -> Tensor:
-        """The logits (B, C) of tokens (B, N, D)."""
-        return self.head(self.features(z))
-
     def watch(self, index: int) -> None:
         """Makes the attention of block `index` available to `cls_attention` after every forward in training mode."""
         self._adapters[index].watch()

@@ -165,7 +165,6 @@ class _Pending:
     step: int
     micro: int
     message: Message
-    context: Context
     targets: Targets
     share: float
     features: Tensor | None = None
@@ -200,7 +199,7 @@ class ClientHalf(Half):
         message = self.codec.encode(z, context)
         targets = Targets.of(labels, message.groups, message.num_rows, self.num_classes)
         share = len(labels) / num_samples
-        self._pending = _Pending(step, micro, message, context, targets, share)
+        self._pending = _Pending(step, micro, message, targets, share)
         arrays = dict(message.arrays)
         if self.labels == "server":
             arrays |= labels_to_arrays(labels, message, self.num_classes)
