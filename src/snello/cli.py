@@ -7,6 +7,7 @@ stderr and exit code 2.
 import contextlib
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -113,6 +114,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return USAGE
     except KeyboardInterrupt:
         return _interrupted("interrupted")
+    except BrokenPipeError:  # who reads the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else flushing at exit would fail again
+        return 0
 
 
 def _interrupted(text: str) -> int:

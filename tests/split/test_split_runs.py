@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
@@ -274,6 +276,11 @@ class TestCodecs:
         assert cli.main(["codecs", *args]) == 2
         out, err = capfd.readouterr()
         assert out == "" and err.count("\n") == 1 and err.startswith("snello: error: ")
+
+    def test_a_reader_that_has_seen_enough(self):
+        command = f"'{sys.executable}' -u -m snello.cli codecs --batch-size 8 | head -1"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True)
+        assert done.stdout.startswith("Bytes of one exchange") and "Traceback" not in done.stderr
 
     def test_every_codec_has_a_source_and_an_example(self):
         for name in CODECS:
