@@ -156,7 +156,7 @@ def test_values_that_yaml_gives_otherwise():
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"learning_rate": 1}, "unknown setting learning_rate; known: config, data, model"),
+        ({"learning_rate": 1}, "unknown setting learning_rate; known: config, model"),
         ({1: 2, "foo": 3}, "unknown setting 1, foo"),
         ({"alast": {"budget": 1}}, "alast: unknown setting budget; known: blocks"),
         ({"alast": 3}, "alast must be a mapping"),

@@ -6,6 +6,7 @@ a run with a wrong setting fails before anything is loaded.
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import yaml
 
 from snello.codecs import parse_codec
 from snello.errors import ConfigError, require
-from snello.split.link import Link, parse_bytes
+from snello.split.link import Link, parse_address, parse_bytes
 
 T = TypeVar("T")
 
@@ -109,6 +110,9 @@ class SplitConfig:
     """Train until this much training traffic, whatever --epochs says, as 500MB (10^6 bytes) or 2GiB."""
     link: str | None = None
     """Report the time that this link would add, as 10mbit/20ms: rate of each direction / time of a round trip."""
+    prefetch: bool = False
+    """Over a network: compute the next forward pass while waiting for the server. Gradients are then one step stale,
+    and a resumed run is no longer the same bit for bit."""
 
     def __post_init__(self) -> None:
         require(self.cut >= 0, "--split.cut", "0 or more", self.cut)
@@ -126,14 +130,11 @@ class SplitConfig:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """Fine-tune a Vision Transformer on a folder of pictures."""
+class Recipe:
+    """What a run computes: model, method and optimization, whoever has the pictures."""
 
     config: Path | None = None
     """YAML file with any of these settings; a flag wins over the file, the file over the default."""
-    data: Path | None = None
-    """Folder of pictures: train/ and val/ (or test/) with a folder per class, or one folder per class; default: the
-    2 500 Fashion-MNIST pictures that ship with snello."""
     model: str = "vit_micro_patch4_32"
     """Name of a timm Vision Transformer."""
     weights: str = "pretrained"
@@ -166,14 +167,6 @@ class FinetuneConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     image_size: int | None = None
     """Side of the pictures in pixels; default: the model's own."""
-    val_share: float = 0.2
-    """Share of each class that is held out where the folder has no val/ or test/, in (0, 1)."""
-    skip_bad: bool = False
-    """Leave out pictures that cannot be read, and count them, instead of stopping."""
-    check_pictures: bool = True
-    """Decode every picture once before training, so that a bad one is found at the start."""
-    workers: int = 2
-    """Processes that load pictures; 0 loads in the main process."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"
@@ -192,24 +185,182 @@ class FinetuneConfig:
     """Run folder; default: runs/<model>-<method>-<time>."""
     resume: bool = False
     """Go on with the run in --out where it was cut off; settings come from its config.yaml."""
-    compare: bool = True
-    """After training, measure step time, FLOPs and memory against full fine-tuning on this machine."""
 
     def __post_init__(self) -> None:
         for name in ("last_k", "batch_size", "accumulate", "epochs", "eval_epochs"):
             require(getattr(self, name) >= 1, flag(name), "at least 1", getattr(self, name))
-        for name in ("clip_norm", "weight_decay", "workers", "patience", "checkpoint_steps"):
+        for name in ("clip_norm", "weight_decay", "patience", "checkpoint_steps"):
             require(getattr(self, name) >= 0, flag(name), "0 or more", getattr(self, name))
         require(0 <= self.seed < 2**63, "--seed", "in 0..2**63-1", self.seed)
         require(0 < self.lr < math.inf, "--lr", "above 0 and finite", self.lr)
         require(0 < self.layer_decay <= 1, "--layer-decay", "in (0, 1]", self.layer_decay)
         require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
         require(0 <= self.label_smoothing < 1, "--label-smoothing", "in [0, 1)", self.label_smoothing)
-        require(0 < self.val_share < 1, "--val-share", "in (0, 1)", self.val_share)
         require(self.image_size is None or self.image_size >= 1, "--image-size", "at least 1", self.image_size)
         require(self.method in METHODS, "--method", f"one of {', '.join(METHODS)}", self.method)
         if self.method == "auto":
             object.__setattr__(self, "method", "full" if self.split.cut else "alast")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Recipe):
+    """Fine-tune a Vision Transformer on a folder of pictures."""
+
+    data: Path | None = None
+    """Folder of pictures: train/ and val/ (or test/) with a folder per class, or one folder per class; default: the
+    2 500 Fashion-MNIST pictures that ship with snello."""
+    val_share: float = 0.2
+    """Share of each class that is held out where the folder has no val/ or test/, in (0, 1)."""
+    skip_bad: bool = False
+    """Leave out pictures that cannot be read, and count them, instead of stopping."""
+    check_pictures: bool = True
+    """Decode every picture once before training, so that a bad one is found at the start."""
+    workers: int = 2
+    """Processes that load pictures; 0 loads in the main process."""
+    compare: bool = True
+    """After training, measure step time, FLOPs and memory against full fine-tuning on this machine."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.workers >= 0, "--workers", "0 or more", self.workers)
+        require(0 < self.val_share < 1, "--val-share", "in (0, 1)", self.val_share)
+
+
+@dataclass(frozen=True)
+class ServeConfig(Recipe):
+    """Be the server of split learning: train the upper half of a model with clients that keep their pictures."""
+
+    split: SplitConfig = field(default_factory=lambda: SplitConfig(cut=3))
+    num_classes: int | None = None
+    """Classes; default: as many as each client has."""
+    listen: str = "127.0.0.1:7443"
+    """Address and port to listen on, as 0.0.0.0:7443; port 0 takes a free one and prints it."""
+    certs: Path | None = None
+    """Folder that `snello certs` made (or its server/ folder): TLS certificate and the clients' tokens."""
+    auth: Literal["both", "certificate", "token"] = "both"
+    """What a client must show: its certificate (mutual TLS), its token, or both."""
+    insecure_loopback: bool = False
+    """Without TLS and without credentials, for clients on this machine only."""
+    insecure_plaintext_for_everyone_on_the_network_to_read: bool = False
+    """Without TLS and without credentials on any address: everybody on the way can read and change everything."""
+    sessions: Literal["independent", "shared"] = "independent"
+    """Each client trains a server half of its own, or all of them one, in the order in which they arrive."""
+    max_sessions: int = 16
+    """Sessions that may be under way at the same time."""
+    max_memory: str = "4GiB"
+    """What all sessions together may hold in weights, gradients, optimizer state and messages, as 500MB or 4GiB."""
+    idle_seconds: float = 600.0
+    """A client that sends nothing for so long is disconnected; its session is saved and can be gone on with."""
+    release_weights: bool = True
+    """Give the trained server half to the client that trained it, when it asks (`snello export`)."""
+    accept_weights: bool = False
+    """Let clients replace the weights of their server half (averaging between rounds)."""
+    metrics_port: int | None = None
+    """Port on 127.0.0.1 for Prometheus metrics; default: none are served."""
+    log_format: Literal["text", "json"] = "text"
+    """How the log on stderr is written; serve.log in the run folder is always JSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.split.cut >= 1, "--split.cut", "at least 1: the client has the embeddings and a block", 0)
+        require(self.num_classes is None or self.num_classes >= 1, "--num-classes", "at least 1", self.num_classes)
+        require(self.max_sessions >= 1, "--max-sessions", "at least 1", self.max_sessions)
+        require(self.idle_seconds > 0, "--idle-seconds", "above 0", self.idle_seconds)
+        ports = self.metrics_port is None or 0 <= self.metrics_port < 2**16
+        require(ports, "--metrics-port", "in 0..65535", self.metrics_port)
+        parse_bytes(self.max_memory, "--max-memory")
+        parse_address(self.listen, "--listen")
+
+
+@dataclass(frozen=True)
+class JoinConfig:
+    """Train with a server on pictures that stay here: it gives the settings and the starting weights."""
+
+    address: tyro.conf.Positional[str]
+    """The server, as server.example:7443."""
+    data: Path | None = None
+    """Folder of pictures, as for `snello finetune`; default: the 2 500 pictures that ship with snello."""
+    certs: Path | None = None
+    """Folder that `snello certs` made, or the clients/NAME folder handed to you; not needed on loopback."""
+    name: str | None = None
+    """Which of the clients in --certs this is; default: the only one."""
+    out: Path | None = None
+    """Run folder; default: runs/<model>-<method>-<time>."""
+    resume: bool = False
+    """Go on with the run in --out where it was cut off."""
+    val_share: float = 0.2
+    """Share of each class that is held out where the folder has no val/ or test/, in (0, 1)."""
+    skip_bad: bool = False
+    """Leave out pictures that cannot be read, and count them, instead of stopping."""
+    check_pictures: bool = True
+    """Decode every picture once before training, so that a bad one is found at the start."""
+    workers: int = 2
+    """Processes that load pictures; 0 loads in the main process."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    attention: Literal["auto", "fused", "explicit"] = "auto"
+    """How attention is computed; `auto` measures once which is faster here."""
+    reconnect_seconds: float = 600.0
+    """How long to try again where the connection breaks or the server restarts."""
+    insecure_plaintext_for_everyone_on_the_network_to_read: bool = False
+    """Without TLS to a server that is not on this machine: everybody on the way can read and change everything."""
+
+    def __post_init__(self) -> None:
+        parse_address(self.address, "ADDRESS")
+        require(self.workers >= 0, "--workers", "0 or more", self.workers)
+        require(0 < self.val_share < 1, "--val-share", "in (0, 1)", self.val_share)
+        require(self.reconnect_seconds >= 0, "--reconnect-seconds", "0 or more", self.reconnect_seconds)
+
+
+@dataclass(frozen=True)
+class CertsConfig:
+    """Make what a server and its clients need to trust each other: a small CA, certificates and join tokens."""
+
+    folder: tyro.conf.Positional[Path]
+    """Where to; with a CA in it already, clients are added."""
+    host: tuple[str, ...] = ()
+    """Names and IP addresses of the server, as server.example 192.0.2.7."""
+    clients: tuple[str, ...] = ("client",)
+    """Names of the clients, one certificate and token each."""
+    days: int = 365
+    """Days that the certificates are valid."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.days <= 36500, "--days", "in 1..36500", self.days)
+        for name in self.clients:
+            fits = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name) is not None
+            require(fits, "--clients", "names of letters, digits, dots, dashes and underscores", repr(name))
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Say what is wrong between here and a server: name, port, certificates, clock, version, token."""
+
+    address: tyro.conf.Positional[str]
+    """The server, as server.example:7443."""
+    certs: Path | None = None
+    """As for `snello join`."""
+    name: str | None = None
+    """Which of the clients in --certs this is; default: the only one."""
+    format: Literal["text", "json"] = "text"
+    """How the result is printed."""
+
+    def __post_init__(self) -> None:
+        parse_address(self.address, "ADDRESS")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a run's model as a file that other software loads."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of `snello finetune`, or of `snello join`."""
+    format: Literal["timm"] = "timm"
+    """`timm`: a safetensors file for `timm.create_model(..., checkpoint_path=...)`."""
+    server_half: Path | None = None
+    """For a run of `snello join`: the server's session folder or weights file; default: the server is asked for it."""
+    out: Path | None = None
+    """File to write; default: export.safetensors in the run folder."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""Amounts that the command line gives as text, and what a network link would add to a run. No torch."""
+"""Amounts and addresses that the command line gives as text, and what a network link would add. No torch."""
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,6 +25,28 @@ def parse_bytes(text: str, name: str) -> int:
     if not 1 <= amount < 2**63:
         raise ConfigError(f"{name} must be {rule}, got {text!r}")
     return int(amount)
+
+
+def parse_address(text: str, name: str) -> tuple[str, int]:
+    """Host and port that a text such as `server.example:7443` or `[::1]:7443` means.
+
+    Raises:
+        ConfigError: where it means none.
+    """
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) >= 2**16 or (":" in host and not host.startswith("[")):
+        raise ConfigError(f"{name} must be host:port, as server.example:7443 or [::1]:7443, got {text!r}")
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address can only mean this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
