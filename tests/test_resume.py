@@ -316,9 +316,9 @@ def test_asked_to_stop_without_a_name_for_the_run(small, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     step = Trainer._step
 
-    def interrupted_step(self, stream):
+    def interrupted_step(self):
         os.kill(os.getpid(), signal.SIGINT)
-        return step(self, stream)
+        return step(self)
 
     monkeypatch.setattr(Trainer, "_step", interrupted_step)
     assert cli.main(["finetune", *flags(replace(small, out=None))]) == 130
@@ -401,10 +401,10 @@ def test_asked_to_stop_at_the_last_step(small, monkeypatch):
     """There is nothing left to stop: the run ends as ever."""
     step = Trainer._step
 
-    def interrupted_step(self, stream):
+    def interrupted_step(self):
         if self.progressed.step == self.total_steps - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self, stream)
+        return step(self)
 
     monkeypatch.setattr(Trainer, "_step", interrupted_step)
     assert finetune(small, QUIET)["steps"] == 14

@@ -218,9 +218,9 @@ def test_full_tail_drops_no_tokens(small, monkeypatch):
     keep_top, step = tokens.keep_top, Trainer._step
     monkeypatch.setattr(tokens, "keep_top", lambda *args: (dropped.append(-1), keep_top(*args))[1])
 
-    def counted(self, stream):
+    def counted(self):
         before = len(dropped)
-        loss = step(self, stream)
+        loss = step(self)
         counts.append(len(dropped) - before)
         return loss
 

@@ -17,10 +17,24 @@ from typing import Any, TypeVar
 
 import tyro
 
-from snello.config import CodecsConfig, EvaluateConfig, FinetuneConfig, PredictConfig, from_dict, read_yaml
+from snello.config import (
+    CertsConfig,
+    CodecsConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    ExportConfig,
+    FinetuneConfig,
+    JoinConfig,
+    PredictConfig,
+    Recipe,
+    ServeConfig,
+    from_dict,
+    read_yaml,
+)
 from snello.errors import ConfigError, SnelloError
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Recipe)
 
 USAGE = 2
 INTERRUPTED = 130
@@ -86,11 +100,74 @@ def codecs(args: Sequence[str]) -> int:
     return 0
 
 
+def serve(args: Sequence[str]) -> int:
+    """Be the server of split learning: clients keep their pictures."""
+    config = _parse(ServeConfig, args, "serve", _default(args, ServeConfig))
+    from snello.split.serve import serve as run
+
+    run(config)
+    return 0
+
+
+def join(args: Sequence[str]) -> int:
+    """Train with a server, on pictures that stay here."""
+    config = _parse(JoinConfig, args, "join", _join_default(args))
+    from snello.split.join import join as run
+    from snello.training import Interrupted
+
+    try:
+        run(config)
+    except Interrupted as interrupted:
+        return _interrupted(str(interrupted))
+    return 0
+
+
+def certs(args: Sequence[str]) -> int:
+    """Make certificates and tokens for a server and its clients."""
+    config = _parse(CertsConfig, args, "certs")
+    from snello.split.certs import make_certs
+
+    print("\n".join(make_certs(config)))
+    return 0
+
+
+def doctor(args: Sequence[str]) -> int:
+    """Say what is wrong between here and a server."""
+    config = _parse(DoctorConfig, args, "doctor")
+    from rich.console import Console
+
+    from snello.split.doctor import examine, print_findings, to_rows
+    from snello.split.join import make_endpoint, probe
+
+    findings = examine(config, lambda: probe(make_endpoint(config.address, config.certs, config.name)))
+    if config.format == "json":
+        print(json.dumps(to_rows(findings), indent=2))
+    else:
+        print_findings(findings, Console())
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def export(args: Sequence[str]) -> int:
+    """Write a run's model as a file that other software loads."""
+    config = _parse(ExportConfig, args, "export")
+    from snello.export import export as run
+    from snello.export import loading_line
+
+    path = run(config)
+    print(f"{path}\n{loading_line(path)}")
+    return 0
+
+
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "finetune": finetune,
     "evaluate": evaluate,
     "predict": predict,
+    "export": export,
     "codecs": codecs,
+    "certs": certs,
+    "serve": serve,
+    "join": join,
+    "doctor": doctor,
 }
 
 
@@ -165,7 +242,7 @@ class _Sources:
     resume: bool = False
 
 
-def _default(args: Sequence[str]) -> FinetuneConfig | None:
+def _default(args: Sequence[str], cls: type[R] = FinetuneConfig) -> R | None:  # type: ignore[assignment]
     """What flags are laid over: the run's own config with --resume, else the file given with --config, if any."""
     if any(arg in ("-h", "--help") for arg in args):
         return None
@@ -178,7 +255,21 @@ def _default(args: Sequence[str]) -> FinetuneConfig | None:
             values = read_yaml(file)
             if values.pop("resolved", None) is not None:  # a run's own config.yaml: its folder is not the new run's
                 values["out"] = None
-            return from_dict(FinetuneConfig, values, str(file))
+            return from_dict(cls, values, str(file))
+    return None
+
+
+def _join_default(args: Sequence[str]) -> JoinConfig | None:
+    """With --resume, what the run was started with."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        sources, _ = tyro.cli(_Sources, args=list(args), return_unknown_args=True)
+        file = None if sources.out is None else sources.out / "config.yaml"
+        if sources.resume and file is not None and file.is_file():
+            values = read_yaml(file)
+            if isinstance(values.get("resolved"), dict) and "server" in values["resolved"]:
+                known = {name: values[name] for name in JoinConfig.__dataclass_fields__ if name in values}
+                server = {k: v for k, v in values["resolved"]["server"].items() if k != "session"}
+                return from_dict(JoinConfig, {**known, **server}, str(file))
     return None
 
 

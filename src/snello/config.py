@@ -302,6 +302,8 @@ class JoinConfig:
     """How attention is computed; `auto` measures once which is faster here."""
     reconnect_seconds: float = 600.0
     """How long to try again where the connection breaks or the server restarts."""
+    patience_seconds: float = 60.0
+    """How long the server may be silent, beside what transfer and ten of its slowest steps take; then connect anew."""
     insecure_plaintext_for_everyone_on_the_network_to_read: bool = False
     """Without TLS to a server that is not on this machine: everybody on the way can read and change everything."""
 
@@ -310,6 +312,7 @@ class JoinConfig:
         require(self.workers >= 0, "--workers", "0 or more", self.workers)
         require(0 < self.val_share < 1, "--val-share", "in (0, 1)", self.val_share)
         require(self.reconnect_seconds >= 0, "--reconnect-seconds", "0 or more", self.reconnect_seconds)
+        require(self.patience_seconds > 0, "--patience-seconds", "above 0", self.patience_seconds)
 
 
 @dataclass(frozen=True)

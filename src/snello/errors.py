@@ -7,6 +7,7 @@ SnelloError
 ├── CheckpointError    a run folder or checkpoint that cannot be read or written
 ├── TrainingError      training cannot go on (the loss is not finite)
 ├── ProtocolError      what came over the wire is not what the other side may send
+├── NetworkError       the other side cannot be reached
 └── AuthenticationError  the other side did not admit this client
 """
 
@@ -41,6 +42,10 @@ class TrainingError(SnelloError):
 
 class ProtocolError(SnelloError):
     """What came over the wire is not what the other side may send; nothing was done with it."""
+
+
+class NetworkError(SnelloError):
+    """The other side cannot be reached, or has not answered for too long."""
 
 
 class AuthenticationError(SnelloError):

@@ -6,6 +6,7 @@ an update.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -14,10 +15,37 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from snello.config import FinetuneConfig
+from snello.data import mix
 from snello.loading import Batch
 from snello.methods import Method, make_method
 from snello.optim import make_optimizer, set_lr
 from snello.vit import ViT
+
+# These keep the seeds of the model's noise and the codec's apart from those of order and augmentation.
+NOISE, CODEC, SERVER_NOISE = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """One forward and backward pass, or one exchange across a cut."""
+
+    batches: Sequence[Batch]
+    """Normalised pictures (B, 3, H, W) and labels (B,) on the device, up to `Learner.buffer` of them."""
+    step: int
+    micro: int
+    """Within the step."""
+    num_samples: int
+    """Pictures in the whole step."""
+    number: int
+    """Of its first batch in the run: what is random in it depends on that and the run's seed alone."""
+
+    def noise_seed(self, seed: int) -> int:
+        """Of the model's noise, in a run of this seed."""
+        return mix(seed, NOISE, self.number)
+
+    def codec_seed(self, seed: int) -> int:
+        """Of what is random in the codec."""
+        return mix(seed, CODEC, self.number)
 
 
 class Learner(Protocol):
@@ -28,7 +56,7 @@ class Learner(Protocol):
     max_steps: int | None
     """Optimizer steps after which a budget is spent; None without one."""
     modules: Mapping[str, nn.Module]
-    """What has weights to save, by name; `model` is the whole model in its own names."""
+    """What has weights to save, by name; `model` is the whole model, or the half that is here, in the whole's names."""
     optimizers: Mapping[str, torch.optim.Optimizer]
     """What updates them, by name."""
     evaluator: nn.Module
@@ -65,6 +93,9 @@ class Learner(Protocol):
 
     def eval_metrics(self) -> dict[str, Any]:
         """What is logged of an evaluation."""
+
+    def said(self) -> str:
+        """What the progress bar adds."""
 
     def summary(self) -> dict[str, Any]:
         """What is said of the whole run."""
@@ -139,6 +170,10 @@ class Whole:
     def summary(self) -> dict[str, Any]:
         """Nothing."""
         return {}
+
+    def said(self) -> str:
+        """Nothing."""
+        return ""
 
     def state_dict(self) -> dict[str, Any]:
         """The method's, and the gradient scaler's in half precision."""

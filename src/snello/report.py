@@ -94,7 +94,7 @@ def plot_traffic(run: RunFolder) -> None:
     steps = list(run.rows("step"))
     evaluations = list(run.rows("eval"))
     per_epoch = next((row["step"] for row in evaluations if row["epoch"] == 1), len(steps))
-    compute = [0.0, *accumulate(row["client_seconds"] + row["server_seconds"] for row in steps)]
+    compute = [0.0, *accumulate(row["client_seconds"] + _elsewhere(row)[1] for row in steps)]
     link = [0.0, *accumulate(row.get("link_seconds", 0.0) for row in steps)]
     at = [row["step"] for row in evaluations]
     accuracy = [100 * row["accuracy"] for row in evaluations]
@@ -104,7 +104,7 @@ def plot_traffic(run: RunFolder) -> None:
     by_epoch.set(xlabel="epochs", ylabel="held-out accuracy, %")
     by_bytes.plot([row["training_bytes"] / 1e6 for row in evaluations], accuracy, "o-")
     by_bytes.set_xlabel("training traffic, MB")
-    by_time.plot([compute[step] for step in at], accuracy, "o-", label="both halves computing")
+    by_time.plot([compute[step] for step in at], accuracy, "o-", label=f"client and {_elsewhere(steps[0])[0]}")
     if link[-1]:
         by_time.plot([compute[step] + link[step] for step in at], accuracy, "s--", label="and the link")
     by_time.set_xlabel("seconds")
@@ -114,6 +114,13 @@ def plot_traffic(run: RunFolder) -> None:
         axes.set_xlim(left=0)
     with replacing(run.traffic_file) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
+
+
+def _elsewhere(row: dict[str, Any]) -> tuple[str, float]:
+    """Seconds beside the client half's: those of the server half, or of waiting for it and for the network."""
+    if "wait_seconds" in row:
+        return "waiting for the server", row["wait_seconds"]
+    return "server", row["server_seconds"]
 
 
 def _colours(num: int) -> list[Any]:
@@ -170,10 +177,11 @@ def print_traffic(console: Console, summary: dict[str, Any]) -> None:
         if against >= 1
         else f"{1 / against:.1f}x less than the pictures' files"
     )
+    where, seconds = _elsewhere(summary)
     link = f", the link would take {summary['link_seconds']:.1f} s" if "link_seconds" in summary else ""
     console.print(
-        f"{less:.1f}x less traffic than uncompressed, {side}; client {summary['client_seconds']:.1f} s, server "
-        f"{summary['server_seconds']:.1f} s{link}",
+        f"{less:.1f}x less traffic than uncompressed, {side}; client {summary['client_seconds']:.1f} s, {where} "
+        f"{seconds:.1f} s{link}",
         highlight=False,
         soft_wrap=True,
     )

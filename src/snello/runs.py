@@ -16,16 +16,40 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import yaml
 
 from snello.checkpoint import replacing
-from snello.config import FinetuneConfig, from_dict, read_yaml, to_dict
+from snello.config import FinetuneConfig, Recipe, from_dict, read_yaml, to_dict
 from snello.errors import CheckpointError, ConfigError
 
 # Settings that may differ when a run is resumed: they change where or how it runs, not what it computes.
-FREE = ("config", "out", "resume", "compare", "workers", "checkpoint_steps", "check_pictures")
+FREE = frozenset(
+    (
+        "config",
+        "out",
+        "resume",
+        "compare",
+        "workers",
+        "checkpoint_steps",
+        "check_pictures",
+        # of a server
+        "listen",
+        "certs",
+        "auth",
+        "insecure_loopback",
+        "insecure_plaintext_for_everyone_on_the_network_to_read",
+        "max_sessions",
+        "max_memory",
+        "idle_seconds",
+        "release_weights",
+        "accept_weights",
+        "metrics_port",
+        "log_format",
+    )
+)
+T = TypeVar("T")
 
 
 class RunFolder:
@@ -44,7 +68,7 @@ class RunFolder:
         self.traffic_file = path / "traffic.png"
 
     @classmethod
-    def of(cls, config: FinetuneConfig) -> "RunFolder":
+    def of(cls, config: Recipe) -> "RunFolder":
         """The folder that `config` names or, without --out, a new one named after model, method and time.
 
         Raises:
@@ -61,7 +85,7 @@ class RunFolder:
             raise ConfigError(f"--out {config.out} is not empty: add --resume to go on with its run, or name another")
         return run
 
-    def write_config(self, config: FinetuneConfig, resolved: dict[str, Any]) -> None:
+    def write_config(self, config: Recipe, resolved: dict[str, Any]) -> None:
         """Creates the folder with its config.yaml."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -71,8 +95,14 @@ class RunFolder:
         with replacing(self.config_file) as temporary:
             temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
-    def read_config(self) -> tuple[FinetuneConfig, dict[str, Any]]:
-        """The settings and what was resolved.
+    @overload
+    def read_config(self) -> tuple[FinetuneConfig, dict[str, Any]]: ...
+
+    @overload
+    def read_config(self, cls: type[T]) -> tuple[T, dict[str, Any]]: ...
+
+    def read_config(self, cls: Any = FinetuneConfig) -> tuple[Any, dict[str, Any]]:
+        """The settings, of class `cls`, and what was resolved.
 
         Raises:
             CheckpointError: where the folder holds no readable run.
@@ -81,7 +111,7 @@ class RunFolder:
             raise CheckpointError(f"{self.path} is not a run folder: there is no config.yaml in it")
         values = read_yaml(self.config_file)
         resolved = values.pop("resolved", {})
-        return from_dict(FinetuneConfig, values, str(self.config_file)), resolved
+        return from_dict(cls, values, str(self.config_file)), resolved
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""
@@ -110,7 +140,7 @@ class RunFolder:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
-def require_same_config(saved: FinetuneConfig, config: FinetuneConfig, path: Path) -> None:
+def require_same_config(saved: Recipe, config: Recipe, path: Path) -> None:
     """Refuses to resume a run with other settings than it was started with.
 
     Raises:

@@ -3,19 +3,16 @@
 Nothing that a run computes depends on how far a process lived: the order of the samples is a function of (seed,
 epoch), their augmentation of (seed, epoch, index), the model's own noise (dropout, drop path) of (seed, micro-step),
 the learning rate of the step. So a checkpoint holds weights, optimizer state, the method's state and a step number.
-
-A step is one optimizer step of up to `accumulate` micro-steps; a step never spans two epochs.
 """
 
 import gc
-import math
 import os
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from types import FrameType
 from typing import Any
@@ -25,26 +22,23 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from snello import checkpoint, comparison, report
-from snello.codecs import AUTO
 from snello.config import FinetuneConfig
 from snello.data import Splits, load_splits, mix
 from snello.devices import Precision, autocast, faster_attention, resolve_device, resolve_precision
 from snello.errors import ConfigError, SnelloWarning, TrainingError
 from snello.inference import Normalize, score
-from snello.learners import Learner, Whole
+from snello.learners import Learner, MicroStep, Whole
 from snello.loading import Batch, batches, eval_loader, eval_transform, train_loader, train_transform
 from snello.models import Preprocessing, create_model, preprocessing
-from snello.optim import lr_factor
 from snello.runs import RunFolder, require_same_config
+from snello.schedule import Schedule
 from snello.split import costs
 from snello.split.cut import Cut
+from snello.split.sides import codec_text
 from snello.vit import ViT
-
-# These keep the seeds of the model's noise and the codec's apart from those of order and augmentation.
-NOISE, CODEC = 1, 2
 
 
 class Interrupted(Exception):
@@ -118,23 +112,30 @@ class Trainer:
         self.config, self.splits, self.run, self.console = config, splits, run, console
         self.device = resolve_device(saved.get("device", config.device))
         self.precision: Precision = resolve_precision(saved.get("precision", config.precision), self.device)
+        self.schedule = Schedule(len(splits.train), config.batch_size, config.accumulate, config.epochs)
         torch.manual_seed(mix(config.seed))  # the head's random start
-        model = create_model(config.model, config.weights, len(splits.train.classes), config.image_size)
-        vit = ViT(model)
-        self.preprocessing = preprocessing(model, config.image_size)
+        vit = ViT(self._make_model())
+        self.preprocessing = preprocessing(vit.model, config.image_size)
         attention = saved.get("attention", config.attention)
         if attention == "auto":
             attention = faster_attention(vit, config.batch_size, self.device, self.precision)
         vit.set_attention_paths([attention] * vit.depth)
         self.normalize = Normalize(self.preprocessing, self.device)
         self.progressed = Progressed()
-        self._stream: Iterator[Batch] | None = None
+        self._stream: Iterator[MicroStep] | None = None
+        self._stop: list[int] = []
+        self._shown: Callable[[float, float], None] = lambda loss, seconds: None
         resolved = self._resolved(str(attention), saved.get("codec"))
         self.learner = self._make_learner(vit, resolved)
+        self.schedule = replace(self.schedule, buffer=self.learner.buffer, max_steps=self.learner.max_steps)
         if saved:
             self._resume(saved, resolved)
         else:
             run.write_config(config, resolved)
+
+    def _make_model(self) -> nn.Module:
+        config = self.config
+        return create_model(config.model, config.weights, len(self.splits.train.classes), config.image_size)
 
     def _make_learner(self, vit: ViT, resolved: dict[str, Any]) -> Learner:
         if self.config.split.cut:
@@ -148,64 +149,46 @@ class Trainer:
                 device=self.device,
                 precision=self.precision,
                 codec_text=resolved["codec"],
-                step_samples=[self._num_samples(step) for step in range(self.steps_per_epoch)],
+                step_samples=[self.schedule.num_samples(step) for step in range(self.schedule.steps_per_epoch)],
             )
         return Whole(vit, self.config, make_accelerator(self.device, self.precision))
 
     @property
-    def micro_per_epoch(self) -> int:
-        """Micro-steps in an epoch."""
-        return math.ceil(len(self.splits.train) / self.config.batch_size)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch; the last may have fewer micro-steps."""
-        return math.ceil(self.micro_per_epoch / self.config.accumulate)
-
-    @property
     def total_steps(self) -> int:
-        """Optimizer steps in the run; a budget of traffic decides alone."""
-        return self.learner.max_steps or self.config.epochs * self.steps_per_epoch
-
-    @property
-    def epochs(self) -> int:
-        """Epochs that those steps begin."""
-        return math.ceil(self.total_steps / self.steps_per_epoch)
-
-    def _num_samples(self, index: int) -> int:
-        """Pictures in the `index`-th step of an epoch."""
-        per_step = self.config.batch_size * self.config.accumulate
-        return min(per_step, len(self.splits.train) - index * per_step)
+        """Optimizer steps in the run."""
+        return self.schedule.total_steps
 
     def fit(self) -> None:
         """Trains from where the run stands to its end, evaluating and saving after every epoch."""
         if self.progressed.finished:
             self.console.print("the run was already complete")
             return
-        with stopping() as stop, self._progress_bar() as (bar, task):
+        with stopping() as self._stop, self._progress_bar():
             while not self.progressed.finished:
-                started = time.perf_counter()
-                (loss,) = self.advance(1)
-                rate = self.config.batch_size * self.config.accumulate / (time.perf_counter() - started)
-                bar.update(task, advance=1, loss=loss, rate=rate)
-                if stop and not self.progressed.finished:
+                self.advance(1)
+                if self._stop and not self.progressed.finished:
                     self._save()
-                    raise Interrupted(
-                        f"stopped after step {self.progressed.step} of {self.total_steps}; "
-                        f"go on with: snello finetune --out {self.run.path} --resume"
-                    )
+                    raise self.interrupted()
+
+    def interrupted(self) -> Interrupted:
+        """What is raised where the run was asked to stop."""
+        return Interrupted(
+            f"stopped after step {self.progressed.step} of {self.total_steps}; go on with: {self._resume_command()}"
+        )
+
+    def _resume_command(self) -> str:
+        return f"snello finetune --out {self.run.path} --resume"
 
     def advance(self, steps: int) -> list[float]:
         """Takes up to `steps` optimizer steps, fewer where the run ends, and returns their losses.
 
         After the last step of an epoch it evaluates, and it saves whenever a checkpoint is due.
         """
-        if self._stream is None:
-            epoch, done = divmod(self.progressed.step, self.steps_per_epoch)
-            self._stream = self._training_batches(epoch * self.micro_per_epoch + done * self.config.accumulate)
         losses: list[float] = []
         while len(losses) < steps and not self.progressed.finished:
-            losses.append(self._step(self._stream))
+            started = time.perf_counter()
+            losses.append(self._step())
+            self._shown(losses[-1], time.perf_counter() - started)
             self._after_step()
         return losses
 
@@ -249,31 +232,25 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- one step
 
-    def _step(self, stream: Iterator[Batch]) -> float:
+    def _step(self) -> float:
         """One optimizer step; returns its mean loss."""
         config, step = self.config, self.progressed.step
+        if self._stream is None:
+            self._stream = self._micro_steps(step)
         started = time.perf_counter()
-        epoch, index = divmod(step, self.steps_per_epoch)
-        first = index * config.accumulate
-        last = min(first + config.accumulate, self.micro_per_epoch)
-        num_samples = self._num_samples(index)
-        self.learner.begin(step / self.total_steps)
+        self.learner.begin(self.schedule.progress(step))
         total = torch.zeros((), device=self.device)
-        for micro, begin in enumerate(range(first, last, self.learner.buffer)):
-            batches = [self._to_device(next(stream)) for _ in range(min(self.learner.buffer, last - begin))]
-            at = epoch * self.micro_per_epoch + begin
-            torch.manual_seed(mix(config.seed, NOISE, at))
-            seed = mix(config.seed, CODEC, at)
-            total += self._backward(batches, step=step, micro=micro, num_samples=num_samples, seed=seed)
+        for _ in range(self.schedule.num_micro(step)):
+            total += self._backward(next(self._stream))
         norms = self.learner.clip(config.clip_norm)
         self._require_finite(total, list(norms.values()))
-        lr = config.lr * lr_factor(step, self.total_steps, config.warmup)
+        lr = self.schedule.lr(step, config.lr, config.warmup)
         self.learner.update(lr)
         self.progressed.step = step + 1
         row = {
             "kind": "step",
             "step": step + 1,
-            "epoch": epoch,
+            "epoch": self.schedule.epoch(step),
             "loss": float(total),
             "lr": lr,
             **{name: float(norm) for name, norm in norms.items()},
@@ -285,9 +262,25 @@ class Trainer:
         images, labels = batch
         return self.normalize(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
 
-    def _backward(self, batches: list[Batch], **options: Any) -> Tensor:
+    def _micro_steps(self, start: int) -> Iterator[MicroStep]:
+        """The micro-steps of the run from the step `start` on, loaded as they are asked for."""
+        stream = self._training_batches(self.schedule.batches_of(start, 0).start)
+        for step in range(start, self.total_steps):
+            for micro in range(self.schedule.num_micro(step)):
+                numbers = self.schedule.batches_of(step, micro)
+                loaded = [self._to_device(next(stream)) for _ in numbers]
+                yield MicroStep(loaded, step, micro, self.schedule.num_samples(step), numbers.start)
+
+    def _backward(self, work: MicroStep) -> Tensor:
+        torch.manual_seed(work.noise_seed(self.config.seed))
         try:
-            return self.learner.backward(batches, **options)
+            return self.learner.backward(
+                work.batches,
+                step=work.step,
+                micro=work.micro,
+                num_samples=work.num_samples,
+                seed=work.codec_seed(self.config.seed),
+            )
         except TrainingError as error:
             raise self._stopped(str(error)) from error
 
@@ -309,11 +302,11 @@ class Trainer:
         """At the end of an epoch evaluates, and saves a checkpoint whenever one is due."""
         at, config = self.progressed, self.config
         last = at.step == self.total_steps or self.learner.spent(at.step)
-        if at.step % self.steps_per_epoch and not last:
+        if at.step % self.schedule.steps_per_epoch and not last:
             if config.checkpoint_steps and at.step % config.checkpoint_steps == 0:
                 self._save()
             return
-        at.epochs = at.step // self.steps_per_epoch
+        at.epochs = self.schedule.epoch(at.step)
         at.finished = last
         if last or at.epochs % config.eval_epochs == 0:
             self._evaluate_epoch()
@@ -342,13 +335,33 @@ class Trainer:
     # ------------------------------------------------------------------------------------- saving and resuming
 
     def _save(self) -> None:
-        learner = self.learner.state_dict()
-        state = {"progressed": asdict(self.progressed), "learner": learner}
+        state = self._state()
         checkpoint.save_checkpoint(self.run.checkpoint_file, self.learner.modules, self.learner.optimizers, state)
+        self._save_method(state)
+
+    def _state(self) -> dict[str, Any]:
+        return {"progressed": asdict(self.progressed), "learner": self.learner.state_dict()}
+
+    def _save_method(self, state: dict[str, Any]) -> None:
         if self.config.method == "alast" and self.progressed.finished:
-            checkpoint.save_json(self.run.alast_file, learner["method"])
+            checkpoint.save_json(self.run.alast_file, state["learner"]["method"])
 
     def _resume(self, saved: dict[str, Any], resolved: dict[str, Any]) -> None:
+        self._require_same_pictures(saved, resolved)
+        if not self.run.checkpoint_file.exists():
+            self.run.forget_after(0)
+            return
+        learner = self.learner
+        self._go_on(checkpoint.load_checkpoint(self.run.checkpoint_file, learner.modules, learner.optimizers))
+        self.console.print(f"resuming after step {self.progressed.step} of {self.total_steps}", highlight=False)
+
+    def _go_on(self, state: dict[str, Any]) -> None:
+        """Stands where a checkpoint does that has just been loaded."""
+        self.learner.load_state_dict(state["learner"])
+        self.progressed = Progressed(**state["progressed"])
+        self.run.forget_after(self.progressed.step)
+
+    def _require_same_pictures(self, saved: dict[str, Any], resolved: dict[str, Any]) -> None:
         changed = [name for name in ("classes", "num_train", "num_val") if saved.get(name) != resolved[name]]
         if changed:
             raise ConfigError(f"--resume: the pictures are not those the run was started with ({', '.join(changed)})")
@@ -357,15 +370,6 @@ class Trainer:
                 self.console.print(
                     f"resuming with other {name} than the run began with: results may differ in rounding"
                 )
-        if not self.run.checkpoint_file.exists():
-            self.run.forget_after(0)
-            return
-        learner = self.learner
-        state = checkpoint.load_checkpoint(self.run.checkpoint_file, learner.modules, learner.optimizers)
-        learner.load_state_dict(state["learner"])
-        self.progressed = Progressed(**state["progressed"])
-        self.run.forget_after(self.progressed.step)
-        self.console.print(f"resuming after step {self.progressed.step} of {self.total_steps}", highlight=False)
 
     def _resolved(self, attention: str, codec: str | None) -> dict[str, Any]:
         """What was decided from model, data and machine; a resumed run takes it from its config.yaml."""
@@ -380,11 +384,7 @@ class Trainer:
             "num_val": len(self.splits.val),
             "num_skipped": self.splits.num_skipped,
             "versions": versions(),
-        } | ({"codec": codec or self._codec_text()} if self.config.split.cut else {})
-
-    def _codec_text(self) -> str:
-        text = self.config.split.codec
-        return AUTO if text.strip() == "auto" else text
+        } | ({"codec": codec or codec_text(self.config)} if self.config.split.cut else {})
 
     # --------------------------------------------------------------------------------------------- data, display
 
@@ -394,7 +394,7 @@ class Trainer:
             self.splits.train,
             train_transform(pre.size, pre.interpolation, self.config.augment),
             batch_size=self.config.batch_size,
-            epochs=self.epochs,
+            epochs=self.schedule.total_epochs,
             seed=self.config.seed,
             start=start,
             workers=self.config.workers,
@@ -416,7 +416,7 @@ class Trainer:
         return batches(self._eval_loader)
 
     @contextmanager
-    def _progress_bar(self) -> Iterator[tuple[Progress, Any]]:
+    def _progress_bar(self) -> Iterator[None]:
         self.console.print(
             f"{self.config.model}, {self.config.method}, {self.precision} on {self.device}: "
             f"{len(self.splits.train)} pictures to train, {len(self.splits.val)} held out, "
@@ -428,12 +428,19 @@ class Trainer:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]:.0f} pictures/s"),
+            TextColumn("{task.fields[said]}"),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console) as bar:
-            start = self.progressed.step
-            yield bar, bar.add_task("training", total=self.total_steps, completed=start, loss=math.nan, rate=0.0)
+            task = bar.add_task("training", total=self.total_steps, completed=self.progressed.step, said="")
+
+            def show(loss: float, seconds: float) -> None:
+                rate = self.config.batch_size * self.config.accumulate / seconds
+                said = f"loss {loss:.4f}  {rate:.0f} pictures/s{self.learner.said()}"
+                bar.update(task, completed=self.progressed.step, said=said)
+
+            self._shown = show
+            yield
 
 
 def make_accelerator(device: torch.device, precision: Precision) -> Accelerator:

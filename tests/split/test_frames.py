@@ -13,6 +13,7 @@ import torch
 from snello.errors import ProtocolError
 from snello.split.frames import (
     ARRAY_KINDS,
+    EXCHANGE_KINDS,
     BYTE_KINDS,
     DTYPES,
     HEADER,
@@ -162,6 +163,15 @@ def test_numbers_of_kinds_and_flags_are_those_of_the_protocol():
         "FEATURE_GRADIENTS": 4,
         "EVALUATION": 5,
         "EVALUATED": 6,
+        "HELLO": 16,
+        "WELCOME": 17,
+        "SAVE": 18,
+        "SAVED": 19,
+        "FINISH": 20,
+        "FINISHED": 21,
+        "GET_WEIGHTS": 22,
+        "SET_WEIGHTS": 23,
+        "WEIGHTS": 24,
     }
     assert {flag.name: flag.value for flag in Flags} == {"FORWARD_ONLY": 1, "OVERFLOW": 2}
 
@@ -227,15 +237,15 @@ def test_counters_keep_directions_kinds_and_evaluation_apart():
         expected = {
             name: weight * sum(10**k for k in kinds) for weight, name in enumerate((*ARRAY_KINDS, "headers"), 1)
         }
-        assert counter == {**expected, "evaluation": 21 * 10**evaluation}
+        assert counter == {**expected, "evaluation": 36 * 10**evaluation}
         assert set(counter) == set(BYTE_KINDS)
-    assert counters.total("uplink") == 21 * (10 + 10**4)
-    assert counters.total("downlink") == 21 * (100 + 1000)
-    assert counters.training == 21 * 11110
-    assert counters.evaluation == 21 * 1_100_000
+    assert counters.total("uplink") == 36 * (10 + 10**4)
+    assert counters.total("downlink") == 36 * (100 + 1000)
+    assert counters.training == 36 * 11110
+    assert counters.evaluation == 36 * 1_100_000
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", EXCHANGE_KINDS)
 def test_counters_count_a_frame_once_and_one_way(kind):
     counters, frame = Counters(), sample(kind)
     for _ in range(3):

@@ -332,7 +332,7 @@ class TestHalfPrecision:
     """The scaler's logic, on a CPU: only the scale is special there, forward passes are in fp32."""
 
     def cut(self, monkeypatch, labels: str) -> Cut:
-        monkeypatch.setattr("snello.split.cut.autocast", lambda *args: torch.autocast("cpu", enabled=False))
+        monkeypatch.setattr("snello.split.sides.autocast", lambda *args: torch.autocast("cpu", enabled=False))
         return make_cut(tiny_vit(), "none", precision="fp16", labels=labels)
 
     @pytest.mark.parametrize("labels", ["server", "client"])

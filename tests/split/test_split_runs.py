@@ -22,7 +22,8 @@ from snello.inference import evaluate, predict
 from snello.models import create_model
 from snello.runs import RunFolder
 from snello.split import costs
-from snello.split.session import Anyone, LocalSession, Token
+from snello.split.auth import Anyone, Token, Tokens, hash_token
+from snello.split.session import LocalSession
 from snello.training import Trainer, finetune
 from snello.vit import ViT
 
@@ -329,16 +330,12 @@ class TestSession:
         assert all(torch.equal(value, before[name]) for name, value in session.get_state("client").items())
 
     def test_who_is_admitted(self, split):
-        class Wrong(Token):
-            def credentials(self) -> dict[str, str]:
-                return {"token": "guess"}
-
-        with pytest.raises(AuthenticationError, match="not admit"):
-            LocalSession(split, Wrong("secret"), QUIET)
+        server = Tokens({"ann": hash_token("secret")})
+        for credentials in (Token("ann", "guess"), Token("bob", "secret"), Anyone()):
+            with pytest.raises(AuthenticationError, match="not admit"):
+                LocalSession(split, credentials, server, QUIET)
         assert not split.out.exists()
-        server = Token(sha256=Token("secret")._sha256)
-        assert server.admits(Token("secret").credentials()) and not server.admits({}) and Anyone().admits({})
-        LocalSession(split, Token("secret"), QUIET)
+        LocalSession(split, Token("ann", "secret"), server, QUIET)
 
     def test_needs_a_cut(self, small):
         with pytest.raises(ConfigError, match="needs a cut"):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from snello.codecs.base import Arrays, Context, Format, integer, number
 from snello.codecs.integers import pack_bits, unpack_bits
-from snello.errors import require
+from snello.errors import ProtocolError, require
 from snello.tokens import kmeans
 
 SAMPLE = 2048
@@ -59,6 +59,8 @@ class FedLite(Format):
         """Every subvector replaced by its entry of the codebook."""
         shape = arrays["indices.shape"].tolist()
         codes = unpack_bits(arrays["values"], self.bits, self.subvectors).long()
+        if tuple(arrays["scales"].shape[1:]) != (math.ceil(shape[-1] / self.subvectors),):
+            raise ProtocolError(f"a codebook of shape {tuple(arrays['scales'].shape)} does not make tokens of {shape}")
         return arrays["scales"][codes].flatten(-2)[..., : shape[-1]].reshape(shape)
 
     def pack_gradient(self, x: Tensor, context: Context) -> Arrays:

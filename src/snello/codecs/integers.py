@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from snello.codecs.base import Arrays, Context, Format, integer, number
-from snello.errors import require
+from snello.errors import ProtocolError, require
 
 ScaleType = Literal["bf16", "fp32", "pow2"]
 # Half the width of the uniform quantizer with the least squared error for normal numbers, in standard deviations.
@@ -83,7 +83,10 @@ class Integers(Format):
     def _unpack(self, arrays: Mapping[str, Tensor], bits: int) -> Tensor:
         zero, step = _zero_and_step(arrays["scales"])
         length = int(arrays["indices.length"]) if "indices.length" in arrays else None
-        return torch.addcmul(zero, step, unpack_bits(arrays["values"], bits, length).float())
+        codes = unpack_bits(arrays["values"], bits, length)
+        if zero.ndim != codes.ndim or any(n not in (1, most) for n, most in zip(zero.shape, codes.shape, strict=True)):
+            raise ProtocolError(f"scales of shape {tuple(zero.shape)} do not belong to numbers of {tuple(codes.shape)}")
+        return torch.addcmul(zero, step, codes.float())
 
     def _range(self, x: Tensor, clip: float) -> tuple[Tensor, Tensor]:
         """Least and largest number that every group's grid covers, each of x's rank with a 1 wherever it is shared, and

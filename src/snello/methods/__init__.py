@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
-from snello.config import FinetuneConfig
+from snello.config import Recipe
 from snello.errors import ConfigError
 from snello.methods.alast import ALaST
 from snello.vit import ViT
@@ -67,7 +67,7 @@ class Fixed:
 class AdaptiveMethod:
     """ALaST in the training loop, with its tail of steps that drop no tokens."""
 
-    def __init__(self, vit: ViT, config: FinetuneConfig) -> None:
+    def __init__(self, vit: ViT, config: Recipe) -> None:
         options = {name: value for name, value in vars(config.alast).items() if name != "full_tail"}
         if options["blocks"] is not None and vit.depth < vit.top_layer - 1:  # a half trains its share of them
             options["blocks"] = max(1, round(options["blocks"] * vit.depth / (vit.top_layer - 1)))
@@ -100,15 +100,15 @@ class AdaptiveMethod:
         self.alast.detach()
 
 
-def _full(vit: ViT, config: FinetuneConfig) -> Method:
+def _full(vit: ViT, config: Recipe) -> Method:
     return Fixed(vit, {id(p) for p in vit.model.parameters()})
 
 
-def _head(vit: ViT, config: FinetuneConfig) -> Method:
+def _head(vit: ViT, config: Recipe) -> Method:
     return Fixed(vit, {id(p) for p in vit.head_parameters()})
 
 
-def _last_k(vit: ViT, config: FinetuneConfig) -> Method:
+def _last_k(vit: ViT, config: Recipe) -> Method:
     depth = vit.top_layer - 1
     if config.last_k > depth:
         raise ConfigError(f"--last-k must be in 1..{depth} (the model's depth), got {config.last_k}")
@@ -116,11 +116,11 @@ def _last_k(vit: ViT, config: FinetuneConfig) -> Method:
     return Fixed(vit, {id(p) for name, p in vit.model.named_parameters() if vit.layer_of(name) >= first})
 
 
-def _alast(vit: ViT, config: FinetuneConfig) -> Method:
+def _alast(vit: ViT, config: Recipe) -> Method:
     return AdaptiveMethod(vit, config)
 
 
-METHODS: dict[str, Callable[[ViT, FinetuneConfig], Method]] = {
+METHODS: dict[str, Callable[[ViT, Recipe], Method]] = {
     "alast": _alast,
     "full": _full,
     "head": _head,
@@ -128,7 +128,7 @@ METHODS: dict[str, Callable[[ViT, FinetuneConfig], Method]] = {
 }
 
 
-def make_method(vit: ViT, config: FinetuneConfig, name: str | None = None) -> Method:
+def make_method(vit: ViT, config: Recipe, name: str | None = None) -> Method:
     """The method that `name`, or else `config`, names, attached to a model or a part of one.
 
     Nothing is frozen by ALaST before its first step.

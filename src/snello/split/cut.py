@@ -3,26 +3,20 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import lru_cache
-from itertools import accumulate, takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from snello.codecs.base import Codec
 from snello.config import FinetuneConfig
-from snello.devices import Precision, autocast, synchronize
-from snello.errors import ConfigError
+from snello.devices import Precision, synchronize
 from snello.loading import Batch
-from snello.methods import AdaptiveMethod, Method, make_method
-from snello.optim import make_optimizer, set_lr
+from snello.optim import set_lr
 from snello.split import frames
 from snello.split.frames import Counters, Flags, Frame, Kind
 from snello.split.halves import ClientHalf, Half, ServerHalf
-from snello.split.link import Link, parse_bytes
-from snello.split.traffic import Exchange, exchange_bytes, uncompressed_bytes
+from snello.split.ledger import Ledger
+from snello.split.sides import cut_model, make_codec, make_half
 from snello.vit import ViT
 
 
@@ -53,32 +47,15 @@ class Cut:
         codec_text: str,
         step_samples: Sequence[int] = (),
     ) -> None:
-        split = config.split
         self.config, self.vit, self.device, self.num_classes = config, vit, device, num_classes
-        self.codec = Codec(
-            codec_text,
-            embed_dim=vit.embed_dim,
-            eval_text=split.eval_codec,
-            seed=config.seed,
-            flag="--split.codec",
-            eval_flag="--split.eval-codec",
-        ).to(device)
+        self.codec = make_codec(config, codec_text, vit.embed_dim).to(device)
         self._scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
         if self._scaler is not None:
             self._scaler.scale(torch.zeros((), device=device))  # it is lazy, and halves scale by themselves
-        try:
-            lower, upper = vit.cut(split.cut, head_below=split.labels == "client")
-        except ConfigError as error:
-            raise ConfigError(f"--split.{error}") from None  # the name as the user typed it
-        options = {
-            "labels": split.labels,
-            "num_classes": num_classes,
-            "label_smoothing": config.label_smoothing,
-            "autocast": lambda: autocast(device, precision),
-            "scale": self._scale,
-        }
-        self.client = ClientHalf(*self._side(lower, "client"), self.codec, **options)
-        self.server = ServerHalf(*self._side(upper, "server"), self.codec, **options)
+        lower, upper = cut_model(vit, config)
+        options: dict[str, Any] = {"num_classes": num_classes, "device": device, "precision": precision}
+        self.client = make_half(ClientHalf, lower, config, self.codec, scale=self._scale, **options)
+        self.server = make_half(ServerHalf, upper, config, self.codec, scale=self._scale, **options)
         self.buffer = self.codec.buffer
         self.modules: Mapping[str, nn.Module] = {"model": vit.model}
         if next(self.codec.parameters(), None) is not None:
@@ -88,31 +65,20 @@ class Cut:
             "server": self.server.optimizer,
         }
         self.evaluator: nn.Module = _OverTheCut(self)
-        self.counters = Counters()
-        self.uncompressed = 0
-        """Bytes that the same exchanges would have taken in fp32 without a codec."""
+        self.ledger = Ledger(vit, config, self.codec, num_classes)
+        self.max_steps = self.ledger.plan(self.client, self.server, step_samples)
         self.seconds = {"client_seconds": 0.0, "server_seconds": 0.0}
-        self._round_trips = 0
-        self._at_begin = (0, 0)  # training bytes and round trips before the step under way
         self._skip = False  # whether half precision overflowed
-        self.link = None if split.link is None else Link.parse(split.link, "--split.link")
-        self.max_bytes = None if split.max_bytes is None else parse_bytes(split.max_bytes, "--split.max-bytes")
-        self._step_bytes = [] if self.max_bytes is None else self._plan(step_samples)
-        self.max_steps: int | None = None if self.max_bytes is None else self._steps_within(self.max_bytes)
 
-    def _side(self, part: ViT, name: str) -> tuple[ViT, Method, torch.optim.Optimizer]:
-        config = self.config
-        attached = config.method != "alast" or config.split.alast in (name, "both")
-        own = self.codec.client_parameters() if name == "client" else self.codec.server_parameters()
-        optimizer = make_optimizer(
-            part,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            layer_decay=config.layer_decay,
-            device=self.device,
-            others=own,
-        )
-        return part, make_method(part, config, config.method if attached else "full"), optimizer
+    @property
+    def counters(self) -> Counters:
+        """Bytes so far."""
+        return self.ledger.counters
+
+    @property
+    def uncompressed(self) -> int:
+        """Bytes that the same exchanges would have taken in fp32 without a codec."""
+        return self.ledger.uncompressed
 
     @property
     def _halves(self) -> tuple[Half, Half]:
@@ -122,7 +88,7 @@ class Cut:
 
     def begin(self, progress: float) -> None:
         """See `Learner`."""
-        self._at_begin = self.counters.training, self._round_trips
+        self.ledger.begin()
         self.seconds = dict.fromkeys(self.seconds, 0.0)
         for half, timer in zip(self._halves, self.seconds, strict=True):
             with self._timed(timer):
@@ -133,19 +99,20 @@ class Cut:
         with self._timed("client_seconds"):
             first = self.client.start(batches, step=step, micro=micro, num_samples=num_samples, seed=seed)
         frame: Frame | None = first
-        with_gradient, kinds = Flags.FORWARD_ONLY not in first.flags, set()
+        kinds: list[Kind] = []
         while frame is not None:
-            kinds.add(frame.kind)
+            kinds.append(frame.kind)
             arrived = self.carry(frame)
             with self._timed("server_seconds"):
                 answer = self.server.answer(arrived)
             arrived = self.carry(answer)
-            self._round_trips += 1
             with self._timed("client_seconds"):
                 frame = self.client.answer(arrived)
-        shape = self._shape(sum(len(labels) for _, labels in batches))
-        self.uncompressed += uncompressed_bytes(
-            replace(shape, with_gradient=with_gradient, with_feature_gradient=Kind.FEATURE_GRADIENTS in kinds)
+        self.ledger.exchanged(
+            sum(len(labels) for _, labels in batches),
+            len(kinds),
+            gradient=Flags.FORWARD_ONLY not in first.flags,
+            feature_gradient=Kind.FEATURE_GRADIENTS in kinds,
         )
         return self.client.loss
 
@@ -164,7 +131,7 @@ class Cut:
         for half, name in zip(self._halves, ("grad_norm_client", "grad_norm_server"), strict=True):
             if self._scaler is not None:
                 self._scaler.unscale_(half.optimizer)
-            norms[name] = nn.utils.clip_grad_norm_(list(half.parameters()), max_norm or float("inf"))
+            norms[name] = half.clip(max_norm)
         self._skip = any(half.overflow for half in self._halves) or not all(bool(n.isfinite()) for n in norms.values())
         return norms
 
@@ -184,25 +151,14 @@ class Cut:
 
     def spent(self, step: int) -> bool:
         """Whether the step after `step` steps would go over the budget."""
-        if self.max_bytes is None:
-            return False
-        return self.counters.training + self._step_bytes[step % len(self._step_bytes)] > self.max_bytes
+        return self.ledger.spent(step)
 
     # -------------------------------------------------------------------------------------- what is said and saved
 
     def metrics(self) -> dict[str, Any]:
         """Bytes so far, seconds of each half, seconds of the link, and what codec and methods say."""
-        before, trips = self._at_begin
-        row: dict[str, Any] = {
-            "uplink_bytes": self.counters.total("uplink"),
-            "downlink_bytes": self.counters.total("downlink"),
-            **{name: round(value, 4) for name, value in self.seconds.items()},
-            **self.codec.metrics(),
-        }
-        if self.link is not None:
-            seconds = self.link.seconds(self.counters.training - before, self._round_trips - trips)
-            row["link_seconds"] = round(seconds, 4)
-        return row | self._budgets()
+        seconds = {name: round(value, 4) for name, value in self.seconds.items()}
+        return self.ledger.metrics() | seconds | self.codec.metrics() | self._budgets()
 
     def _budgets(self) -> dict[str, Any]:
         """ALaST's budgets and trained blocks over the whole depth; a half without it passes on and trains all."""
@@ -221,28 +177,19 @@ class Cut:
         """Training bytes so far."""
         return {"training_bytes": self.counters.training}
 
+    def said(self) -> str:
+        """Traffic so far."""
+        return self.ledger.said()
+
     def summary(self) -> dict[str, Any]:
         """Training bytes of each way and kind, what they would be uncompressed, and bytes of evaluation."""
-        counters = self.counters
-        return {
-            "cut": self.config.split.cut,
-            "codec": self.codec.text,
-            "labels": self.config.split.labels,
-            "uplink_bytes": counters.total("uplink"),
-            "downlink_bytes": counters.total("downlink"),
-            "uncompressed_bytes": self.uncompressed,
-            "ratio": counters.training / self.uncompressed if self.uncompressed else None,
-            "eval_bytes": counters.evaluation,
-            "uplink_bytes_by_kind": dict(counters.uplink),
-            "downlink_bytes_by_kind": dict(counters.downlink),
-        }
+        return self.ledger.summary()
 
     def state_dict(self) -> dict[str, Any]:
         """See `Learner`."""
         return {
             "method": {"client": self.client.method.state_dict(), "server": self.server.method.state_dict()},
-            "counters": self.counters.state_dict(),
-            "uncompressed": self.uncompressed,
+            **self.ledger.state_dict(),
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
         }
 
@@ -250,57 +197,9 @@ class Cut:
         """See `Learner`."""
         self.client.method.load_state_dict(state["method"]["client"])
         self.server.method.load_state_dict(state["method"]["server"])
-        self.counters.load_state_dict(state["counters"])
-        self.uncompressed = state["uncompressed"]
+        self.ledger.load_state_dict(state)
         if self._scaler is not None and state["scaler"] is not None:
             self._scaler.load_state_dict(state["scaler"])
-
-    # -------------------------------------------------------------------------------------------------- shapes
-
-    def _shape(self, num_samples: int, num_tokens: int | None = None) -> Exchange:
-        """An exchange's shape; by default that of the uncompressed reference, in which no token is dropped."""
-        vit = self.vit
-        return Exchange(
-            num_samples=num_samples,
-            num_tokens=num_tokens or vit.num_prefix_tokens + vit.num_patches,
-            embed_dim=vit.embed_dim,
-            num_prefix_tokens=vit.num_prefix_tokens,
-            num_classes=self.num_classes,
-            labels=self.config.split.labels,
-            features=vit.features_shape,
-        )
-
-    def _plan(self, step_samples: Sequence[int]) -> list[int]:
-        """The training bytes of an epoch's steps, with ALaST's budgets as they are now."""
-        num_patches, batch_size = self.vit.num_patches, self.config.batch_size * self.buffer
-        if isinstance(self.client.method, AdaptiveMethod):
-            alast = self.client.method.alast
-            for index in range(alast.vit.depth):
-                num_patches = alast.num_keep(index, num_patches)
-        num_tokens = self.vit.num_prefix_tokens + num_patches
-        head = {id(p) for p in self.client.vit.head_parameters()}
-        below = any(p.requires_grad and id(p) not in head for p in self.client.parameters())
-        above = any(p.requires_grad for p in self.server.parameters())
-
-        @lru_cache
-        def exchange(num_samples: int) -> int:
-            shape = self._shape(num_samples, num_tokens)
-            shape = replace(shape, with_gradient=below, with_feature_gradient=below or above)
-            return sum(exchange_bytes(self.codec, shape))
-
-        return [sum(exchange(min(batch_size, num - at)) for at in range(0, num, batch_size)) for num in step_samples]
-
-    def _steps_within(self, budget: int) -> int:
-        """Steps whose training bytes fit into a budget."""
-        epochs, left = divmod(budget, sum(self._step_bytes))
-        begun = list(takewhile(lambda total: total <= left, accumulate(self._step_bytes)))
-        steps = epochs * len(self._step_bytes) + len(begun)
-        if steps == 0:
-            raise ConfigError(
-                f"--split.max-bytes {self.config.split.max_bytes} is less than the {self._step_bytes[0]} bytes of one "
-                "step: raise it, or use a smaller --batch-size or a codec that sends less"
-            )
-        return steps
 
     # ---------------------------------------------------------------------------------------------------- helpers
 

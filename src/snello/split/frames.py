@@ -26,9 +26,10 @@ HEADER = struct.Struct("<4sBBHQIQ")
 MAX_JSON_BYTES = 1 << 20
 MAX_BODY_BYTES = 1 << 31
 MAX_DIMENSIONS = 8
-ARRAY_KINDS = ("activations", "gradients", "labels", "scales", "indices")
+ARRAY_KINDS = ("activations", "gradients", "labels", "scales", "indices", "weights", "control")
 """What an array on the wire is, for the counters; its name is its kind, or `kind.detail`."""
 BYTE_KINDS = (*ARRAY_KINDS, "headers", "evaluation")
+MAX_CONTROL_BYTES = 1 << 16
 DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -42,7 +43,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Direction = Literal["uplink", "downlink"]
-Buffer = bytes | memoryview
+Buffer = bytes | bytearray | memoryview
 
 
 class Kind(IntEnum):
@@ -60,6 +61,24 @@ class Kind(IntEnum):
     """Up: activations of held-out pictures."""
     EVALUATED = 6
     """Down: what the server made of them, logits or in U-shape features."""
+    HELLO = 16
+    """Up, first on every connection: who the client is, what it wants, where it stands."""
+    WELCOME = 17
+    """Down: where both go on, and what the client needs for it."""
+    SAVE = 18
+    """Up, between steps: write a checkpoint; these weights are the best so far, or not."""
+    SAVED = 19
+    """Down: it is written."""
+    FINISH = 20
+    """Up: the run is complete."""
+    FINISHED = 21
+    """Down: the server's count of what crossed the cut."""
+    GET_WEIGHTS = 22
+    """Up: asks for the server half's weights."""
+    SET_WEIGHTS = 23
+    """Up: weights that the server half goes on with."""
+    WEIGHTS = 24
+    """Down: weights, or the word that they were taken."""
 
 
 class Flags(IntFlag):
@@ -74,6 +93,9 @@ class Flags(IntFlag):
 NOTHING = Flags(0)
 EVALUATION_KINDS = (Kind.EVALUATION, Kind.EVALUATED)
 UPLINK_KINDS = (Kind.ACTIVATIONS, Kind.FEATURE_GRADIENTS, Kind.EVALUATION)
+DOWNLINK_KINDS = (Kind.GRADIENTS, Kind.FEATURES, Kind.EVALUATED)
+EXCHANGE_KINDS = (*UPLINK_KINDS, *DOWNLINK_KINDS)
+"""What is counted: training and evaluation. What opens, saves and ends a session is not part of any exchange."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,30 @@ class Frame:
     flags: Flags = NOTHING
 
 
+def control(kind: Kind, values: Mapping[str, Any], arrays: Mapping[str, Tensor] | None = None) -> Frame:
+    """A frame that carries JSON values, and arrays beside them."""
+    text = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
+    return Frame(kind, 0, 0, {"control": text, **(arrays or {})})
+
+
+def control_values(frame: Frame) -> dict[str, Any]:
+    """The JSON values of a frame.
+
+    Raises:
+        ProtocolError: where it carries none.
+    """
+    text = frame.arrays.get("control")
+    if text is None or text.dtype != torch.uint8 or text.ndim != 1 or len(text) > MAX_CONTROL_BYTES:
+        raise ProtocolError(f"a frame of kind {frame.kind.name} came without its values")
+    try:
+        values = json.loads(bytes(text.numpy()))
+    except (ValueError, RecursionError):
+        raise ProtocolError(f"the values of a frame of kind {frame.kind.name} are no JSON") from None
+    if not isinstance(values, dict):
+        raise ProtocolError(f"the values of a frame of kind {frame.kind.name} are no JSON object")
+    return values
+
+
 @dataclass
 class Counters:
     """Bytes by direction and kind: what was written, headers included."""
@@ -96,7 +142,9 @@ class Counters:
     downlink: Counter[str] = field(default_factory=Counter)
 
     def add(self, frame: Frame, sizes: Mapping[str, int]) -> None:
-        """Counts a frame of these sizes by kind; its kind says which way it goes."""
+        """Counts a frame of these sizes by kind; its kind says which way it goes, and whether it counts."""
+        if frame.kind not in EXCHANGE_KINDS:
+            return
         counter = self.uplink if frame.kind in UPLINK_KINDS else self.downlink
         if frame.kind in EVALUATION_KINDS:
             counter["evaluation"] += sum(sizes.values())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from snello.codecs.base import Codec, Context, Message
+from snello.codecs.base import Codec, Context, Decoded, Message
 from snello.errors import ProtocolError
 from snello.loading import Batch
 from snello.methods import Method
@@ -84,6 +84,10 @@ class Half:
         self.overflow = False
         self.train()
         self.method.step(lr, self.optimizer, progress)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clips this side's gradients by their own norm (0: not), and returns what it was, () float32."""
+        return nn.utils.clip_grad_norm_(list(self.parameters()), max_norm or float("inf"))
 
     def _loss(self, logits: Tensor, targets: "Targets") -> Tensor:
         """Cross-entropy, mean over rows, or weighted by their number of samples where the codec says so."""
@@ -290,6 +294,8 @@ class ServerHalf(Half):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._pending: tuple[Frame, Tensor, Tensor] | None = None  # activations' frame, leaf, features
+        self.max_rows: int | None = None
+        """Rows that activations may have; None where whoever sends them is trusted."""
 
     def answer(self, frame: Frame) -> Frame:
         """The server's part of an exchange: gradients of activations, or in U-shape features first.
@@ -308,7 +314,7 @@ class ServerHalf(Half):
         raise ProtocolError(f"a frame of kind {frame.kind.name} came out of turn")
 
     def _forward(self, frame: Frame, arrays: dict[str, Tensor]) -> Frame:
-        decoded = self.codec.decode(arrays, with_gradient=Flags.FORWARD_ONLY not in frame.flags)
+        decoded = self._decode(arrays, with_gradient=Flags.FORWARD_ONLY not in frame.flags)
         with self.autocast():
             features = self.vit.features(self.vit.tokens(decoded.z))
             logits = self.vit.head(features) if self.labels == "server" else None
@@ -329,6 +335,45 @@ class ServerHalf(Half):
         answer.arrays["gradients.loss"] = loss.detach().view(1)
         return answer
 
+    def _decode(self, arrays: dict[str, Tensor], *, with_gradient: bool = True) -> Decoded:
+        """What the codec makes of the arrays of a frame, whatever they are.
+
+        Raises:
+            ProtocolError: where that is no batch of tokens for this half.
+        """
+        self._require_room(arrays)
+        try:
+            decoded = self.codec.decode(arrays, with_gradient=with_gradient)
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
+            text = f"the activations cannot be decoded by {self.codec.text}: {type(error).__name__} {error}"
+            raise ProtocolError(" ".join(text.split())[:300]) from error
+        shape = tuple(decoded.z.shape)
+        if len(shape) != 3 or not 1 <= shape[1] <= self._num_tokens or shape[2] != self.vit.embed_dim or not shape[0]:
+            raise ProtocolError(f"activations of shape {shape} are no tokens for this model")
+        return decoded
+
+    def _require_room(self, arrays: dict[str, Tensor]) -> None:
+        """Refuses, before memory is taken, what would decode to more than a batch: few bytes may describe much."""
+        values = arrays.get("activations")
+        if values is None or values.ndim < 2:
+            raise ProtocolError("a frame came without activations")
+        shape = tuple(values.shape)
+        largest = (
+            (self._num_tokens, self.vit.embed_dim) if values.ndim == 3 else (self._num_tokens * self.vit.embed_dim,)
+        )
+        rows = self.max_rows is None or shape[0] <= self.max_rows
+        if not rows or len(shape) > 3 or any(n > most for n, most in zip(shape[1:], largest, strict=True)):
+            raise ProtocolError(f"activations of shape {shape} are more than a batch of this model")
+        for name, told in arrays.items():
+            if name.startswith("indices.shape"):
+                tokens = told.tolist() if told.ndim == 1 and not told.is_floating_point() else []
+                if len(tokens) < 2 or tokens[-1] != self.vit.embed_dim or not 1 <= tokens[-2] <= self._num_tokens:
+                    raise ProtocolError(f"activations that decode to the shape {tokens} are no tokens for this model")
+
+    @property
+    def _num_tokens(self) -> int:
+        return self.vit.num_prefix_tokens + self.vit.num_patches
+
     def _backward(self, frame: Frame, arrays: dict[str, Tensor]) -> Frame:
         assert self._pending is not None
         first, leaf, features = self._pending
@@ -336,8 +381,12 @@ class ServerHalf(Half):
             raise ProtocolError(f"a frame of step {frame.step}.{frame.micro} came, which is not under way")
         self._pending = None
         self.overflow |= Flags.OVERFLOW in frame.flags
+        gradient = arrays.get("gradients")
+        if not self.overflow and (gradient is None or gradient.shape != features.shape):
+            raise ProtocolError(f"gradients of features of shape {tuple(features.shape)} were due")
         if features.requires_grad and not self.overflow:
-            torch.autograd.backward(features, (arrays["gradients"].float() * self.scale()).to(features.dtype))
+            assert gradient is not None
+            torch.autograd.backward(features, (gradient.float() * self.scale()).to(features.dtype))
         return self._gradients(first, leaf)
 
     def _gradients(self, frame: Frame, leaf: Tensor) -> Frame:
@@ -353,7 +402,7 @@ class ServerHalf(Half):
         return Frame(Kind.GRADIENTS, frame.step, frame.micro, arrays, flags)
 
     def _evaluate(self, arrays: dict[str, Tensor]) -> Frame:
-        z = self.codec.decode(arrays).z
+        z = self._decode(arrays).z
         with self.autocast():
             features = self.vit.features(self.vit.tokens(z))
             answer = self.vit.head(features) if self.labels == "server" else features

@@ -3,8 +3,6 @@
 That is what rounds of federated learning call: run some steps, take a half's weights, put averaged ones back.
 """
 
-import hashlib
-import hmac
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
@@ -15,54 +13,12 @@ from snello.config import FinetuneConfig
 from snello.data import load_splits
 from snello.errors import AuthenticationError, CheckpointError, ConfigError
 from snello.runs import RunFolder
+from snello.split.auth import Anyone, Authenticator, Credentials
 from snello.split.cut import Cut
 from snello.split.halves import Half
 from snello.training import Trainer
 
 Side = Literal["client", "server"]
-
-
-class Authenticator(Protocol):
-    """How a client shows who it is, and how a server decides."""
-
-    def credentials(self) -> dict[str, str]:
-        """What the client sends; never logged."""
-
-    def admits(self, credentials: Mapping[str, str]) -> bool:
-        """Whether the server takes a client with these credentials."""
-
-
-class Anyone:
-    """Admits every client: for both halves in one process."""
-
-    def credentials(self) -> dict[str, str]:
-        """Nothing."""
-        return {}
-
-    def admits(self, credentials: Mapping[str, str]) -> bool:
-        """Always."""
-        return True
-
-
-class Token:
-    """Admits clients that know a secret; the server keeps only its hash.
-
-    Args:
-        token: the secret, on the client.
-        sha256: its hash in hexadecimal, on the server; default: that of `token`.
-    """
-
-    def __init__(self, token: str = "", sha256: str | None = None) -> None:
-        self._token = token
-        self._sha256 = sha256 or _hash(token)
-
-    def credentials(self) -> dict[str, str]:
-        """The secret."""
-        return {"token": self._token}
-
-    def admits(self, credentials: Mapping[str, str]) -> bool:
-        """Compares in constant time."""
-        return hmac.compare_digest(_hash(credentials.get("token", "")), self._sha256)
 
 
 class Session(Protocol):
@@ -83,7 +39,8 @@ class LocalSession:
 
     Args:
         config: of the run, with a cut.
-        authenticator: of both sides.
+        credentials: of the client.
+        authenticator: of the server.
         console: where the run reports to.
 
     Raises:
@@ -93,12 +50,15 @@ class LocalSession:
     """
 
     def __init__(
-        self, config: FinetuneConfig, authenticator: Authenticator | None = None, console: Console | None = None
+        self,
+        config: FinetuneConfig,
+        credentials: Credentials | None = None,
+        authenticator: Authenticator | None = None,
+        console: Console | None = None,
     ) -> None:
         if not config.split.cut:
             raise ConfigError("a session needs a cut: set --split.cut")
-        authenticator = authenticator or Anyone()
-        if not authenticator.admits(authenticator.credentials()):
+        if (authenticator or Anyone()).identify((credentials or Anyone()).credentials()) is None:
             raise AuthenticationError("the server did not admit this client: check its token")
         options: dict[str, Any] = {"skip_bad": config.skip_bad, "check": config.check_pictures}
         splits = load_splits(config.data, val_share=config.val_share, seed=config.seed, **options)
@@ -141,7 +101,3 @@ class LocalSession:
         part = {"client": ".encoder.", "server": ".decoder."}[side]
         codec = {f"codec.{name}": value for name, value in half.codec.state_dict().items() if part in name}
         return {**half.vit.model.state_dict(), **codec}
-
-
-def _hash(token: str) -> str:
-    return hashlib.sha256(token.encode()).hexdigest()

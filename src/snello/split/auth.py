@@ -1,0 +1,147 @@
+"""How a client shows who it is, and how a server decides: tokens, certificates, both, or signed tickets."""
+
+import hashlib
+import hmac
+import json
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from snello.errors import ConfigError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Credentials(Protocol):
+    """What a client shows."""
+
+    def credentials(self) -> dict[str, str]:
+        """Sent with every connection; never logged."""
+
+
+class Authenticator(Protocol):
+    """How a server decides who a client is."""
+
+    def identify(self, credentials: Mapping[str, str], certificate_name: str | None = None) -> str | None:
+        """The client's name; None where it is not admitted.
+
+        Args:
+            credentials: what the client sent.
+            certificate_name: of the certificate that it proved to own, where the connection asked for one.
+        """
+
+
+class Anyone:
+    """Admits every client: for both halves in one process, or on one machine."""
+
+    def credentials(self) -> dict[str, str]:
+        """Nothing."""
+        return {}
+
+    def identify(self, credentials: Mapping[str, str], certificate_name: str | None = None) -> str | None:
+        """Everybody has the same name."""
+        return "anyone"
+
+
+class Token:
+    """A client's secret, shown to the server.
+
+    Args:
+        name: of the client.
+        token: its secret.
+    """
+
+    def __init__(self, name: str, token: str) -> None:
+        self.name, self._token = name, token
+
+    def credentials(self) -> dict[str, str]:
+        """Name and secret."""
+        return {"name": self.name, "token": self._token}
+
+
+class Tokens:
+    """Admits clients that know the secret of their name; the server keeps only hashes.
+
+    Args:
+        hashes: SHA-256 of each client's token in hexadecimal, by name; or a JSON file with them, read anew for every
+            client, so that a client is admitted or shut out without a restart.
+    """
+
+    def __init__(self, hashes: Mapping[str, str] | Path) -> None:
+        self._hashes = hashes
+        self._read()
+
+    def identify(self, credentials: Mapping[str, str], certificate_name: str | None = None) -> str | None:
+        """Compares in constant time, also for a name that is not known."""
+        name = credentials.get("name", "")
+        known = self._read().get(name, hash_token(""))
+        same = hmac.compare_digest(hash_token(credentials.get("token", "")), known)
+        return name if same and credentials.get("token") and name in self._read() else None
+
+    def _read(self) -> Mapping[str, str]:
+        if not isinstance(self._hashes, Path):
+            return self._hashes
+        try:
+            hashes = json.loads(self._hashes.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"the tokens in {self._hashes} cannot be read: {error}") from None
+        if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
+            raise ConfigError(f"{self._hashes} must hold a JSON object of names and hashes")
+        return hashes
+
+
+class Certificates:
+    """Admits clients whose certificate the connection has verified (mutual TLS)."""
+
+    def identify(self, credentials: Mapping[str, str], certificate_name: str | None = None) -> str | None:
+        """The certificate's name."""
+        return certificate_name if certificate_name and NAME.fullmatch(certificate_name) else None
+
+
+class Both:
+    """Admits clients that two authenticators know by the same name."""
+
+    def __init__(self, first: Authenticator, second: Authenticator) -> None:
+        self._first, self._second = first, second
+
+    def identify(self, credentials: Mapping[str, str], certificate_name: str | None = None) -> str | None:
+        """Both are asked."""
+        first = self._first.identify(credentials, certificate_name)
+        second = self._second.identify(credentials, certificate_name)
+        return first if first == second else None
+
+
+class Tickets:
+    """Admits clients with a ticket that somebody who shares the server's key has signed, until it expires.
+
+    Args:
+        key: at least 16 bytes, known to who issues tickets and to the server.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) < 16:
+            raise ConfigError(f"the key of tickets must have at least 16 bytes, got {len(key)}")
+        self._key = key
+
+    def issue(self, name: str, seconds: float) -> dict[str, str]:
+        """Credentials for `name`, valid for so long."""
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"a name has letters, digits, dots, dashes and underscores, got {name!r}")
+        expires = str(int(time.time() + seconds))
+        return {"name": name, "expires": expires, "signature": self._sign(name, expires)}
+
+    def identify(self, credentials: Mapping[str, str], certificate_name: str | None = None) -> str | None:
+        """The name on a ticket that is signed and has not expired."""
+        name, expires = credentials.get("name", ""), credentials.get("expires", "")
+        signed = hmac.compare_digest(credentials.get("signature", "").encode(), self._sign(name, expires).encode())
+        return name if signed and int(expires) > time.time() else None
+
+    def _sign(self, name: str, expires: str) -> str:
+        return hmac.new(self._key, f"{name}\n{expires}".encode(), "sha256").hexdigest()
+
+
+def hash_token(token: str) -> str:
+    """What the server keeps of a token: it is random and long, so a plain hash gives nothing away."""
+    return hashlib.sha256(token.encode()).hexdigest()

@@ -1,0 +1,313 @@
+"""A client's connection to the server: one frame there, one back, whatever happens to the network in between.
+
+The stream lives on an event loop in a thread of its own; training is not asynchronous and waits. Where the stream
+breaks, a new one is made, with pauses that grow, and the frame in flight is sent again: the server knows whether it
+has applied it.
+"""
+
+import asyncio
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future, TimeoutError
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+# Workers that load pictures are forked while the stream is open. They never touch it, and gRPC's own preparations
+# for a fork would stop the stream for it.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+import grpc
+import grpc.aio
+
+from snello.errors import NetworkError, ProtocolError
+from snello.split import frames, wire
+from snello.split.frames import MAX_CONTROL_BYTES, Frame, Kind, control, control_values
+from snello.split.handshake import Hello, Welcome, parse
+from snello.split.refusals import TRANSIENT, Code, Refused
+
+T = TypeVar("T")
+PATH = "/snello.Split/Train"
+CREDENTIALS = "snello-credentials"
+SLOWEST_LINK = 65536
+"""Bytes per second that the server is given for a frame and its answer, beside everything else."""
+OPTIONS = [
+    ("grpc.max_receive_message_length", wire.CHUNK_BYTES),
+    ("grpc.keepalive_time_ms", 20000),
+    ("grpc.keepalive_timeout_ms", 20000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.enable_retries", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # else a new channel would wait for the old one's next attempt
+]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the server is, and how to show who we are."""
+
+    address: str
+    ca: bytes | None = None
+    """Of the server's certificate; None for plaintext."""
+    certificate: bytes | None = None
+    key: bytes | None = field(default=None, repr=False)
+    credentials: Mapping[str, str] = field(default_factory=dict, repr=False)
+    explain: Callable[[], str | None] = lambda: None
+    """Looks closer where no connection can be made, and says what is wrong."""
+
+    def channel(self) -> grpc.aio.Channel:
+        """A new channel; nothing is sent yet."""
+        if self.ca is None:
+            return grpc.aio.insecure_channel(self.address, options=OPTIONS)
+        tls = grpc.ssl_channel_credentials(self.ca, self.key, self.certificate)
+        return grpc.aio.secure_channel(self.address, tls, options=OPTIONS)
+
+
+class RolledBack(Exception):
+    """Both sides go on from an earlier checkpoint.
+
+    Args:
+        welcome: what the server said; its `step` is that of the checkpoint.
+        weights: starting weights, where the run begins anew.
+    """
+
+    def __init__(self, welcome: Welcome) -> None:
+        super().__init__(f"back to step {welcome.step}")
+        self.welcome = welcome
+
+
+class Stopped(Exception):
+    """The user asked to stop while there was no connection."""
+
+
+class Broken(Exception):
+    """The stream broke; the frame in flight may or may not have been applied."""
+
+
+class Connection:
+    """Frames to a server and back.
+
+    Args:
+        endpoint: the server.
+        hello: what is said on every new stream.
+        max_body: bytes that the server's frames may have.
+        patience_seconds: see `JoinConfig`.
+        reconnect_seconds: see `JoinConfig`.
+        tell: prints a line for the user.
+        should_stop: whether the user asked to stop.
+        on_shutdown: told the step that a server saved before it went.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        hello: Callable[[], Hello],
+        *,
+        max_body: int = 1 << 20,
+        patience_seconds: float = 60.0,
+        reconnect_seconds: float = 600.0,
+        tell: Callable[[str], None] = lambda text: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_shutdown: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        self.endpoint, self._hello, self.max_body = endpoint, hello, max_body
+        self._patience, self._reconnect = patience_seconds, reconnect_seconds
+        self._tell, self._should_stop, self._on_shutdown = tell, should_stop, on_shutdown
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="snello-connection", daemon=True)
+        self._thread.start()
+        self._line: _Line | None = None
+        self._slowest = 0.0
+        self._sequence = 0
+        self.repeated_bytes = 0
+        """Bytes of frames that had to be sent again."""
+
+    def open(self) -> tuple[Welcome, Frame]:
+        """The first stream: the server's welcome and the frame that it came in.
+
+        Raises:
+            NetworkError: where the server cannot be reached, saying why.
+            Refused: where it does not take us.
+        """
+        try:
+            return self._open()
+        except Broken as error:
+            raise self._unreachable(str(error)) from None
+
+    def exchange(self, frame: Frame) -> Frame:
+        """The server's answer to a frame, which it applies exactly once.
+
+        Raises:
+            RolledBack: where the server lost what came after a checkpoint; it has loaded that one.
+            Refused: where the server cannot go on.
+            NetworkError: where it cannot be reached for too long.
+            Stopped: where the user asked to stop meanwhile.
+        """
+        chunks = list(wire.chunks(frames.write(frame)))
+        size, times = sum(map(len, chunks)), 0
+        while True:
+            try:
+                if self._line is None:
+                    self._connect_again()
+                self.repeated_bytes += size if times else 0
+                times += 1
+                return self._answer(chunks, size)
+            except Broken as error:
+                self._lost(str(error))
+            except Refused as refused:
+                self._drop()
+                if refused.code not in TRANSIENT:
+                    raise
+                if refused.code == Code.SHUTDOWN and refused.step is not None:
+                    self._on_shutdown(refused.step)
+                self._lost(refused.reason)
+
+    def request(self, frame: Frame, step: int) -> Frame:
+        """`exchange` for frames that are not of a step's exchanges: each gets a number of its own."""
+        self._sequence += 1
+        return self.exchange(Frame(frame.kind, step, self._sequence, frame.arrays, frame.flags))
+
+    def close(self) -> None:
+        """Ends the stream and the thread."""
+        self._drop()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    # -------------------------------------------------------------------------------------------------- one stream
+
+    def _open(self) -> tuple[Welcome, Frame]:
+        self._drop()
+        values = asdict(self._hello())
+        line = _Line(self.endpoint, self._loop)
+        hello = list(wire.chunks(frames.write(control(Kind.HELLO, values))))
+        try:
+            data = self._run(line.talk(hello, max(self.max_body, MAX_CONTROL_BYTES), self._patience))
+            frame = frames.read([data])
+            if frame.kind != Kind.WELCOME:
+                raise ProtocolError(f"a frame of kind {frame.kind.name} came, where the server's welcome was due")
+            welcome = parse(Welcome, control_values(frame))
+        except BaseException:
+            self._run(line.close())
+            raise
+        self._line = line
+        return welcome, frame
+
+    def _answer(self, chunks: list[bytes], size: int) -> Frame:
+        assert self._line is not None
+        started = time.perf_counter()
+        seconds = self._patience + 10 * self._slowest + size / SLOWEST_LINK
+        data = self._run(self._line.talk(chunks, self.max_body, seconds))
+        self._slowest = max(self._slowest, time.perf_counter() - started)
+        return frames.read([data], self.max_body)
+
+    def _drop(self) -> None:
+        if self._line is not None:
+            line, self._line = self._line, None
+            self._run(line.close())
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        while True:
+            try:
+                return future.result(timeout=1.0)  # lets signals through
+            except TimeoutError:
+                if future.done():
+                    raise
+
+    # ------------------------------------------------------------------------------------------------- a lost stream
+
+    def _lost(self, reason: str) -> None:
+        self._drop()
+        self._tell(f"connection lost: {reason}; trying again for {self._reconnect:g} s")
+
+    def _connect_again(self) -> None:
+        """A new stream, with pauses that double up to half a minute, each of random length so that clients spread."""
+        deadline, pause, reason = time.monotonic() + self._reconnect, 0.25, "not tried"
+        while True:
+            try:
+                welcome, _ = self._open()
+                break
+            except (Broken, Refused) as error:
+                if isinstance(error, Refused) and error.code not in TRANSIENT:
+                    raise
+                reason = str(error)
+            if time.monotonic() >= deadline:
+                raise self._unreachable(reason)
+            self._pause(min(random.uniform(pause / 2, pause), max(0.0, deadline - time.monotonic())))
+            pause = min(2 * pause, 30.0)
+        self._tell("connected again")
+        if welcome.back:
+            raise RolledBack(welcome)
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            if self._should_stop():
+                raise Stopped
+            time.sleep(min(0.1, max(0.0, until - time.monotonic())))
+
+    def _unreachable(self, reason: str) -> NetworkError:
+        why = self.endpoint.explain() or reason
+        return NetworkError(f"the server at {self.endpoint.address} cannot be reached: {why}")
+
+
+class _Line:
+    """One stream; all of it runs on the event loop."""
+
+    def __init__(self, endpoint: Endpoint, loop: asyncio.AbstractEventLoop) -> None:
+        self._endpoint = endpoint
+        self._channel: grpc.aio.Channel | None = None
+        self._call: grpc.aio.StreamStreamCall | None = None
+
+    async def talk(self, chunks: list[bytes], max_body: int, seconds: float) -> bytearray:
+        """Sends a frame and returns the next that comes.
+
+        Raises:
+            Broken: where the stream ends, or nothing comes in time.
+            Refused: where the server says why it ends it.
+            ProtocolError: for something that is no frame.
+        """
+        try:
+            return await asyncio.wait_for(self._talk(chunks, max_body), seconds)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise Broken(f"no answer in {seconds:.0f} s") from None
+        except grpc.aio.AioRpcError as error:
+            raise self._why(error.code(), error.details()) from None
+        except asyncio.InvalidStateError:  # the stream had ended before
+            assert self._call is not None
+            raise self._why(await self._call.code(), await self._call.details()) from None
+
+    async def _talk(self, chunks: list[bytes], max_body: int) -> bytearray:
+        if self._call is None:
+            self._channel = self._endpoint.channel()
+            method = self._channel.stream_stream(PATH)
+            metadata = ((CREDENTIALS, json.dumps(dict(self._endpoint.credentials))),)
+            self._call = method(metadata=metadata, wait_for_ready=False)
+        for chunk in chunks:
+            await self._call.write(chunk)
+        assembler = wire.Assembler(max_body)
+        while True:
+            chunk = await self._call.read()
+            if chunk is grpc.aio.EOF:
+                raise self._why(await self._call.code(), await self._call.details())
+            data = assembler.add(chunk)
+            if data is not None:
+                return data
+
+    @staticmethod
+    def _why(code: grpc.StatusCode, details: str | None) -> Exception:
+        refused = Refused.from_text(details or "")
+        text = " ".join((details or "the stream ended").split())
+        return refused or Broken(f"{code.name.lower().replace('_', ' ')}: {text}")
+
+    async def close(self) -> None:
+        """Ends the stream; an open one that is left to the garbage collector can hang the process at its exit."""
+        if self._call is not None:
+            self._call.cancel()
+        if self._channel is not None:
+            await self._channel.close()

@@ -1,0 +1,451 @@
+"""`snello join`: the one training loop, with a half of the model here and the other on a server."""
+
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from snello import checkpoint, report
+from snello.config import FinetuneConfig, JoinConfig, from_dict, to_dict
+from snello.data import Splits, load_splits
+from snello.devices import resolve_device, resolve_precision
+from snello.errors import CheckpointError, ConfigError, SnelloError
+from snello.models import create_model, preprocessing
+from snello.runs import RunFolder, require_same_config
+from snello.split import doctor
+from snello.split.auth import Anyone, Credentials, Token
+from snello.split.checkpoints import Checkpoints, steps_in
+from snello.split.connection import Connection, Endpoint, RolledBack, Stopped
+from snello.split.frames import VERSION, Frame, Kind, control, control_values
+from snello.split.handshake import Hello, Plan, Terms, Welcome, hash_of, make_terms
+from snello.split.link import is_loopback, parse_address
+from snello.split.remote import Remote
+from snello.split.session import Side
+from snello.split.sessions import weights_frame, weights_of
+from snello.split.tls import ClientFiles
+from snello.training import Trainer, warnings_on
+from snello.vit import ViT
+
+LOCAL = ("data", "val_share", "skip_bad", "check_pictures", "workers", "device", "attention", "out", "resume")
+
+
+def join(config: JoinConfig, console: Console | None = None) -> dict[str, Any]:
+    """Trains with a server as it says and returns the summary that it saves in the run folder.
+
+    Raises:
+        SnelloError: for input that cannot be used, or a server that cannot be reached or refuses, before anything is
+            written; later with the last checkpoint kept.
+        Interrupted: after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    console = console or Console(stderr=True)
+    with warnings_on(console):
+        session = RemoteSession(config, console=console)
+        try:
+            session.trainer.fit()
+            summary = session.finish()
+        except Stopped:
+            raise session.trainer.interrupted() from None
+        finally:
+            session.close()
+    run = session.trainer.run
+    report.print_result(console, summary, session.trainer.splits.num_skipped)
+    if summary["method"] == "alast":
+        report.plot_budgets(run)
+    report.print_traffic(console, summary)
+    report.plot_traffic(run)
+    console.print(f"run folder: {run.path}", highlight=False, soft_wrap=True)
+    return summary
+
+
+def make_endpoint(
+    address: str,
+    certs: Path | None,
+    name: str | None,
+    *,
+    plaintext: bool = False,
+    credentials: Credentials | None = None,
+) -> Endpoint:
+    """The server at an address, with what `snello certs` made for this client.
+
+    Args:
+        address: host:port.
+        certs: folder of certificates and token; None for plaintext, on loopback only.
+        name: of the client in it.
+        plaintext: whether plaintext is asked for off loopback too.
+        credentials: shown to the server instead of the token in `certs`.
+
+    Raises:
+        ConfigError: where the files cannot be used, or plaintext would leave this machine.
+    """
+
+    def explain() -> str | None:
+        return doctor.explain(address, certs, name)
+
+    if certs is not None:
+        files = ClientFiles.load(certs, name)
+        shown = (credentials or Token(files.name, files.token)).credentials()
+        return Endpoint(address, files.ca, files.certificate, files.key, shown, explain)
+    if not plaintext and not is_loopback(parse_address(address, "ADDRESS")[0]):
+        raise ConfigError(
+            f"{address} is not on this machine: give --certs, the folder that `snello certs` made for this client"
+        )
+    return Endpoint(address, credentials=(credentials or Anyone()).credentials(), explain=explain)
+
+
+def describe(endpoint: Endpoint, patience_seconds: float = 20.0) -> Welcome:
+    """The settings of the server at `endpoint`.
+
+    Raises:
+        NetworkError: where it cannot be reached.
+        Refused: where it does not admit us.
+    """
+    connection = Connection(endpoint, lambda: Hello("describe"), patience_seconds=patience_seconds)
+    try:
+        return connection.open()[0]
+    finally:
+        connection.close()
+
+
+def probe(endpoint: Endpoint) -> dict[str, Any]:
+    """What `snello doctor` asks a server."""
+    welcome = describe(endpoint)
+    return {"time": welcome.time, "version": welcome.version, "protocol": VERSION, "token": "accepted"}
+
+
+class JoinTrainer(Trainer):
+    """The training loop around a client half.
+
+    Args:
+        session: a run's name for the server.
+        open_connection: makes the connection, given what it asks of this side.
+        server: what config.yaml keeps of the server.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        splits: Splits,
+        run: RunFolder,
+        saved: dict[str, Any],
+        console: Console,
+        *,
+        session: str,
+        open_connection: Callable[..., Connection],
+        server: Mapping[str, Any],
+    ) -> None:
+        self._session, self._server = session, server
+        self._evaluating = False
+        self._evaluated: dict[str, Any] = {}
+        self._incarnation = ""
+        self.rolled_back = self.lost_steps = 0
+        """Steps done again after a crash; steps of a shared server half that this client has lost."""
+        self.connection = open_connection(self._hello, self._tell, lambda: bool(self._stop), self._on_shutdown)
+        self._welcome: Welcome
+        self._weights: dict[str, Tensor] = {}
+        self._folder = run.path / "checkpoints"
+        try:
+            super().__init__(config, splits, run, saved, console)
+            self._begin(fresh=self._welcome.fresh)
+        except BaseException:
+            self.connection.close()
+            raise
+
+    # --------------------------------------------------------------------------------------------------- beginning
+
+    def _make_model(self) -> nn.Module:
+        config = self.config
+        with torch.device("meta"):
+            return create_model(config.model, "none", len(self.splits.train.classes), config.image_size)
+
+    def _make_learner(self, vit: ViT, resolved: dict[str, Any]) -> Remote:
+        num_classes, config = len(self.splits.train.classes), self.config
+        remote = Remote(
+            vit,
+            config,
+            self.connection,
+            num_classes=num_classes,
+            device=self.device,
+            precision=self.precision,
+            codec_text=resolved["codec"],
+            step_samples=[self.schedule.num_samples(step) for step in range(self.schedule.steps_per_epoch)],
+        )
+        schedule = replace(self.schedule, buffer=remote.buffer, max_steps=remote.max_steps)
+        self._plan = Plan(schedule.num_train, schedule.total_steps, hash_of(list(self.splits.train.classes)))
+        self._terms: Terms = make_terms(
+            vit.model,
+            config,
+            codec=resolved["codec"],
+            num_classes=num_classes,
+            image_size=preprocessing(vit.model, config.image_size).size,
+            precision=self.precision,
+        )
+        self.checkpoints = Checkpoints(self._folder, remote.modules, remote.optimizers)
+        weights = sum(value.numel() * value.element_size() for value in remote.half.vit.model.state_dict().values())
+        room, self.connection.max_body = self.connection.max_body, weights + (1 << 20)
+        self._welcome, frame = self.connection.open()
+        self.connection.max_body = max(room, self.connection.max_body)
+        self._incarnation, self.lost_steps = self._welcome.incarnation, self._welcome.lost_steps
+        if self._welcome.fresh:
+            self._load_weights(remote, frame)
+        return remote
+
+    def _load_weights(self, remote: Remote, frame: Frame) -> None:
+        try:
+            remote.load(weights_of(frame))
+        except RuntimeError as error:
+            raise CheckpointError(f"the server's weights do not fit the client half: {error}") from error
+
+    def _resume(self, saved: dict[str, Any], resolved: dict[str, Any]) -> None:
+        self._require_same_pictures(saved, resolved)
+
+    def _begin(self, fresh: bool) -> None:
+        """Stands where the server does."""
+        if fresh:
+            self.run.forget_after(0)
+            self._save_here()
+            return
+        self._go_on(self.checkpoints.load(self._welcome.step))
+        self.console.print(f"resuming after step {self.progressed.step} of {self.total_steps}", highlight=False)
+        if self.lost_steps:
+            self._tell(f"{self.lost_steps} steps of this client are in the shared server half, but no longer here")
+
+    def _resolved(self, attention: str, codec: str | None) -> dict[str, Any]:
+        return super()._resolved(attention, codec) | {"server": {**self._server, "session": self._session}}
+
+    def _resume_command(self) -> str:
+        certs = f" --certs {self._server['certs']}" if self._server.get("certs") else ""
+        return f"snello join {self._server['address']}{certs} --out {self.run.path} --resume"
+
+    # ---------------------------------------------------------------------------------------------- the connection
+
+    def _hello(self) -> Hello:
+        learner = getattr(self, "learner", None)
+        ready = isinstance(learner, Remote) and bool(self._incarnation)
+        return Hello(
+            "train",
+            session=self._session,
+            terms=self._terms,
+            plan=self._plan,
+            step=learner.step if ready and isinstance(learner, Remote) else None,
+            incarnation=self._incarnation,
+            checkpoints=steps_in(self._folder),
+        )
+
+    def _tell(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def _on_shutdown(self, step: int) -> None:
+        """The server has saved `step` before it went: with the same step saved here, nothing is lost."""
+        if not self._evaluating and self.remote.between_steps and self.progressed.step == step:
+            self._save_here()
+
+    @property
+    def remote(self) -> Remote:
+        """The learner."""
+        assert isinstance(self.learner, Remote)
+        return self.learner
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def advance(self, steps: int) -> list[float]:
+        """See `Trainer`; steps that the server has lost are done again."""
+        target = min(self.progressed.step + steps, self.total_steps)
+        losses: list[float] = []
+        while self.progressed.step < target and not self.progressed.finished:
+            try:
+                losses += super().advance(1)
+            except RolledBack as back:
+                self._go_back(back.welcome)
+        return losses
+
+    def _go_back(self, welcome: Welcome) -> None:
+        before = self.progressed.step
+        self._stream = None
+        self._evaluated = {}
+        self._evaluating = False
+        self._go_on(self.checkpoints.load(welcome.step))
+        self._incarnation = welcome.incarnation
+        self.rolled_back += before - welcome.step
+        self._tell(
+            f"the server went on from step {welcome.step}, so this side goes back to it too: "
+            f"{before - welcome.step} steps are done again, nothing is lost"
+        )
+
+    def _evaluate_epoch(self) -> None:
+        self._evaluating = True
+        super()._evaluate_epoch()
+        self._evaluating = False
+        at = self.progressed
+        self._evaluated = {"accuracy": at.last_accuracy, "best": at.best_epoch == at.epochs}
+
+    def _save(self) -> None:
+        """The server first, so that what is saved here is saved there."""
+        values, self._evaluated = self._evaluated, {}
+        try:
+            self.connection.request(control(Kind.SAVE, values), self.remote.step)
+        except Stopped:
+            self._tell("the server has not saved this step: the run goes on from the last one that both have")
+        self._save_here()
+
+    def _save_here(self) -> None:
+        state = self._state()
+        self.checkpoints.save(self.progressed.step, state)
+        self._save_method(state)
+
+    def finish(self) -> dict[str, Any]:
+        """Tells the server that the run is complete, and returns the summary that it saves.
+
+        Raises:
+            SnelloError: where the server has counted other bytes than this side.
+        """
+        answer = control_values(self.connection.request(control(Kind.FINISH, {}), self.remote.step))
+        theirs, ours = answer["summary"], self.remote.summary()
+        different = [name for name in ours if theirs.get(name) != ours[name]]
+        if different and not self.lost_steps:
+            name = different[0]
+            raise SnelloError(f"{name} is {ours[name]} here and {theirs.get(name)} on the server; please report this")
+        summary = self.summary()
+        checkpoint.save_json(self.run.summary_file, summary)
+        return summary
+
+    def _traffic(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        seconds = {name: round(sum(row[name] for row in rows), 3) for name in ("client_seconds", "wait_seconds")}
+        return {
+            **self.remote.summary(),
+            **seconds,
+            "jpeg_bytes": self.splits.train.file_bytes(),
+            "repeated_bytes": self.connection.repeated_bytes,
+            "rolled_back_steps": self.rolled_back,
+            "lost_steps": self.lost_steps,
+        }
+
+
+class RemoteSession:
+    """A session whose server half is at the other end of a network (a `snello.split.session.Session`).
+
+    Args:
+        config: of the client.
+        credentials: shown to the server instead of the token in `config.certs`.
+        console: where the run reports to.
+
+    Raises:
+        SnelloError: for input that cannot be used, or a server that cannot be reached or refuses.
+    """
+
+    def __init__(
+        self, config: JoinConfig, credentials: Credentials | None = None, console: Console | None = None
+    ) -> None:
+        console = console or Console(stderr=True)
+        plaintext = config.insecure_plaintext_for_everyone_on_the_network_to_read
+        endpoint = make_endpoint(
+            config.address, config.certs, config.name, plaintext=plaintext, credentials=credentials
+        )
+        saved_config, saved = _saved(config)
+        recipe = _recipe(config, describe(endpoint, config.patience_seconds))
+        run = RunFolder.of(recipe)
+        if saved_config is not None:
+            require_same_config(saved_config, recipe, run.path)
+        options: dict[str, Any] = {"skip_bad": recipe.skip_bad, "check": recipe.check_pictures}
+        splits = load_splits(recipe.data, val_share=recipe.val_share, seed=recipe.seed, **options)
+
+        def open_connection(hello: Any, tell: Any, should_stop: Any, on_shutdown: Any) -> Connection:
+            return Connection(
+                endpoint,
+                hello,
+                patience_seconds=config.patience_seconds,
+                reconnect_seconds=config.reconnect_seconds,
+                tell=tell,
+                should_stop=should_stop,
+                on_shutdown=on_shutdown,
+            )
+
+        self.trainer = JoinTrainer(
+            recipe,
+            splits,
+            run,
+            saved,
+            console,
+            session=saved["server"]["session"] if saved else uuid.uuid4().hex,
+            open_connection=open_connection,
+            server={name: to_dict(config)[name] for name in ("address", "certs", "name")},
+        )
+
+    def run(self, steps: int) -> dict[str, float]:
+        """See `Session`."""
+        counters = self.trainer.remote.ledger.counters
+        up, down = counters.total("uplink"), counters.total("downlink")
+        losses = self.trainer.advance(steps)
+        return {
+            "steps": len(losses),
+            "loss": sum(losses) / len(losses) if losses else 0.0,
+            "uplink_bytes": counters.total("uplink") - up,
+            "downlink_bytes": counters.total("downlink") - down,
+        }
+
+    def get_state(self, side: Side) -> dict[str, Tensor]:
+        """See `Session`."""
+        if side == "client":
+            return {name: value.detach().clone() for name, value in self._tensors().items()}
+        remote = self.trainer.remote
+        before, self.trainer.connection.max_body = self.trainer.connection.max_body, 1 << 33
+        try:
+            return weights_of(self.trainer.connection.request(control(Kind.GET_WEIGHTS, {}), remote.step))
+        finally:
+            self.trainer.connection.max_body = before
+
+    def set_state(self, side: Side, state: Mapping[str, Tensor]) -> None:
+        """See `Session`.
+
+        Raises:
+            CheckpointError: where names or shapes are not those of the client half; nothing was changed.
+            Refused: where the server takes no weights, or not these.
+        """
+        if side == "server":
+            step = self.trainer.remote.step
+            self.trainer.connection.request(weights_frame(Kind.SET_WEIGHTS, state), step)
+            return
+        own = self._tensors()
+        wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+        if wrong:
+            raise CheckpointError(f"the weights do not fit the client half: {wrong[0]}")
+        for name, value in own.items():
+            value.detach().copy_(state[name])
+
+    def finish(self) -> dict[str, Any]:
+        """Ends the session on both sides and returns the summary."""
+        return self.trainer.finish()
+
+    def close(self) -> None:
+        """Ends the connection; the session can be gone on with."""
+        self.trainer.connection.close()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        half = self.trainer.remote.half
+        codec = {f"codec.{name}": value for name, value in half.codec.state_dict().items() if ".encoder." in name}
+        return {**half.vit.model.state_dict(), **codec}
+
+
+def _saved(config: JoinConfig) -> tuple[FinetuneConfig | None, dict[str, Any]]:
+    if not config.resume:
+        return None, {}
+    if config.out is None:
+        raise ConfigError("--resume needs --out: the run folder to go on with")
+    saved_config, saved = RunFolder(config.out).read_config()
+    if "server" not in saved:
+        raise ConfigError(f"--resume: {config.out} is no run of `snello join`")
+    return saved_config, saved
+
+
+def _recipe(config: JoinConfig, welcome: Welcome) -> FinetuneConfig:
+    """The settings that the server told, with this side's own."""
+    values = {name: getattr(config, name) for name in LOCAL}
+    recipe = from_dict(FinetuneConfig, {**welcome.recipe, "compare": False}, "the server's settings")
+    recipe = replace(recipe, weights="none", **values)
+    device = resolve_device(recipe.device)
+    resolve_precision(recipe.precision, device)  # says so where this machine lacks it
+    return recipe

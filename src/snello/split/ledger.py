@@ -1,0 +1,167 @@
+"""What crossed a cut: bytes so far, what they would have been uncompressed, and how many steps a budget pays for."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import accumulate, takewhile
+from typing import Any
+
+from snello.codecs.base import Codec
+from snello.config import Recipe
+from snello.errors import ConfigError
+from snello.methods import AdaptiveMethod
+from snello.split.frames import Counters
+from snello.split.halves import ClientHalf, Half
+from snello.split.link import Link, parse_bytes
+from snello.split.traffic import Exchange, exchange_bytes, uncompressed_bytes
+from snello.vit import ViT
+
+
+class Ledger:
+    """The bytes of one run.
+
+    Args:
+        vit: the whole model, for its sizes; it may be on the device `meta`.
+        config: of the run.
+        codec: at its cut.
+        num_classes: C.
+    """
+
+    def __init__(self, vit: ViT, config: Recipe, codec: Codec, num_classes: int) -> None:
+        split = config.split
+        self.vit, self.config, self.codec, self.num_classes = vit, config, codec, num_classes
+        self.counters = Counters()
+        self.uncompressed = 0
+        """Bytes that the same exchanges would have taken in fp32 without a codec."""
+        self._round_trips = 0
+        self._at_begin = (0, 0)  # training bytes and round trips before the step under way
+        self.link = None if split.link is None else Link.parse(split.link, "--split.link")
+        self.max_bytes = None if split.max_bytes is None else parse_bytes(split.max_bytes, "--split.max-bytes")
+        self._step_bytes: list[int] = []
+
+    def begin(self) -> None:
+        """Once per step."""
+        self._at_begin = self.counters.training, self._round_trips
+
+    def exchanged(self, num_samples: int, round_trips: int, *, gradient: bool, feature_gradient: bool) -> None:
+        """Notes an exchange that ended: pictures in it, conversations back and forth, and what went down and up."""
+        self._round_trips += round_trips
+        shape = replace(self._shape(num_samples), with_gradient=gradient, with_feature_gradient=feature_gradient)
+        self.uncompressed += uncompressed_bytes(shape)
+
+    def largest_frame(self, batch_size: int) -> int:
+        """Bytes that no frame of an exchange of so many pictures needs to exceed."""
+        shape = self._shape(batch_size * self.codec.buffer)
+        return max(uncompressed_bytes(shape), sum(exchange_bytes(self.codec, shape))) + (1 << 16)
+
+    # ---------------------------------------------------------------------------------------------------- budget
+
+    def plan(self, client: ClientHalf, server: Half | None, step_samples: Sequence[int]) -> int | None:
+        """Steps whose training bytes fit into the budget, given the pictures in each step of an epoch.
+
+        Raises:
+            ConfigError: where not even one step fits.
+        """
+        if self.max_bytes is None:
+            return None
+        self._step_bytes = self._plan(client, server, step_samples)
+        return self._steps_within(self.max_bytes)
+
+    def spent(self, step: int) -> bool:
+        """Whether the step after `step` steps would go over the budget."""
+        if self.max_bytes is None:
+            return False
+        return self.counters.training + self._step_bytes[step % len(self._step_bytes)] > self.max_bytes
+
+    def _plan(self, client: ClientHalf, server: Half | None, step_samples: Sequence[int]) -> list[int]:
+        """The training bytes of an epoch's steps, with ALaST's budgets as they are now."""
+        num_patches, batch_size = self.vit.num_patches, self.config.batch_size * self.codec.buffer
+        if isinstance(client.method, AdaptiveMethod):
+            alast = client.method.alast
+            for index in range(alast.vit.depth):
+                num_patches = alast.num_keep(index, num_patches)
+        num_tokens = self.vit.num_prefix_tokens + num_patches
+        head = {id(p) for p in client.vit.head_parameters()}
+        below = any(p.requires_grad and id(p) not in head for p in client.parameters())
+        above = self.config.method != "head" if server is None else any(p.requires_grad for p in server.parameters())
+
+        @lru_cache
+        def exchange(num_samples: int) -> int:
+            shape = self._shape(num_samples, num_tokens)
+            shape = replace(shape, with_gradient=below, with_feature_gradient=below or above)
+            return sum(exchange_bytes(self.codec, shape))
+
+        return [sum(exchange(min(batch_size, num - at)) for at in range(0, num, batch_size)) for num in step_samples]
+
+    def _steps_within(self, budget: int) -> int:
+        epochs, left = divmod(budget, sum(self._step_bytes))
+        begun = list(takewhile(lambda total: total <= left, accumulate(self._step_bytes)))
+        steps = epochs * len(self._step_bytes) + len(begun)
+        if steps == 0:
+            raise ConfigError(
+                f"--split.max-bytes {self.config.split.max_bytes} is less than the {self._step_bytes[0]} bytes of one "
+                "step: raise it, or use a smaller --batch-size or a codec that sends less"
+            )
+        return steps
+
+    def _shape(self, num_samples: int, num_tokens: int | None = None) -> Exchange:
+        """An exchange's shape; by default that of the uncompressed reference, in which no token is dropped."""
+        vit = self.vit
+        return Exchange(
+            num_samples=num_samples,
+            num_tokens=num_tokens or vit.num_prefix_tokens + vit.num_patches,
+            embed_dim=vit.embed_dim,
+            num_prefix_tokens=vit.num_prefix_tokens,
+            num_classes=self.num_classes,
+            labels=self.config.split.labels,
+            features=vit.features_shape,
+        )
+
+    # -------------------------------------------------------------------------------------- what is said and saved
+
+    @property
+    def times_fewer(self) -> float:
+        """Bytes that the same exchanges would have taken uncompressed over those they took; 1 before the first."""
+        return self.uncompressed / self.counters.training if self.counters.training else 1.0
+
+    def metrics(self) -> dict[str, Any]:
+        """Bytes so far, and seconds that the link would have taken for the step under way."""
+        before, trips = self._at_begin
+        row: dict[str, Any] = {
+            "uplink_bytes": self.counters.total("uplink"),
+            "downlink_bytes": self.counters.total("downlink"),
+        }
+        if self.link is not None:
+            seconds = self.link.seconds(self.counters.training - before, self._round_trips - trips)
+            row["link_seconds"] = round(seconds, 4)
+        return row
+
+    def said(self) -> str:
+        """Traffic so far, for the progress bar."""
+        up, down = (self.counters.total(way) / 1e6 for way in ("uplink", "downlink"))
+        return f"  {up:.1f} MB up, {down:.1f} MB down, {self.times_fewer:.1f}x less"
+
+    def summary(self) -> dict[str, Any]:
+        """Training bytes of each way and kind, what they would be uncompressed, and bytes of evaluation."""
+        counters = self.counters
+        return {
+            "cut": self.config.split.cut,
+            "codec": self.codec.text,
+            "labels": self.config.split.labels,
+            "uplink_bytes": counters.total("uplink"),
+            "downlink_bytes": counters.total("downlink"),
+            "uncompressed_bytes": self.uncompressed,
+            "ratio": counters.training / self.uncompressed if self.uncompressed else None,
+            "eval_bytes": counters.evaluation,
+            "uplink_bytes_by_kind": dict(counters.uplink),
+            "downlink_bytes_by_kind": dict(counters.downlink),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """As values that JSON can hold."""
+        return {"counters": self.counters.state_dict(), "uncompressed": self.uncompressed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict()`."""
+        self.counters.load_state_dict(state["counters"])
+        self.uncompressed = state["uncompressed"]

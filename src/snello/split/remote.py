@@ -1,0 +1,214 @@
+"""The client's half in training, with the server's half at the other end of a connection (a `Learner`)."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snello.config import FinetuneConfig
+from snello.devices import Precision, synchronize
+from snello.loading import Batch
+from snello.optim import set_lr
+from snello.split import frames
+from snello.split.connection import Connection
+from snello.split.frames import Flags, Frame, Kind
+from snello.split.halves import ClientHalf
+from snello.split.ledger import Ledger
+from snello.split.sides import cut_model, make_codec, make_half
+from snello.vit import ViT
+
+
+class Remote:
+    """A client half and a connection.
+
+    Args:
+        vit: the whole model, on the device `meta`: only the client's part gets memory.
+        config: of the run.
+        connection: to the server.
+        num_classes: C.
+        device: of the half.
+        precision: of its forward passes.
+        codec_text: what the server's codec was resolved to.
+        step_samples: pictures in each step of an epoch.
+
+    Raises:
+        ConfigError: where cut, codec or budget do not fit the model.
+    """
+
+    def __init__(
+        self,
+        vit: ViT,
+        config: FinetuneConfig,
+        connection: Connection,
+        *,
+        num_classes: int,
+        device: torch.device,
+        precision: Precision,
+        codec_text: str,
+        step_samples: Sequence[int],
+    ) -> None:
+        self.config, self.connection, self.device = config, connection, device
+        self.codec = make_codec(config, codec_text, vit.embed_dim).to(device)
+        lower, _ = cut_model(vit, config)
+        lower.model.to_empty(device=device)
+        self._scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
+        if self._scaler is not None:
+            self._scaler.scale(torch.zeros((), device=device))  # it is lazy, and halves scale by themselves
+        options: dict[str, Any] = {"num_classes": num_classes, "device": device, "precision": precision}
+        self.half = make_half(ClientHalf, lower, config, self.codec, scale=self._scale, **options)
+        self.buffer = self.codec.buffer
+        self.modules: Mapping[str, nn.Module] = {"model": lower.model}
+        if next(self.codec.parameters(), None) is not None:
+            self.modules = {**self.modules, "codec": self.codec}
+        self.optimizers: Mapping[str, torch.optim.Optimizer] = {"client": self.half.optimizer}
+        self.evaluator: nn.Module = _OverTheNetwork(self)
+        self.ledger = Ledger(vit, config, self.codec, num_classes)
+        self.max_steps = self.ledger.plan(self.half, None, step_samples)
+        connection.max_body = self.ledger.largest_frame(config.batch_size)
+        self.step = 0
+        """Steps done."""
+        self.between_steps = True
+        """Whether no exchange of a step under way has been answered."""
+        self._seconds, self._waited = 0.0, 0.0
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Begins with the weights that the server sent."""
+        self.half.vit.model.load_state_dict(dict(weights))
+
+    # ------------------------------------------------------------------------------------------------- one step
+
+    def begin(self, progress: float) -> None:
+        """See `Learner`."""
+        self.ledger.begin()
+        self._seconds = self._waited = 0.0
+        with self._timed():
+            self.half.begin(self.config.lr, progress)
+
+    def backward(self, batches: Sequence[Batch], *, step: int, micro: int, num_samples: int, seed: int) -> Tensor:
+        """One exchange; see `Learner`, and for what it raises besides `Connection.exchange`."""
+        with self._timed():
+            first = self.half.start(batches, step=step, micro=micro, num_samples=num_samples, seed=seed)
+        frame: Frame | None = first
+        kinds: list[Kind] = []
+        while frame is not None:
+            kinds.append(frame.kind)
+            arrived = self.carry(frame, self.connection.exchange)
+            self.between_steps = False
+            with self._timed():
+                frame = self.half.answer(arrived)
+        self.ledger.exchanged(
+            sum(len(labels) for _, labels in batches),
+            len(kinds),
+            gradient=Flags.FORWARD_ONLY not in first.flags,
+            feature_gradient=Kind.FEATURE_GRADIENTS in kinds,
+        )
+        return self.half.loss
+
+    def carry(self, frame: Frame, exchange: Callable[[Frame], Frame]) -> Frame:
+        """The server's answer to a frame; both are counted when it is there."""
+        started = time.perf_counter()
+        answer = exchange(frame)
+        self._waited += time.perf_counter() - started
+        for carried in (frame, answer):
+            self.ledger.counters.add(carried, frames.sizes(carried))
+        return answer
+
+    def clip(self, max_norm: float) -> dict[str, Tensor]:
+        """Clips this half by its own norm; see `Learner`."""
+        if self._scaler is not None:
+            self._scaler.unscale_(self.half.optimizer)
+        return {"grad_norm": self.half.clip(max_norm)}
+
+    def update(self, lr: float) -> None:
+        """See `Learner`; in half precision an overflow skips the step in the half that met it."""
+        with self._timed():
+            set_lr(self.half.optimizer, lr)
+            finite = self._scaler is None or (not self.half.overflow and self._is_finite())
+            if finite:
+                self.half.optimizer.step()
+            self.half.optimizer.zero_grad(set_to_none=True)
+            if self._scaler is not None:
+                self._scaler.update(None if finite else self._scaler.get_scale() * self._scaler.get_backoff_factor())
+        self.step += 1
+        self.between_steps = True
+
+    def spent(self, step: int) -> bool:
+        """Whether the step after `step` steps would go over the budget."""
+        return self.ledger.spent(step)
+
+    # -------------------------------------------------------------------------------------- what is said and saved
+
+    def metrics(self) -> dict[str, Any]:
+        """Bytes so far, seconds of this half and of waiting for the server, and what codec and method say."""
+        seconds = {"client_seconds": round(self._seconds, 4), "wait_seconds": round(self._waited, 4)}
+        return self.ledger.metrics() | seconds | self.codec.metrics() | self.half.method.metrics()
+
+    def eval_metrics(self) -> dict[str, Any]:
+        """Training bytes so far."""
+        return {"training_bytes": self.ledger.counters.training}
+
+    def said(self) -> str:
+        """Traffic so far."""
+        return self.ledger.said()
+
+    def summary(self) -> dict[str, Any]:
+        """Training bytes of each way and kind, what they would be uncompressed, and bytes of evaluation."""
+        return self.ledger.summary()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Learner`."""
+        return {
+            "method": {"client": self.half.method.state_dict()},
+            **self.ledger.state_dict(),
+            "step": self.step,
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Learner`."""
+        self.half.method.load_state_dict(state["method"]["client"])
+        self.half.optimizer.zero_grad(set_to_none=True)
+        self.ledger.load_state_dict(state)
+        self.step, self.between_steps = state["step"], True
+        if self._scaler is not None and state["scaler"] is not None:
+            self._scaler.load_state_dict(state["scaler"])
+
+    # ---------------------------------------------------------------------------------------------------- helpers
+
+    def _is_finite(self) -> bool:
+        return all(bool(p.grad.isfinite().all()) for p in self.half.parameters() if p.grad is not None)
+
+    def _scale(self) -> float:
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        synchronize(self.device)
+        self._seconds += time.perf_counter() - started
+
+
+class _OverTheNetwork(nn.Module):
+    """The model in evaluation, its upper half on the server."""
+
+    def __init__(self, remote: Remote) -> None:
+        super().__init__()
+        self._remote = remote
+
+    def train(self, mode: bool = True) -> "_OverTheNetwork":
+        """Training or eval mode of this half and the codec."""
+        super().train(mode)
+        self._remote.half.train(mode)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, C) of normalised pictures (B, 3, H, W)."""
+        remote = self._remote
+        frame = replace(remote.half.evaluate(images), step=remote.step)
+        answer = remote.carry(frame, lambda asked: remote.connection.request(asked, remote.step))
+        return remote.half.logits(answer)

@@ -1,0 +1,90 @@
+"""Making the halves of a model: each with its own method and optimizer, around a codec that both have."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from snello.codecs import AUTO
+from snello.codecs.base import Codec
+from snello.config import Recipe
+from snello.devices import Precision, autocast
+from snello.errors import ConfigError
+from snello.methods import make_method
+from snello.optim import make_optimizer
+from snello.split.halves import ClientHalf, Half, ServerHalf
+from snello.vit import ViT
+
+H = TypeVar("H", bound=Half)
+
+
+def codec_text(config: Recipe) -> str:
+    """The codec that `config` names; `auto` is the recommended chain."""
+    return AUTO if config.split.codec.strip() == "auto" else config.split.codec
+
+
+def make_codec(config: Recipe, text: str, embed_dim: int) -> Codec:
+    """The codec of a run, equal on both sides.
+
+    Raises:
+        ConfigError: where the text does not parse or an option is out of range.
+    """
+    return Codec(
+        text,
+        embed_dim=embed_dim,
+        eval_text=config.split.eval_codec,
+        seed=config.seed,
+        flag="--split.codec",
+        eval_flag="--split.eval-codec",
+    )
+
+
+def cut_model(vit: ViT, config: Recipe) -> tuple[ViT, ViT]:
+    """The client's part of a model and the server's.
+
+    Raises:
+        ConfigError: where the cut is out of range.
+    """
+    try:
+        return vit.cut(config.split.cut, head_below=config.split.labels == "client")
+    except ConfigError as error:
+        raise ConfigError(f"--split.{error}") from None  # the name as the user typed it
+
+
+def make_half(
+    kind: type[H],
+    part: ViT,
+    config: Recipe,
+    codec: Codec,
+    *,
+    num_classes: int,
+    device: torch.device,
+    precision: Precision,
+    scale: Callable[[], float] = lambda: 1.0,
+) -> H:
+    """A half around its part of the model, on `device`, with method and optimizer as `config` says."""
+    if kind is ClientHalf:
+        name, own = "client", codec.client_parameters()
+    else:
+        assert kind is ServerHalf
+        name, own = "server", codec.server_parameters()
+    attached = config.method != "alast" or config.split.alast in (name, "both")
+    optimizer = make_optimizer(
+        part,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        layer_decay=config.layer_decay,
+        device=device,
+        others=own,
+    )
+    return kind(
+        part,
+        make_method(part, config, config.method if attached else "full"),
+        optimizer,
+        codec,
+        labels=config.split.labels,
+        num_classes=num_classes,
+        label_smoothing=config.label_smoothing,
+        autocast=lambda: autocast(device, precision),
+        scale=scale,
+    )

@@ -1,0 +1,163 @@
+"""A server half in training: weights, method and optimizer, of one session or shared by many."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snello.config import ServeConfig
+from snello.data import mix
+from snello.devices import Precision
+from snello.models import create_model, preprocessing
+from snello.optim import set_lr
+from snello.split.frames import Frame
+from snello.split.halves import ServerHalf
+from snello.split.handshake import Terms, make_terms
+from snello.split.ledger import Ledger
+from snello.split.sides import codec_text, cut_model, make_codec, make_half
+from snello.vit import AttentionPath, ViT
+
+
+class Upper:
+    """The server's half of a fresh model.
+
+    Args:
+        config: of the server.
+        num_classes: C.
+        device: where it computes.
+        precision: of its forward passes.
+        attention: path of its attention.
+
+    Raises:
+        SnelloError: where model, weights, cut, codec or method do not fit each other.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        num_classes: int,
+        *,
+        device: torch.device,
+        precision: Precision,
+        attention: AttentionPath,
+    ) -> None:
+        self.config, self.num_classes, self.device = config, num_classes, device
+        vit = make_vit(config, num_classes)
+        self.codec = make_codec(config, codec_text(config), vit.embed_dim).to(device)
+        _, upper = cut_model(vit, config)
+        upper.set_attention_paths([attention] * upper.depth)
+        upper.model.to(device)
+        self.scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
+        if self.scaler is not None:
+            self.scaler.scale(torch.zeros((), device=device))  # it is lazy, and halves scale by themselves
+        options: dict[str, Any] = {"num_classes": num_classes, "device": device, "precision": precision}
+        self.half = make_half(ServerHalf, upper, config, self.codec, scale=self._scale, **options)
+        self.half.max_rows = config.batch_size * self.codec.buffer
+        self.modules: Mapping[str, nn.Module] = {"model": upper.model}
+        if next(self.codec.parameters(), None) is not None:
+            self.modules = {**self.modules, "codec": self.codec}
+        self.optimizers: Mapping[str, torch.optim.Optimizer] = {"server": self.half.optimizer}
+
+    def begin(self, progress: float) -> None:
+        """Once per optimizer step of a session."""
+        self.half.begin(self.config.lr, progress)
+
+    def answer(self, frame: Frame, *, training: bool, seed: int) -> Frame:
+        """The half's answer, with its own noise drawn from `seed`."""
+        if self.half.vit.model.training != training or self.codec.training != training:
+            self.half.train(training)
+        torch.manual_seed(seed)
+        if training:
+            return self.half.answer(frame)
+        with torch.no_grad():
+            return self.half.answer(frame)
+
+    def update(self, lr: float) -> Tensor:
+        """Clips and moves the weights, unless a gradient is not finite; returns the norm of the gradients, ()."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.half.optimizer)
+        norm = self.half.clip(self.config.clip_norm)
+        finite = bool(norm.isfinite()) and not self.half.overflow
+        if finite:
+            set_lr(self.half.optimizer, lr)
+            self.half.optimizer.step()
+        self.half.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is not None:
+            self.scaler.update(None if finite else self.scaler.get_scale() * self.scaler.get_backoff_factor())
+        return norm
+
+    def swap_gradients(self, gradients: list[Tensor | None] | None) -> list[Tensor | None]:
+        """Puts other gradients in place (None: none at all) and returns those that were there."""
+        parameters = list(self.half.parameters())
+        before = [parameter.grad for parameter in parameters]
+        for parameter, gradient in zip(parameters, gradients or [None] * len(parameters), strict=True):
+            parameter.grad = gradient
+        return before
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights themselves, by their names in the whole model; a codec's begin with `codec.`"""
+        codec = {f"codec.{name}": value for name, value in self.codec.state_dict().items() if ".decoder." in name}
+        return {**self.half.vit.model.state_dict(), **codec}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is neither in `modules` nor in `optimizers`, as values that JSON can hold."""
+        return {
+            "method": self.half.method.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict()`."""
+        self.half.method.load_state_dict(state["method"])
+        self.half.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _scale(self) -> float:
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
+
+class Sizes:
+    """What can be said of a session from shapes alone, on the device `meta`.
+
+    Args:
+        config: of the server.
+        num_classes: C.
+        precision: of forward passes.
+    """
+
+    def __init__(self, config: ServeConfig, num_classes: int, precision: Precision) -> None:
+        with torch.device("meta"):
+            model = create_model(config.model, "none", num_classes, config.image_size)
+        self.vit = ViT(model)
+        self.codec = make_codec(config, codec_text(config), self.vit.embed_dim)
+        self.image_size = preprocessing(model, config.image_size).size
+        self.terms: Terms = make_terms(
+            model,
+            config,
+            codec=self.codec.text,
+            num_classes=num_classes,
+            image_size=self.image_size,
+            precision=precision,
+        )
+        self.max_frame: int = Ledger(self.vit, config, self.codec, num_classes).largest_frame(config.batch_size)
+        _, upper = cut_model(self.vit, config)
+        weights = sum(p.numel() * p.element_size() for p in upper.model.parameters())
+        self.messages: int = 2 * self.max_frame
+        """Bytes of a session's messages: the one that comes in, and the last answer."""
+        self.state: int = 4 * weights
+        """Bytes of weights, gradients and AdamW's moments."""
+
+
+def make_vit(config: ServeConfig, num_classes: int) -> ViT:
+    """The whole model as every run of this seed begins with."""
+    torch.manual_seed(mix(config.seed))  # the head's random start
+    return ViT(create_model(config.model, config.weights, num_classes, config.image_size))
+
+
+def starting_weights(config: ServeConfig, num_classes: int) -> dict[str, Tensor]:
+    """What the client's half begins with, by names in the whole model."""
+    lower, _ = cut_model(make_vit(config, num_classes), config)
+    state: dict[str, Tensor] = lower.model.state_dict()
+    return state

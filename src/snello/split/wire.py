@@ -1,0 +1,64 @@
+"""Frames as a stream of chunks, and back: what a connection carries.
+
+A frame is sent as chunks of CHUNK_BYTES, the last one shorter; a chunk never holds parts of two frames. What comes in
+is put together in one buffer, whose size is checked against the limit when the header is there, before it is taken.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from snello.errors import ProtocolError
+from snello.split.frames import HEADER, Buffer, Header, parse_header
+
+CHUNK_BYTES = 1 << 20
+"""64 KiB chunks are half as fast, larger ones no faster; and what a peer can make us buffer stays small."""
+
+
+def chunks(buffers: Sequence[Buffer], size: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """The bytes of a frame in chunks of `size`."""
+    parts: list[Buffer] = []
+    room = size
+    for buffer in buffers:
+        view = memoryview(buffer)
+        while len(view) >= room:
+            yield b"".join((*parts, view[:room]))
+            view, parts, room = view[room:], [], size
+        if len(view):
+            parts.append(view)
+            room -= len(view)
+    if parts:
+        yield b"".join(parts)
+
+
+class Assembler:
+    """Puts chunks together to frames.
+
+    Args:
+        max_body_bytes: of a frame; may be changed between frames.
+        size: of all chunks but the last.
+    """
+
+    def __init__(self, max_body_bytes: int, size: int = CHUNK_BYTES) -> None:
+        self.max_body_bytes, self._size = max_body_bytes, size
+        self.header: Header | None = None
+        """Of the frame that is coming in; None between frames."""
+        self._buffer = bytearray()
+        self._at = 0
+
+    def add(self, chunk: bytes) -> bytearray | None:
+        """The whole frame, where the chunk completes one.
+
+        Raises:
+            ProtocolError: for anything that `chunks` does not make, or a frame beyond the limit.
+        """
+        if self.header is None:
+            self.header = parse_header(chunk, self.max_body_bytes)
+            self._buffer, self._at = bytearray(HEADER.size + self.header.body_bytes), 0
+        left = len(self._buffer) - self._at
+        if len(chunk) != min(left, self._size):
+            raise ProtocolError(f"a chunk of {len(chunk)} bytes came where {min(left, self._size)} were due")
+        self._buffer[self._at : self._at + len(chunk)] = chunk
+        self._at += len(chunk)
+        if self._at < len(self._buffer):
+            return None
+        frame, self._buffer, self.header = self._buffer, bytearray(), None
+        return frame
