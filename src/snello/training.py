@@ -23,6 +23,7 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from snello import checkpoint, comparison, report
 from snello.config import FinetuneConfig
@@ -123,6 +124,7 @@ class Trainer:
         self.normalize = Normalize(self.preprocessing, self.device)
         self.progressed = Progressed()
         self._stream: Iterator[MicroStep] | None = None
+        self._eval_loader: DataLoader[tuple[Tensor, int]] | None = None
         self._stop: list[int] = []
         self._shown: Callable[[float, float], None] = lambda loss, seconds: None
         resolved = self._resolved(str(attention), saved.get("codec"))
@@ -178,6 +180,11 @@ class Trainer:
 
     def _resume_command(self) -> str:
         return f"snello finetune --out {self.run.path} --resume"
+
+    def close(self) -> None:
+        """Ends the processes that load pictures, which the interpreter would otherwise meet at its exit."""
+        self._stream = None
+        self._eval_loader = None
 
     def advance(self, steps: int) -> list[float]:
         """Takes up to `steps` optimizer steps, fewer where the run ends, and returns their losses.
@@ -404,7 +411,7 @@ class Trainer:
 
     @property
     def _held_out(self) -> Iterator[Batch]:
-        if not hasattr(self, "_eval_loader"):
+        if self._eval_loader is None:
             pre = self.preprocessing
             self._eval_loader = eval_loader(
                 self.splits.val,

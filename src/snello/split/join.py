@@ -422,6 +422,7 @@ class RemoteSession:
 
     def close(self) -> None:
         """Ends the connection; the session can be gone on with."""
+        self.trainer.close()
         self.trainer.connection.close()
 
     def _tensors(self) -> dict[str, Tensor]:

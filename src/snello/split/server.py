@@ -204,7 +204,7 @@ class Server:
                 await _write(context, list(wire.chunks(frames.write(welcome))))
                 await self._serve(context, reader, session, asyncio.Event())
         finally:
-            await self._in_thread(lambda: self._registry.leave(name))
+            self._compute.submit(self._registry.leave, name)  # not awaited: this task may be cancelled already
             self._telemetry.session_closed(mode)
             self._log.info("session left", extra={"fields": {**peer, "step": getattr(session, "step", 0)}})
 
