@@ -137,7 +137,7 @@ def doctor(args: Sequence[str]) -> int:
     from rich.console import Console
 
     from snello.split.doctor import examine, print_findings, to_rows
-    from snello.split.join import make_endpoint, probe
+    from snello.split.endpoints import make_endpoint, probe
 
     findings = examine(config, lambda: probe(make_endpoint(config.address, config.certs, config.name)))
     if config.format == "json":
@@ -152,8 +152,9 @@ def export(args: Sequence[str]) -> int:
     config = _parse(ExportConfig, args, "export")
     from snello.export import export as run
     from snello.export import loading_line
+    from snello.split.online import fetch_server_half
 
-    path = run(config)
+    path = run(config, fetch_server_half)
     print(f"{path}\n{loading_line(path)}")
     return 0
 

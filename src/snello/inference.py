@@ -66,17 +66,12 @@ class Predictor:
         self.device = resolve_device(device)
         fp16_on_cpu = resolved["precision"] == "fp16" and self.device.type == "cpu"
         self.precision = resolve_precision("fp32" if fp16_on_cpu else resolved["precision"], self.device)
-        self.model = create_model(self.config.model, "none", len(self.classes), self.config.image_size)
-        vit = ViT(self.model)
-        vit.set_attention_paths([resolved["attention"]] * vit.depth)
-        try:
-            self.model.load_state_dict(load_tensors(run.model_file)[0])
-        except RuntimeError as error:
-            text = " ".join(str(error).split())
-            raise CheckpointError(f"{run.model_file} does not fit {self.config.model}: {text}") from error
-        self.model.to(self.device)
-        if self.config.split.cut:  # measured as in training: in the codec's format of evaluation
-            self.model = self._over_the_cut(vit, run, resolved["codec"])
+        if "server" in resolved and not run.export_file.is_file():
+            from snello.split.online import Online  # gRPC is only needed here
+
+            self.model: nn.Module = Online(run, self.config, resolved, self.device, self.precision)
+        else:
+            self.model = self._whole(run, resolved, run.export_file if "server" in resolved else run.model_file)
         self.model.eval()
         pre = resolved["preprocessing"]
         self.preprocessing = Preprocessing(**pre | {"mean": tuple(pre["mean"]), "std": tuple(pre["std"])})
@@ -84,6 +79,26 @@ class Predictor:
         self.transform = eval_transform(
             self.preprocessing.size, self.preprocessing.interpolation, self.preprocessing.crop_pct
         )
+
+    def _whole(self, run: RunFolder, resolved: dict[str, Any], weights: Path) -> nn.Module:
+        model = create_model(self.config.model, "none", len(self.classes), self.config.image_size)
+        vit = ViT(model)
+        vit.set_attention_paths([resolved["attention"]] * vit.depth)
+        try:
+            model.load_state_dict(load_tensors(weights)[0])
+        except RuntimeError as error:
+            text = " ".join(str(error).split())
+            raise CheckpointError(f"{weights} does not fit {self.config.model}: {text}") from error
+        model.to(self.device)
+        if self.config.split.cut and "server" not in resolved:
+            return self._over_the_cut(vit, run, resolved["codec"])  # measured as in training: in evaluation's format
+        return model
+
+    def close(self) -> None:
+        """Ends the connection to the server, where the run has its other half there."""
+        close = getattr(self.model, "close", None)
+        if close is not None:
+            close()
 
     def _over_the_cut(self, vit: ViT, run: RunFolder, codec: str) -> nn.Module:
         config = replace(self.config, split=replace(self.config.split, max_bytes=None))
@@ -125,7 +140,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     else:
         pictures, num_skipped = load_pictures(config.data, predictor.classes, skip_bad=config.skip_bad, check=False)
     loader = eval_loader(pictures, predictor.transform, batch_size=config.batch_size, workers=config.workers)
-    accuracy, loss = predictor.score(batches(loader))
+    try:
+        accuracy, loss = predictor.score(batches(loader))
+    finally:
+        predictor.close()
     return {"accuracy": accuracy, "loss": loss, "pictures": len(pictures), "skipped": num_skipped}
 
 
@@ -140,6 +158,13 @@ def predict(config: PredictConfig) -> Iterator[dict[str, Any]]:
     """
     paths = find_pictures(config.paths)
     predictor = Predictor(config.run, config.device)
+    try:
+        yield from _predictions(config, predictor, paths)
+    finally:
+        predictor.close()
+
+
+def _predictions(config: PredictConfig, predictor: Predictor, paths: list[Path]) -> Iterator[dict[str, Any]]:
     top_k, skipped = min(config.top_k, len(predictor.classes)), 0
     for start in range(0, len(paths), config.batch_size):
         images: list[tuple[Path, Tensor]] = []

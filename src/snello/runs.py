@@ -9,6 +9,8 @@ alast.json          the final state of ALaST (with that method)
 summary.json        the result
 budgets.png         budgets and trained blocks over the steps (with ALaST)
 traffic.png         accuracy against epochs, bytes and time (across a cut)
+export.safetensors  the whole model for other software, once `snello export` has written it
+checkpoints/        the last two, where the other half is on a server, instead of last.safetensors
 """
 
 import json
@@ -66,6 +68,7 @@ class RunFolder:
         self.summary_file = path / "summary.json"
         self.plot_file = path / "budgets.png"
         self.traffic_file = path / "traffic.png"
+        self.export_file = path / "export.safetensors"
 
     @classmethod
     def of(cls, config: Recipe) -> "RunFolder":

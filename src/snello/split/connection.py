@@ -28,6 +28,7 @@ from snello.errors import NetworkError, ProtocolError
 from snello.split import frames, wire
 from snello.split.frames import MAX_CONTROL_BYTES, Frame, Kind, control, control_values
 from snello.split.handshake import Hello, Welcome, parse
+from snello.split.link import is_loopback, parse_address
 from snello.split.refusals import TRANSIENT, Code, Refused
 
 T = TypeVar("T")
@@ -60,10 +61,12 @@ class Endpoint:
 
     def channel(self) -> grpc.aio.Channel:
         """A new channel; nothing is sent yet."""
+        local = is_loopback(parse_address(self.address, "ADDRESS")[0])
+        options = [*OPTIONS, ("grpc.enable_http_proxy", int(not local))]
         if self.ca is None:
-            return grpc.aio.insecure_channel(self.address, options=OPTIONS)
+            return grpc.aio.insecure_channel(self.address, options=options)
         tls = grpc.ssl_channel_credentials(self.ca, self.key, self.certificate)
-        return grpc.aio.secure_channel(self.address, tls, options=OPTIONS)
+        return grpc.aio.secure_channel(self.address, tls, options=options)
 
 
 class RolledBack(Exception):

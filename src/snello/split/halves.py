@@ -179,7 +179,7 @@ class ClientHalf(Half):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._pending: _Pending | None = None
+        self._pending: dict[tuple[int, int], _Pending] = {}  # by step and micro-step: with prefetch there are two
         self.loss = torch.zeros(())
         """The last exchange's loss, times its share of the step."""
         if self.codec.score is not None:
@@ -203,7 +203,7 @@ class ClientHalf(Half):
         message = self.codec.encode(z, context)
         targets = Targets.of(labels, message.groups, message.num_rows, self.num_classes)
         share = len(labels) / num_samples
-        self._pending = _Pending(step, micro, message, targets, share)
+        self._pending[step, micro] = _Pending(step, micro, message, targets, share)
         arrays = dict(message.arrays)
         if self.labels == "server":
             arrays |= labels_to_arrays(labels, message, self.num_classes)
@@ -217,8 +217,8 @@ class ClientHalf(Half):
         Raises:
             ProtocolError: for a frame that does not belong to the exchange under way.
         """
-        pending = self._pending
-        if pending is None or (frame.step, frame.micro) != (pending.step, pending.micro):
+        pending = self._pending.get((frame.step, frame.micro))
+        if pending is None:
             raise ProtocolError(f"a frame of step {frame.step}.{frame.micro} came, which is not under way")
         self.overflow |= Flags.OVERFLOW in frame.flags
         arrays = self._on_device(frame)
@@ -226,13 +226,17 @@ class ClientHalf(Half):
             return self._take_loss(pending, frame, arrays)
         if frame.kind != Kind.GRADIENTS:
             raise ProtocolError(f"a frame of kind {frame.kind.name} came, where gradients were waited for")
-        self._pending = None
+        del self._pending[frame.step, frame.micro]
         if self.labels == "server":
             self.loss = arrays["gradients.loss"].squeeze(0)
         if "gradients" in arrays and not self.overflow:
             gradient = self.codec.decode_gradient(pending.message, arrays)
             torch.autograd.backward(pending.message.sent, gradient * self.scale())
         return None
+
+    def forget(self) -> None:
+        """Drops exchanges under way."""
+        self._pending = {}
 
     def evaluate(self, images: Tensor) -> Frame:
         """The activations of normalised pictures (B, 3, H, W) in the format of evaluation; after `train(False)`."""
@@ -276,7 +280,7 @@ class ClientHalf(Half):
         self.loss = loss.detach()
         torch.autograd.backward(loss * self.scale())
         if Flags.FORWARD_ONLY in frame.flags:
-            self._pending = None
+            del self._pending[pending.step, pending.micro]
             return None
         assert features.grad is not None
         pending.features = features

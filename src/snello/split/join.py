@@ -1,9 +1,10 @@
 """`snello join`: the one training loop, with a half of the model here and the other on a server."""
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,19 +16,18 @@ from snello.config import FinetuneConfig, JoinConfig, from_dict, to_dict
 from snello.data import Splits, load_splits
 from snello.devices import resolve_device, resolve_precision
 from snello.errors import CheckpointError, ConfigError, SnelloError
+from snello.learners import MicroStep
 from snello.models import create_model, preprocessing
 from snello.runs import RunFolder, require_same_config
-from snello.split import doctor
-from snello.split.auth import Anyone, Credentials, Token
+from snello.split.auth import Credentials
 from snello.split.checkpoints import Checkpoints, steps_in
-from snello.split.connection import Connection, Endpoint, RolledBack, Stopped
-from snello.split.frames import VERSION, Frame, Kind, control, control_values
+from snello.split.connection import Connection, RolledBack, Stopped
+from snello.split.endpoints import describe, make_endpoint
+from snello.split.frames import Frame, Kind, control, control_values
 from snello.split.handshake import Hello, Plan, Terms, Welcome, hash_of, make_terms
-from snello.split.link import is_loopback, parse_address
 from snello.split.remote import Remote
 from snello.split.session import Side
 from snello.split.sessions import weights_frame, weights_of
-from snello.split.tls import ClientFiles
 from snello.training import Trainer, warnings_on
 from snello.vit import ViT
 
@@ -60,61 +60,6 @@ def join(config: JoinConfig, console: Console | None = None) -> dict[str, Any]:
     report.plot_traffic(run)
     console.print(f"run folder: {run.path}", highlight=False, soft_wrap=True)
     return summary
-
-
-def make_endpoint(
-    address: str,
-    certs: Path | None,
-    name: str | None,
-    *,
-    plaintext: bool = False,
-    credentials: Credentials | None = None,
-) -> Endpoint:
-    """The server at an address, with what `snello certs` made for this client.
-
-    Args:
-        address: host:port.
-        certs: folder of certificates and token; None for plaintext, on loopback only.
-        name: of the client in it.
-        plaintext: whether plaintext is asked for off loopback too.
-        credentials: shown to the server instead of the token in `certs`.
-
-    Raises:
-        ConfigError: where the files cannot be used, or plaintext would leave this machine.
-    """
-
-    def explain() -> str | None:
-        return doctor.explain(address, certs, name)
-
-    if certs is not None:
-        files = ClientFiles.load(certs, name)
-        shown = (credentials or Token(files.name, files.token)).credentials()
-        return Endpoint(address, files.ca, files.certificate, files.key, shown, explain)
-    if not plaintext and not is_loopback(parse_address(address, "ADDRESS")[0]):
-        raise ConfigError(
-            f"{address} is not on this machine: give --certs, the folder that `snello certs` made for this client"
-        )
-    return Endpoint(address, credentials=(credentials or Anyone()).credentials(), explain=explain)
-
-
-def describe(endpoint: Endpoint, patience_seconds: float = 20.0) -> Welcome:
-    """The settings of the server at `endpoint`.
-
-    Raises:
-        NetworkError: where it cannot be reached.
-        Refused: where it does not admit us.
-    """
-    connection = Connection(endpoint, lambda: Hello("describe"), patience_seconds=patience_seconds)
-    try:
-        return connection.open()[0]
-    finally:
-        connection.close()
-
-
-def probe(endpoint: Endpoint) -> dict[str, Any]:
-    """What `snello doctor` asks a server."""
-    welcome = describe(endpoint)
-    return {"time": welcome.time, "version": welcome.version, "protocol": VERSION, "token": "accepted"}
 
 
 class JoinTrainer(Trainer):
@@ -184,6 +129,7 @@ class JoinTrainer(Trainer):
             image_size=preprocessing(vit.model, config.image_size).size,
             precision=self.precision,
         )
+        remote.upcoming = lambda: self._ahead.peek()
         self.checkpoints = Checkpoints(self._folder, remote.modules, remote.optimizers)
         weights = sum(value.numel() * value.element_size() for value in remote.half.vit.model.state_dict().values())
         room, self.connection.max_body = self.connection.max_body, weights + (1 << 20)
@@ -193,6 +139,10 @@ class JoinTrainer(Trainer):
         if self._welcome.fresh:
             self._load_weights(remote, frame)
         return remote
+
+    def _micro_steps(self, start: int) -> Iterator[MicroStep]:
+        self._ahead = Ahead(super()._micro_steps(start))
+        return self._ahead
 
     def _load_weights(self, remote: Remote, frame: Frame) -> None:
         try:
@@ -325,6 +275,23 @@ class JoinTrainer(Trainer):
         }
 
 
+class Ahead(Iterator[MicroStep]):
+    """An iterator that can be asked what comes next without moving on."""
+
+    def __init__(self, items: Iterator[MicroStep]) -> None:
+        self._items, self._seen = items, deque[MicroStep]()
+
+    def __next__(self) -> MicroStep:
+        """The next item."""
+        return self._seen.popleft() if self._seen else next(self._items)
+
+    def peek(self) -> MicroStep | None:
+        """The next item, which stays; None at the end."""
+        if not self._seen:
+            self._seen.extend(islice(self._items, 1))
+        return self._seen[0] if self._seen else None
+
+
 class RemoteSession:
     """A session whose server half is at the other end of a network (a `snello.split.session.Session`).
 
@@ -423,6 +390,7 @@ class RemoteSession:
     def close(self) -> None:
         """Ends the connection; the session can be gone on with."""
         self.trainer.close()
+        self.trainer.remote.close()
         self.trainer.connection.close()
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 
 from snello.config import FinetuneConfig
 from snello.devices import Precision, synchronize
+from snello.errors import ConfigError
+from snello.learners import MicroStep
 from snello.loading import Batch
+from snello.methods import AdaptiveMethod
 from snello.optim import set_lr
 from snello.split import frames
 from snello.split.connection import Connection
@@ -74,6 +78,23 @@ class Remote:
         self.between_steps = True
         """Whether no exchange of a step under way has been answered."""
         self._seconds, self._waited = 0.0, 0.0
+        self.upcoming: Callable[[], MicroStep | None] = lambda: None
+        """The micro-step that follows the one under way, for prefetching; None at the end."""
+        self._prefetched: dict[tuple[int, int], Frame] = {}
+        self._aside: ThreadPoolExecutor | None = None
+        self._stack = ExitStack()
+        if config.split.prefetch:
+            self._prepare_prefetch()
+
+    def _prepare_prefetch(self) -> None:
+        if isinstance(self.half.method, AdaptiveMethod):
+            raise ConfigError(
+                "--split.prefetch does not go with ALaST on the client, which draws before each forward pass: "
+                "use --split.alast server or another --method"
+            )
+        self._aside = ThreadPoolExecutor(1, "snello-exchange")
+        # The weights move while the next forward pass waits for its gradient: that has to go back through the old ones.
+        self._stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Begins with the weights that the server sent."""
@@ -90,13 +111,15 @@ class Remote:
 
     def backward(self, batches: Sequence[Batch], *, step: int, micro: int, num_samples: int, seed: int) -> Tensor:
         """One exchange; see `Learner`, and for what it raises besides `Connection.exchange`."""
-        with self._timed():
-            first = self.half.start(batches, step=step, micro=micro, num_samples=num_samples, seed=seed)
+        first = self._prefetched.pop((step, micro), None)
+        if first is None:
+            with self._timed():
+                first = self.half.start(batches, step=step, micro=micro, num_samples=num_samples, seed=seed)
         frame: Frame | None = first
         kinds: list[Kind] = []
         while frame is not None:
             kinds.append(frame.kind)
-            arrived = self.carry(frame, self.connection.exchange)
+            arrived = self.carry(frame, self.connection.exchange if self._aside is None else self._exchange_aside)
             self.between_steps = False
             with self._timed():
                 frame = self.half.answer(arrived)
@@ -107,6 +130,30 @@ class Remote:
             feature_gradient=Kind.FEATURE_GRADIENTS in kinds,
         )
         return self.half.loss
+
+    def _exchange_aside(self, frame: Frame) -> Frame:
+        """An exchange, while this thread computes the forward pass of the micro-step that follows."""
+        assert self._aside is not None
+        answer = self._aside.submit(self.connection.exchange, frame)
+        work = self.upcoming() if frame.kind == Kind.ACTIVATIONS else None
+        if work is not None:
+            seed = self.config.seed
+            torch.manual_seed(work.noise_seed(seed))
+            with self._timed():
+                self._prefetched[work.step, work.micro] = self.half.start(
+                    work.batches,
+                    step=work.step,
+                    micro=work.micro,
+                    num_samples=work.num_samples,
+                    seed=work.codec_seed(seed),
+                )
+        return answer.result()
+
+    def close(self) -> None:
+        """Ends what prefetching needs."""
+        if self._aside is not None:
+            self._aside.shutdown(wait=False)
+            self._stack.close()
 
     def carry(self, frame: Frame, exchange: Callable[[Frame], Frame]) -> Frame:
         """The server's answer to a frame; both are counted when it is there."""
@@ -174,6 +221,8 @@ class Remote:
         self.half.optimizer.zero_grad(set_to_none=True)
         self.ledger.load_state_dict(state)
         self.step, self.between_steps = state["step"], True
+        self.half.forget()
+        self._prefetched = {}
         if self._scaler is not None and state["scaler"] is not None:
             self._scaler.load_state_dict(state["scaler"])
 
