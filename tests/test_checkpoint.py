@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from snello import checkpoint
@@ -146,6 +147,19 @@ def test_other_version_is_refused(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("text", ["no JSON", "[1]", '{"step": 1}'])
+def test_metadata_of_others_is_refused_in_one_line(tmp_path, text):
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"snello": text})
+    with pytest.raises(CheckpointError, match=r"a\.safetensors was not written by snello"):
+        load_tensors(tmp_path / "a.safetensors")
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(CheckpointError, match="could not save"):
+        save_json(tmp_path / "run" / "summary.json", {})
 
 
 @pytest.mark.parametrize("freeze", [False, True])

@@ -7,7 +7,7 @@ One file, because one rename is what the file system does at once.
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder is no folder there is nothing to take away
+            temporary.unlink(missing_ok=True)
         kept = "the one before is untouched" if path.exists() else "nothing was written"
         raise CheckpointError(f"could not save {path}: {error} ({kept}); free space or choose another --out") from error
     except BaseException:
@@ -72,9 +73,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"could not read {path}: {error}") from error
-    state = json.loads(metadata.get("snello", "{}"))
-    if state and state["version"] != VERSION:
-        raise CheckpointError(f"{path} is of checkpoint version {state['version']}, this snello reads {VERSION}")
+    try:
+        state = json.loads(metadata.get("snello", "{}"))
+        saved_by = state["version"] if state else VERSION
+    except (ValueError, TypeError, KeyError):
+        raise CheckpointError(f"{path} was not written by snello: its metadata cannot be read") from None
+    if saved_by != VERSION:
+        raise CheckpointError(f"{path} is of checkpoint version {saved_by}, this snello reads {VERSION}")
     return tensors, state
 
 

@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -17,10 +17,10 @@ from typing import Any, Literal, TypeVar
 import grpc
 import grpc.aio
 
-from snello.errors import CheckpointError, ProtocolError, SnelloError
+from snello.errors import CheckpointError, ConfigError, ProtocolError, SnelloError
 from snello.split import frames, wire
 from snello.split.auth import Authenticator
-from snello.split.frames import MAX_CONTROL_BYTES, Frame, Kind, control_values
+from snello.split.frames import MAX_CONTROL_BYTES, Kind, control_values
 from snello.split.handshake import Hello, parse
 from snello.split.refusals import Code, Refused
 from snello.split.registry import Registry
@@ -74,7 +74,7 @@ class Server:
         self._registry, self._authenticator, self._telemetry, self._log = registry, authenticator, telemetry, log
         self._limits = limits or Limits()
         self._compute = ThreadPoolExecutor(1, "snello-compute")
-        self._streams: dict[str, _Stream] = {}  # by session
+        self._calls: dict[str, _Call] = {}  # those that train, by session
         self._stopping = False
         self.on_step: Callable[[TrainingSession, float], None] = lambda session, seconds: None
         """Told after every step of a session and its seconds, from the thread of the event loop."""
@@ -87,6 +87,7 @@ class Server:
         Raises:
             OSError: where the address cannot be had.
         """
+        wire.keep_blocks()
         self._server = grpc.aio.server(options=_options(self._limits), maximum_concurrent_rpcs=1024)
         self._server.add_generic_rpc_handlers((self._handlers(),))
         try:
@@ -106,10 +107,10 @@ class Server:
         """Lets steps under way end, saves every session, tells the clients, and closes; in at most the grace."""
         self._stopping = True
         deadline = time.monotonic() + self._limits.grace_seconds
-        while self._streams and time.monotonic() < deadline:
-            for stream in list(self._streams.values()):
-                if stream.idle and stream.session.between_steps:
-                    await self._dismiss(stream)
+        while self._calls and time.monotonic() < deadline:
+            for call in list(self._calls.values()):
+                if call.session is not None and call.session.between_steps and not call.busy:
+                    await self._dismiss(call, call.session)
             await asyncio.sleep(0.02)
         self._sweeper.cancel()
         try:
@@ -119,15 +120,14 @@ class Server:
         await self._server.stop(grace=1.0)
         self._compute.shutdown(wait=True)
 
-    async def _dismiss(self, stream: "_Stream") -> None:
+    async def _dismiss(self, call: "_Call", session: TrainingSession) -> None:
         """Saves a session that stands between two steps, and tells its client."""
-        session = stream.session
         try:
             await self._in_thread(session.save)
-            stream.end(Refused(Code.SHUTDOWN, f"the server shuts down; step {session.step} is saved", session.step))
+            call.end(Refused(Code.SHUTDOWN, f"the server shuts down; step {session.step} is saved", session.step))
         except CheckpointError as error:
-            stream.end(Refused(Code.STORAGE, f"the server shuts down and could not save: {error}"))
-        await stream.ended.wait()
+            call.end(Refused(Code.STORAGE, f"the server shuts down and could not save: {error}"))
+        await call.ended.wait()
 
     async def _sweep(self) -> None:
         while True:
@@ -153,60 +153,70 @@ class Server:
 
     async def _train(self, requests: object, context: grpc.aio.ServicerContext) -> None:
         """One connection of a client, from its hello to its end."""
-        peer = {"peer": context.peer()}
+        call = _Call(context, self._limits)
         try:
-            await self._converse(context, peer)
+            await self._converse(call)
+        except asyncio.CancelledError:
+            if call.reason is None:
+                raise
+            await self._refuse(call, call.reason)
         except Refused as refused:
-            await self._refuse(context, peer, refused)
+            await self._refuse(call, refused)
         except ProtocolError as error:
             code = Code.VERSION if "protocol version" in str(error) else Code.MALFORMED
             code = Code.TOO_LARGE if "larger than the limit" in str(error) else code
-            await self._refuse(context, peer, Refused(code, str(error)))
-        except (asyncio.CancelledError, grpc.aio.AbortError):
+            await self._refuse(call, Refused(code, str(error)))
+        except grpc.aio.AbortError:
             raise
         except SnelloError as error:
-            await self._refuse(context, peer, Refused(Code.INTERNAL, str(error)))
+            await self._refuse(call, Refused(Code.INTERNAL, str(error)))
         except Exception as error:
-            self._log.exception("unexpected error", extra={"fields": peer})
-            await self._refuse(context, peer, Refused(Code.INTERNAL, f"the server failed with {type(error).__name__}"))
+            self._log.exception("unexpected error", extra={"fields": call.peer})
+            await self._refuse(call, Refused(Code.INTERNAL, f"the server failed with {type(error).__name__}"))
+        finally:
+            call.relax()
+            call.ended.set()
 
-    async def _refuse(self, context: grpc.aio.ServicerContext, peer: Mapping[str, Any], refused: Refused) -> None:
+    async def _refuse(self, call: "_Call", refused: Refused) -> None:
+        call.relax()
         self._telemetry.refused(refused.code.value)
         level = logging.INFO if refused.code == Code.SHUTDOWN else logging.WARNING
-        self._log.log(
-            level, "refused", extra={"fields": {**peer, "code": refused.code.value, "reason": refused.reason}}
-        )
-        await context.abort(STATUS.get(refused.code, grpc.StatusCode.FAILED_PRECONDITION), refused.to_text())
+        fields = {**call.peer, "code": refused.code.value, "reason": refused.reason}
+        self._log.log(level, "refused", extra={"fields": fields})
+        await call.context.abort(STATUS.get(refused.code, grpc.StatusCode.FAILED_PRECONDITION), refused.to_text())
 
-    async def _converse(self, context: grpc.aio.ServicerContext, peer: dict[str, Any]) -> None:
-        client = self._identify(context)
-        peer["client"] = client
-        reader = _Reader(context, MAX_HELLO_BYTES, self._limits)
-        data = await reader.read(self._limits.hello_seconds, Code.TOO_SLOW, "no hello came")
+    async def _converse(self, call: "_Call") -> None:
+        call.client = call.peer["client"] = self._identify(call.context)
+        data = await call.read(self._limits.hello_seconds, Code.TOO_SLOW, "no hello came")
         if data is None:
             return
         hello = self._hello(data)
         if self._stopping:
             raise Refused(Code.SHUTDOWN, "the server shuts down")
-        await self._take_over(hello)
         if hello.mode == "describe":
-            await _write(context, list(wire.chunks(frames.write(self._registry.describe()))))
+            await call.write(list(wire.chunks(frames.write(self._registry.describe()))))
             return
-        name, session, welcome = await self._in_thread(lambda: self._registry.open(client, hello))
-        peer |= {"session": hello.session[:12], "mode": hello.mode}
-        self._log.info("session opened", extra={"fields": {**peer, "step": getattr(session, "step", 0)}})
+        await self._take_over(call, hello)
+        name, session, welcome = await self._in_thread(lambda: self._registry.open(call.client, hello))
+        call.peer |= {"session": hello.session[:12], "mode": hello.mode}
+        self._log.info("session opened", extra={"fields": {**call.peer, "step": getattr(session, "step", 0)}})
         mode: Literal["train", "inference"] = "train" if isinstance(session, TrainingSession) else "inference"
         self._telemetry.session_opened(mode)
+        if isinstance(session, TrainingSession):
+            call.session = session
+            self._calls[name] = call
         try:
-            if isinstance(session, TrainingSession):
-                await self._serve_training(context, reader, session, name, welcome)
-            else:
-                await _write(context, list(wire.chunks(frames.write(welcome))))
-                await self._serve(context, reader, session, asyncio.Event())
+            await call.write(list(wire.chunks(frames.write(welcome))))
+            del welcome
+            await self._serve(call, session)
         finally:
             self._compute.submit(self._registry.leave, name)  # not awaited: this task may be cancelled already
             self._telemetry.session_closed(mode)
-            self._log.info("session left", extra={"fields": {**peer, "step": getattr(session, "step", 0)}})
+            self._log.info("session left", extra={"fields": {**call.peer, "step": getattr(session, "step", 0)}})
+            if self._calls.get(name) is call:
+                del self._calls[name]
+            if isinstance(session, TrainingSession):
+                self.on_leave(session.run.path.name)
 
     def _identify(self, context: grpc.aio.ServicerContext) -> str:
         metadata = dict(context.invocation_metadata() or ())
@@ -217,7 +227,11 @@ class Server:
             fits = False
         names = context.auth_context().get("x509_common_name") or [None]
         certificate = None if names[0] is None else names[0].decode("ascii", "replace")
-        client = self._authenticator.identify(credentials, certificate) if fits else None
+        try:
+            client = self._authenticator.identify(credentials, certificate) if fits else None
+        except ConfigError as error:
+            self._log.error("nobody can be admitted", extra={"fields": {"reason": str(error)}})
+            client = None
         if client is None:
             raise Refused(Code.CREDENTIALS, "the server does not know this client's name, token or certificate")
         return client
@@ -229,62 +243,34 @@ class Server:
             raise Refused(Code.OUT_OF_TURN, f"a frame of kind {frame.kind.name} came before the hello")
         return parse(Hello, control_values(frame))
 
-    async def _take_over(self, hello: Hello) -> None:
+    async def _take_over(self, call: "_Call", hello: Hello) -> None:
         """Ends the connection that the session had: its client has noticed before us that it broke."""
-        stream = self._streams.get(hello.session) if hello.mode == "train" else None
-        if stream is not None:
-            stream.end(Refused(Code.TAKEN_OVER, "another connection goes on with this session"))
-            await stream.ended.wait()
+        before = self._calls.get(hello.session) if hello.mode == "train" else None
+        if before is not None and before.client == call.client:
+            before.end(Refused(Code.TAKEN_OVER, "another connection goes on with this session"))
+            await before.ended.wait()
             self._telemetry.reconnected()
 
     # -------------------------------------------------------------------------------------------------- one session
 
-    async def _serve_training(
-        self, context: grpc.aio.ServicerContext, reader: "_Reader", session: TrainingSession, name: str, welcome: Frame
-    ) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        stream = _Stream(session, task)
-        self._streams[name] = stream
-        try:
-            await _write(context, list(wire.chunks(frames.write(welcome))))
-            await self._serve(context, reader, session, stream.busy)
-        except asyncio.CancelledError:
-            if stream.reason is None:
-                raise
-            raise stream.reason from None
-        finally:
-            if self._streams.get(name) is stream:
-                del self._streams[name]
-            stream.ended.set()
-            self.on_leave(session.run.path.name)
-
-    async def _serve(
-        self, context: grpc.aio.ServicerContext, reader: "_Reader", session: Session, busy: asyncio.Event
-    ) -> None:
-        reader.limit(session.max_body)
+    async def _serve(self, call: "_Call", session: Session) -> None:
+        call.limit(session.max_body)
+        loop = asyncio.get_running_loop()
         while True:
-            data = await reader.read(self._limits.idle_seconds, Code.IDLE, "nothing came")
+            data = await call.read(self._limits.idle_seconds, Code.IDLE, "nothing came")
             if data is None:
                 return
-            busy.set()
-            answer = await asyncio.shield(self._take(session, data))
+            call.busy = True
+            self._telemetry.queued(1)
+            future = loop.run_in_executor(self._compute, self._apply, session, data, loop, time.perf_counter())
+            future.add_done_callback(lambda done: self._telemetry.queued(-1))
             del data
-            await _write(context, answer.chunks)
-            busy.clear()
-
-    async def _take(self, session: Session, data: bytearray) -> Answer:
-        """Applies a frame in the thread that computes, and what is left to do of it right after."""
-        started, loop = time.perf_counter(), asyncio.get_running_loop()
-        self._telemetry.queued(1)
-        try:
-            answer = await self._in_thread(lambda: self._apply(session, data, loop, started))
-        finally:
-            self._telemetry.queued(-1)
-        if not answer.repeated:
-            self._telemetry.sent("uplink", answer.sizes[0])
-            self._telemetry.sent("downlink", answer.sizes[1])
-        return answer
+            answer = await asyncio.shield(future)  # what is begun is ended, also where the connection breaks
+            await call.write(answer.chunks)
+            call.busy = False
+            if not answer.repeated:
+                self._telemetry.sent("uplink", answer.sizes[0])
+                self._telemetry.sent("downlink", answer.sizes[1])
 
     def _apply(self, session: Session, data: bytearray, loop: asyncio.AbstractEventLoop, started: float) -> Answer:
         answer = session.take(data)
@@ -314,18 +300,24 @@ class Server:
         return await asyncio.get_running_loop().run_in_executor(self._compute, function)
 
 
-class _Stream:
-    """The connection that a session has now."""
+class _Call:
+    """One connection: frames from it and to it, each within its time, and why it is ended."""
 
-    def __init__(self, session: TrainingSession, task: "asyncio.Task[Any]") -> None:
-        self.session, self._task = session, task
-        self.busy, self.ended = asyncio.Event(), asyncio.Event()
+    def __init__(self, context: grpc.aio.ServicerContext, limits: Limits) -> None:
+        self.context, self._limits = context, limits
+        self.peer: dict[str, Any] = {"peer": context.peer()}
+        """For the log."""
+        self.client = ""
+        self.session: TrainingSession | None = None
+        self.busy = False
+        """Whether a frame is being answered."""
         self.reason: Refused | None = None
-
-    @property
-    def idle(self) -> bool:
-        """Whether no frame is being answered."""
-        return not self.busy.is_set()
+        self.ended = asyncio.Event()
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._assembler = wire.Assembler(MAX_HELLO_BYTES)
+        self._timer: asyncio.TimerHandle | None = None
 
     def end(self, reason: Refused) -> None:
         """Ends the connection, and says why."""
@@ -333,57 +325,50 @@ class _Stream:
             self.reason = reason
             self._task.cancel()
 
-
-class _Reader:
-    """Frames from a stream, each within its time."""
-
-    def __init__(self, context: grpc.aio.ServicerContext, max_body: int, limits: Limits) -> None:
-        self._context, self._limits = context, limits
-        self._assembler = wire.Assembler(max_body)
-
     def limit(self, max_body: int) -> None:
-        """Bytes that bodies may have from now on."""
+        """Bytes that the bodies of frames may have from now on."""
         self._assembler.max_body_bytes = max_body
 
+    def relax(self) -> None:
+        """The peer is not waited for."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
     async def read(self, seconds: float, code: Code, otherwise: str) -> bytearray | None:
-        """The next frame; None where the client has no more.
+        """The next frame; None where the client has no more. Ends the connection where it does not come in time.
 
         Raises:
-            Refused: with `code`, where none begins in time; TOO_SLOW where one that has begun does not end in time.
             ProtocolError: for a malformed one.
         """
-        chunk = await _within(seconds, self._context.read(), Refused(code, f"{otherwise} for {seconds:g} s"))
-        if chunk is grpc.aio.EOF:
-            return None
-        data = self._assembler.add(chunk)
-        if data is not None:
-            return data
-        assert self._assembler.header is not None
-        size = self._assembler.header.body_bytes
-        limit = self._limits.frame_seconds + size / self._limits.bytes_per_second
-        refused = Refused(Code.TOO_SLOW, f"a frame of {size} bytes took more than {limit:.0f} s")
-        return await _within(limit, self._rest(), refused)
-
-    async def _rest(self) -> bytearray | None:
+        self._allow(seconds, code, otherwise)
         while True:
-            chunk = await self._context.read()
+            chunk = await self.context.read()
             if chunk is grpc.aio.EOF:
                 return None
+            begun = self._assembler.header is not None
             data = self._assembler.add(chunk)
             if data is not None:
+                self.relax()
                 return data
+            if not begun and self._assembler.header is not None:
+                self._allow_transfer(self._assembler.header.body_bytes)
 
+    async def write(self, chunks: list[bytes]) -> None:
+        """Sends a frame; ends the connection where the peer does not take it in time."""
+        self._allow_transfer(sum(map(len, chunks)))
+        for chunk in chunks:
+            await self.context.write(chunk)
+        self.relax()
 
-async def _within(seconds: float, awaited: Awaitable[T], refused: Refused) -> T:
-    try:
-        return await asyncio.wait_for(awaited, seconds)
-    except asyncio.TimeoutError:
-        raise refused from None
+    def _allow_transfer(self, size: int) -> None:
+        seconds = self._limits.frame_seconds + size / self._limits.bytes_per_second
+        self._allow(seconds, Code.TOO_SLOW, f"a frame of {size} bytes was not through")
 
-
-async def _write(context: grpc.aio.ServicerContext, chunks: list[bytes]) -> None:
-    for chunk in chunks:
-        await context.write(chunk)
+    def _allow(self, seconds: float, code: Code, otherwise: str) -> None:
+        self.relax()
+        late = Refused(code, f"{otherwise} in {seconds:.0f} s")
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.end, late)
 
 
 def _options(limits: Limits) -> list[tuple[str, int]]:

@@ -46,7 +46,7 @@ class Telemetry:
         self._steps = Counter("snello_steps", "Optimizer steps taken", **own)
         self._bytes = Counter("snello_bytes", "Bytes of frames by kind, headers included", ("direction", "kind"), **own)
         self._seconds = Histogram("snello_step_seconds", "Time of an optimizer step", buckets=STEP_SECONDS, **own)
-        self._refused = Counter("snello_refused", "Calls that were refused, by gRPC status", ("code",), **own)
+        self._refused = Counter("snello_refused", "Clients that were refused, by reason", ("code",), **own)
         self._queue = Gauge("snello_queue_depth", "Frames waiting for compute", **own)
         self._reconnects = Counter("snello_reconnects", "Sessions that went on after a broken connection", **own)
         for mode in ("train", "inference"):
@@ -71,7 +71,7 @@ class Telemetry:
             self._bytes.labels(direction, kind).inc(size)
 
     def refused(self, code: str) -> None:
-        """A call was refused with a gRPC status, as UNAUTHENTICATED."""
+        """A client was refused, with one of the codes that the protocol has for it."""
         self._refused.labels(code).inc()
 
     def queued(self, change: int) -> None:
