@@ -285,7 +285,7 @@ class JoinConfig:
     name: str | None = None
     """Which of the clients in --certs this is; default: the only one."""
     out: Path | None = None
-    """Run folder; default: runs/<model>-<method>-<time>."""
+    """Run folder; default: runs/client-<model>-<method>-<time>."""
     resume: bool = False
     """Go on with the run in --out where it was cut off."""
     val_share: float = 0.2

@@ -71,8 +71,8 @@ class RunFolder:
         self.export_file = path / "export.safetensors"
 
     @classmethod
-    def of(cls, config: Recipe) -> "RunFolder":
-        """The folder that `config` names or, without --out, a new one named after model, method and time.
+    def of(cls, config: Recipe, label: str = "") -> "RunFolder":
+        """The folder that `config` names or, without --out, a new one named after label, model, method and time.
 
         Raises:
             ConfigError: where the folder is in use and --resume is not given, or there is nothing to resume.
@@ -80,7 +80,7 @@ class RunFolder:
         if config.out is None:
             if config.resume:
                 raise ConfigError("--resume needs --out: the run folder to go on with")
-            return cls(Path("runs") / f"{config.model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+            return cls(Path("runs") / f"{label}{config.model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
         run = cls(config.out)
         if config.resume and not run.config_file.is_file():
             raise ConfigError(f"--resume: {config.out} holds no run (no config.yaml); leave --resume out to start one")

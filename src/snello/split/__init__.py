@@ -1,1 +1,1 @@
-"""Split learning: one Vision Transformer in two halves, with a codec and counted bytes between them."""
+"""Split learning: one Vision Transformer in two halves, in one process or across a network."""

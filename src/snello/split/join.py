@@ -314,7 +314,7 @@ class RemoteSession:
         )
         saved_config, saved = _saved(config)
         recipe = _recipe(config, describe(endpoint, config.patience_seconds))
-        run = RunFolder.of(recipe)
+        run = RunFolder.of(recipe, "client-")
         if saved_config is not None:
             require_same_config(saved_config, recipe, run.path)
         options: dict[str, Any] = {"skip_bad": recipe.skip_bad, "check": recipe.check_pictures}

@@ -31,7 +31,7 @@ def serve(config: ServeConfig, console: Console | None = None) -> None:
     """
     console = console or Console(stderr=True)
     security = make_security(config)
-    run = RunFolder.of(config)
+    run = RunFolder.of(config, "server-")
     saved: dict[str, Any] = {}
     if config.resume:
         saved_config, saved = run.read_config(ServeConfig)
