@@ -104,6 +104,38 @@ def codec_cost(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def network(result: dict[str, Any]) -> str:
+    """What the network costs, each figure beside what it is measured against."""
+    step, echo, clients, link = (result[name] for name in ("step", "echo", "clients", "link"))
+    none, auto = link["codecs"]["none"], link["codecs"]["auto"]
+    session = clients["bytes_per_session"] / 2**20
+    allowed = (clients["weights_and_moments_bytes"] + clients["two_messages_bytes"]) / 2**20
+    one, eight = clients["steps_per_second"]["1"], clients["steps_per_second"]["8"]
+    lines = [
+        "| | measured | against | ratio |",
+        "|---|---|---|---|",
+        f"| a step over loopback, TLS, `adc(0.1)` | {step['network_seconds']:.2f} s | "
+        f"{step['one_process_seconds']:.2f} s in one process | {step['ratio']:.2f} |",
+        f"| round trip of a frame of 2 MiB, TLS | {echo['snello_ms']:.1f} ms | {echo['bare_ms']:.1f} ms of a bare "
+        f"grpc.aio echo | {echo['ratio']:.2f} |",
+        f"| steps per second of 8 clients (micro ViT) | {eight:.2f} | {one:.2f} of one | {clients['ratio']:.2f} |",
+        f"| server memory per session more | {session:.1f} MiB | {allowed:.1f} MiB: weights, moments, two messages | "
+        f"{session / allowed:.2f} |",
+        f"| a step at 10 Mbit/s and 20 ms, `none` | {none['seconds']:.1f} s | {none['predicted_seconds']:.1f} s from "
+        f"compute and bytes | {none['seconds'] / none['predicted_seconds']:.2f} |",
+        f"| the same, `auto` | {auto['seconds']:.1f} s | {auto['predicted_seconds']:.1f} s | "
+        f"{auto['seconds'] / auto['predicted_seconds']:.2f} |",
+        f"| speed-up by `auto` there | {link['speedup']:.1f}x | {link['predicted_speedup']:.1f}x predicted | "
+        f"{link['of_predicted']:.2f} |",
+    ]
+    env = step["environment"]
+    note = (
+        f"DeiT-T cut after block 3, batch {step['config']['batch_size']}, unless said; clients and server share one "
+        f"machine: {env['device']}. Figures of a row were taken in turn."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def _accuracy(row: dict[str, Any]) -> str:
     spread = "" if row["spread"] is None else f" ± {100 * row['spread']:.1f}"
     return f"{100 * row['accuracy']:.1f}{spread}"
@@ -130,8 +162,9 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "codecs": ("codecs", codecs),
     "codecs_short": ("codecs", codecs_short),
     "codec_cost": ("codec_cost", codec_cost),
+    "network": ("network", network),
 }
-TEXTS = (ROOT / "README.md", ROOT / "docs" / "adc.md")
+TEXTS = (ROOT / "README.md", ROOT / "docs" / "adc.md", ROOT / "docs" / "split.md")
 
 
 def render(text: str) -> str:

@@ -15,11 +15,15 @@ from conftest import tiny_vit, write_pictures
 import snello
 from snello.codecs import CODECS, codec_class
 from snello.config import AlastConfig
+from snello.split.frames import Kind
+from snello.split.refusals import Code
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 DOCS = (ROOT / "docs" / "alast.md").read_text()
 ADC_DOCS = (ROOT / "docs" / "adc.md").read_text()
+PROTOCOL_DOCS = (ROOT / "docs" / "protocol.md").read_text()
+TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -40,21 +44,61 @@ def test_the_two_commands_are_there() -> None:
     assert commands()[-2:] == ["pip install '.[test]'", "pytest"]
 
 
+def start(args: list[str], folder: Path) -> tuple[subprocess.Popen[str], str]:
+    """A server, and the port that it says it listens on."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "snello.cli", *args], cwd=folder, stderr=subprocess.PIPE, text=True
+    )
+    assert server.stderr is not None
+    for line in server.stderr:
+        if "listening on" in line:
+            return server, line.split("listening on ")[1].split()[0].rpartition(":")[2]
+    raise AssertionError(f"the server did not start: {args}")
+
+
 def test_the_snello_commands_run_as_they_stand(tmp_path: Path) -> None:
-    """In order, in one folder; only shorter, and with the shipped model where weights would have to be downloaded."""
-    write_pictures(tmp_path / "photos", {"cat": 8, "dog": 8}, size=32)
+    """In order, in one folder; only shorter, on free ports, and with the shipped model: nothing is downloaded."""
+    write_pictures(tmp_path / "photos", {f"class{i}": 5 for i in range(10)}, size=32)
     write_pictures(tmp_path / "some", {"x": 1}, size=32)
     (tmp_path / "some" / "x" / "000.png").rename(tmp_path / "some" / "picture.jpg")
     run = [command for command in commands() if command.startswith("snello ")]
-    assert len(run) == 6
-    for command in run:
-        args = shlex.split(command.replace("deit_small_patch16_224", "vit_micro_patch4_32"))[1:]
-        if args[0] == "finetune":
-            args += ["--epochs", "1", "--no-compare", "--workers", "0"]
-        done = subprocess.run(
-            [sys.executable, "-m", "snello.cli", *args], cwd=tmp_path, capture_output=True, text=True, env=os.environ
-        )
-        assert done.returncode == 0, (command, done.stderr)
+    assert len(run) == 12
+    servers: list[subprocess.Popen[str]] = []
+    port = ""
+    try:
+        for command in run:
+            text = command.replace("deit_small_patch16_224", "vit_micro_patch4_32").replace(
+                " 0.0.0.0:7443", " 127.0.0.1:0"
+            )
+            args = shlex.split(re.sub(r"\S+:7443", f"127.0.0.1:{port}", text))[1:]
+            if args[0] == "finetune":
+                args += ["--epochs", "1", "--no-compare", "--workers", "0"]
+            if args[0] == "join":
+                args += ["--workers", "0"]
+            if args[0] == "serve":
+                args += ["--epochs", "1"] + ([] if "--listen" in args else ["--listen", "127.0.0.1:0"])
+                server, port = start(args, tmp_path)
+                servers.append(server)
+                continue
+            done = subprocess.run(
+                [sys.executable, "-m", "snello.cli", *args],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                env=os.environ,
+            )
+            assert done.returncode == 0, (command, done.stderr)
+    finally:
+        for server in servers:
+            server.terminate()
+        assert [server.wait(60) for server in servers] == [0, 0]
+
+
+def test_the_docs_name_every_code_of_refusal_and_every_kind_of_frame() -> None:
+    for code in Code:
+        assert f"`{code.value}`" in PROTOCOL_DOCS and f"({code.value})" in TROUBLESHOOTING, code
+    for kind in Kind:
+        assert re.search(rf"\| {kind.value} \| {kind.name} \|", PROTOCOL_DOCS), kind
 
 
 def test_the_python_code_of_split_learning_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

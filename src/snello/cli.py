@@ -262,6 +262,8 @@ def _default(args: Sequence[str], cls: type[R] = FinetuneConfig) -> R | None:  #
 
 def _join_default(args: Sequence[str]) -> JoinConfig | None:
     """With --resume, what the run was started with."""
+    if any(arg in ("-h", "--help") for arg in args):
+        return None
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
         sources, _ = tyro.cli(_Sources, args=list(args), return_unknown_args=True)
         file = None if sources.out is None else sources.out / "config.yaml"

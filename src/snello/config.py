@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 import yaml
@@ -276,7 +276,7 @@ class ServeConfig(Recipe):
 class JoinConfig:
     """Train with a server on pictures that stay here: it gives the settings and the starting weights."""
 
-    address: tyro.conf.Positional[str]
+    address: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ADDRESS")]
     """The server, as server.example:7443."""
     data: Path | None = None
     """Folder of pictures, as for `snello finetune`; default: the 2 500 pictures that ship with snello."""
@@ -339,7 +339,7 @@ class CertsConfig:
 class DoctorConfig:
     """Say what is wrong between here and a server: name, port, certificates, clock, version, token."""
 
-    address: tyro.conf.Positional[str]
+    address: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ADDRESS")]
     """The server, as server.example:7443."""
     certs: Path | None = None
     """As for `snello join`."""
