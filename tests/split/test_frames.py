@@ -13,9 +13,9 @@ import torch
 from snello.errors import ProtocolError
 from snello.split.frames import (
     ARRAY_KINDS,
-    EXCHANGE_KINDS,
     BYTE_KINDS,
     DTYPES,
+    EXCHANGE_KINDS,
     HEADER,
     MAX_JSON_BYTES,
     NOTHING,

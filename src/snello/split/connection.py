@@ -1,8 +1,7 @@
 """A client's connection to the server: one frame there, one back, whatever happens to the network in between.
 
-The stream lives on an event loop that runs while an answer is waited for: training is not asynchronous, and a thread
-for the loop would cost a tenth of a 2 MB round trip. gRPC answers pings by itself meanwhile. Where the stream breaks,
-a new one is made, with pauses that grow, and the frame in flight is sent again: the server knows whether it has
+Training is not asynchronous: it waits for every answer, and gRPC answers pings by itself meanwhile. Where the stream
+breaks, a new one is made, with pauses that grow, and the frame in flight is sent again: the server knows whether it has
 applied it.
 """
 
@@ -11,10 +10,9 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 # Workers that load pictures are forked while the stream is open. They never touch it, and gRPC's own preparations
 # for a fork would stop the stream for it.
@@ -30,6 +28,7 @@ from snello.split.frames import MAX_CONTROL_BYTES, Frame, Kind, control, control
 from snello.split.handshake import Hello, Welcome, parse
 from snello.split.link import is_loopback, parse_address
 from snello.split.refusals import TRANSIENT, Code, Refused
+from snello.split.waiting import wait_for
 
 T = TypeVar("T")
 PATH = "/snello.Split/Train"
@@ -120,7 +119,6 @@ class Connection:
         self._patience, self._reconnect = patience_seconds, reconnect_seconds
         self._tell, self._should_stop, self._on_shutdown = tell, should_stop, on_shutdown
         wire.keep_blocks()
-        self._loop = asyncio.new_event_loop()
         self._line: _Line | None = None
         self._slowest = 0.0
         self._sequence = 0
@@ -175,7 +173,6 @@ class Connection:
     def close(self) -> None:
         """Ends the stream."""
         self._drop()
-        self._loop.close()
 
     # -------------------------------------------------------------------------------------------------- one stream
 
@@ -185,13 +182,13 @@ class Connection:
         line = _Line(self.endpoint)
         hello = list(wire.chunks(frames.write(control(Kind.HELLO, values))))
         try:
-            data = self._run(line.talk(hello, max(self.max_body, MAX_CONTROL_BYTES), self._patience))
+            data = wait_for(line.talk(hello, max(self.max_body, MAX_CONTROL_BYTES), self._patience))
             frame = frames.read([data])
             if frame.kind != Kind.WELCOME:
                 raise ProtocolError(f"a frame of kind {frame.kind.name} came, where the server's welcome was due")
             welcome = parse(Welcome, control_values(frame))
         except BaseException:
-            self._run(line.close())
+            wait_for(line.close())
             raise
         self._line = line
         return welcome, frame
@@ -200,22 +197,14 @@ class Connection:
         assert self._line is not None
         started = time.perf_counter()
         seconds = self._patience + 10 * self._slowest + size / SLOWEST_LINK
-        data = self._run(self._line.talk(chunks, self.max_body, seconds))
+        data = wait_for(self._line.talk(chunks, self.max_body, seconds))
         self._slowest = max(self._slowest, time.perf_counter() - started)
         return frames.read([data], self.max_body)
 
     def _drop(self) -> None:
         if self._line is not None:
             line, self._line = self._line, None
-            self._run(line.close())
-
-    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return self._loop.run_until_complete(coroutine)
-        with ThreadPoolExecutor(1) as aside:  # called from somebody else's event loop, as in a notebook
-            return aside.submit(self._loop.run_until_complete, coroutine).result()
+            wait_for(line.close())
 
     # ------------------------------------------------------------------------------------------------- a lost stream
 
