@@ -36,7 +36,7 @@ CREDENTIALS = "snello-credentials"
 SLOWEST_LINK = 65536
 """Bytes per second that the server is given for a frame and its answer, beside everything else."""
 OPTIONS = [
-    ("grpc.max_receive_message_length", wire.CHUNK_BYTES),
+    ("grpc.max_receive_message_length", wire.MAX_CHUNK_BYTES),
     ("grpc.keepalive_time_ms", 20000),
     ("grpc.keepalive_timeout_ms", 20000),
     ("grpc.http2.max_pings_without_data", 0),

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -212,8 +213,6 @@ def read(buffers: Sequence[Buffer], max_body_bytes: int = MAX_BODY_BYTES) -> Fra
         if len(rest) or [len(part) for part in parts] != [entry.end - entry.begin for entry in table]:
             raise ProtocolError("the buffers of a frame do not fit its table")
     arrays = {entry.name: _tensor(entry, part) for entry, part in zip(table, parts, strict=True)}
-    if _json(arrays) != bytes(first[HEADER.size : HEADER.size + start]):
-        raise ProtocolError("the table of a frame is not written as this protocol writes it")
     return Frame(head.kind, head.step, head.micro, arrays, head.flags)
 
 
@@ -258,46 +257,66 @@ class _Entry:
     end: int
 
 
+Signature = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
+
+
+def _json(arrays: Mapping[str, Tensor]) -> bytes:
+    """The length-prefixed table of a safetensors body, padded to 8 bytes."""
+    return _table(tuple((name, value.dtype, tuple(value.shape)) for name, value in arrays.items()))
+
+
 def _order(arrays: Mapping[str, Tensor]) -> list[str]:
     """Large elements first, as safetensors does, so that every array is aligned."""
     return sorted(arrays, key=lambda name: (-arrays[name].element_size(), name))
 
 
-def _json(arrays: Mapping[str, Tensor]) -> bytes:
-    """The length-prefixed table of a safetensors body, padded to 8 bytes."""
+@lru_cache(maxsize=256)  # the frames of a run are of a few shapes
+def _table(signature: Signature) -> bytes:
     table: dict[str, Any] = {}
     at = 0
-    for name in _order(arrays):
-        value = arrays[name]
+    for name, dtype, shape in sorted(signature, key=lambda row: (-row[1].itemsize, row[0])):
         _kind(name)
-        end = at + value.numel() * value.element_size()
-        table[name] = {"dtype": NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [at, end]}
+        end = at + math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text) + HEADER.size) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def _parse_table(data: memoryview, body: int) -> tuple[list[_Entry], int]:
+def _parse_table(data: memoryview, body: int) -> tuple[tuple["_Entry", ...], int]:
     """The entries of a body's table in the order of their bytes, and where those bytes begin."""
     if len(data) < 8:
         raise ProtocolError("the body of a frame is cut off")
     (length,) = struct.unpack("<Q", data[:8])
     if length > min(MAX_JSON_BYTES, body - 8) or length > len(data) - 8:
         raise ProtocolError(f"the table of a frame cannot have {length} bytes")
+    parse = _entries_seen if length <= MAX_SEEN_BYTES else _entries
+    return parse(bytes(data[: 8 + length]), body - 8 - length), 8 + length
+
+
+def _entries(table: bytes, num_bytes: int) -> tuple["_Entry", ...]:
+    """The entries of a length-prefixed table of arrays that fill `num_bytes`, in their order."""
     try:
-        table = json.loads(bytes(data[8 : 8 + length]))
-        entries = [_entry(name, row) for name, row in table.items()]
+        entries = [_entry(name, row) for name, row in json.loads(table[8:]).items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ProtocolError(f"the table of a frame cannot be read: {type(error).__name__}") from None
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
     at = 0
-    for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
+    for entry in entries:
         if entry.begin != at:
             raise ProtocolError(f"the array {entry.name!r} of a frame does not begin where the one before ends")
         at = entry.end
-    if at != body - 8 - length:
+    if at != num_bytes:
         raise ProtocolError("the arrays of a frame do not fill its body")
-    return sorted(entries, key=lambda entry: (entry.begin, entry.end)), 8 + length
+    make = _table if len(table) <= MAX_SEEN_BYTES else _table.__wrapped__
+    if make(tuple((entry.name, entry.dtype, entry.shape) for entry in entries)) != table:
+        raise ProtocolError("the table of a frame is not written as this protocol writes it")
+    return tuple(entries)
+
+
+MAX_SEEN_BYTES = 4096
+_entries_seen = lru_cache(maxsize=256)(_entries)  # small ones only: a peer must not fill the memory with them
 
 
 def _entry(name: str, row: Mapping[str, Any]) -> _Entry:

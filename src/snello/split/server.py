@@ -375,7 +375,7 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
     """Messages stay small, dead connections are noticed, clients may ping."""
     keepalive = int(limits.keepalive_seconds * 1000)
     return [
-        ("grpc.max_receive_message_length", wire.CHUNK_BYTES),
+        ("grpc.max_receive_message_length", wire.MAX_CHUNK_BYTES),
         ("grpc.max_metadata_size", 16384),
         ("grpc.keepalive_time_ms", keepalive),
         ("grpc.keepalive_timeout_ms", keepalive),

@@ -1,9 +1,11 @@
 """Frames as a stream of chunks, and back: what a connection carries.
 
-A frame is sent as chunks of CHUNK_BYTES, the last one shorter; a chunk never holds parts of two frames. What comes in
-is put together in one buffer, whose size is checked against the limit when the header is there, before it is taken.
+A frame is sent as chunks of equal size, about CHUNK_BYTES, the last a little shorter; a chunk never holds parts of two
+frames. What comes in is put together in one buffer, whose size is checked against the limit when the header is there,
+before it is taken.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 from snello.errors import ProtocolError
@@ -11,6 +13,13 @@ from snello.split.frames import HEADER, Buffer, Header, parse_header
 
 CHUNK_BYTES = 1 << 20
 """64 KiB chunks are half as fast, larger ones no faster; and what a peer can make us buffer stays small."""
+MAX_CHUNK_BYTES = CHUNK_BYTES * 3 // 2
+"""Of equal chunks of a frame that is just too small for two."""
+
+
+def chunk_size(total: int, about: int = CHUNK_BYTES) -> int:
+    """Bytes of each chunk of a frame of `total` bytes: equal ones, as a small rest would cost a message of its own."""
+    return math.ceil(total / max(1, round(total / about)))
 
 
 def keep_blocks() -> None:
@@ -22,8 +31,9 @@ def keep_blocks() -> None:
     bytearray((32 << 20) - (1 << 16))
 
 
-def chunks(buffers: Sequence[Buffer], size: int = CHUNK_BYTES) -> Iterator[bytes]:
-    """The bytes of a frame in chunks of `size`."""
+def chunks(buffers: Sequence[Buffer], about: int = CHUNK_BYTES) -> Iterator[bytes]:
+    """The bytes of a frame in chunks of equal size."""
+    size = chunk_size(sum(map(len, buffers)), about)
     parts: list[Buffer] = []
     room = size
     for buffer in buffers:
@@ -43,15 +53,15 @@ class Assembler:
 
     Args:
         max_body_bytes: of a frame; may be changed between frames.
-        size: of all chunks but the last.
+        about: the size of chunks, as for `chunks`.
     """
 
-    def __init__(self, max_body_bytes: int, size: int = CHUNK_BYTES) -> None:
-        self.max_body_bytes, self._size = max_body_bytes, size
+    def __init__(self, max_body_bytes: int, about: int = CHUNK_BYTES) -> None:
+        self.max_body_bytes, self._about = max_body_bytes, about
         self.header: Header | None = None
         """Of the frame that is coming in; None between frames."""
         self._buffer = bytearray()
-        self._at = 0
+        self._at = self._size = 0
 
     def add(self, chunk: bytes) -> bytearray | None:
         """The whole frame, where the chunk completes one.
@@ -61,7 +71,8 @@ class Assembler:
         """
         if self.header is None:
             self.header = parse_header(chunk, self.max_body_bytes)
-            self._buffer, self._at = bytearray(HEADER.size + self.header.body_bytes), 0
+            total = HEADER.size + self.header.body_bytes
+            self._buffer, self._at, self._size = bytearray(total), 0, chunk_size(total, self._about)
         left = len(self._buffer) - self._at
         if len(chunk) != min(left, self._size):
             raise ProtocolError(f"a chunk of {len(chunk)} bytes came where {min(left, self._size)} were due")
