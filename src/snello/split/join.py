@@ -85,6 +85,7 @@ class JoinTrainer(Trainer):
     ) -> None:
         self._session, self._server = session, server
         self._evaluating = False
+        self._ahead: Ahead | None = None
         self._evaluated: dict[str, Any] = {}
         self._incarnation = ""
         self.rolled_back = self.lost_steps = 0
@@ -129,7 +130,7 @@ class JoinTrainer(Trainer):
             image_size=preprocessing(vit.model, config.image_size).size,
             precision=self.precision,
         )
-        remote.upcoming = lambda: self._ahead.peek()
+        remote.upcoming = lambda: None if self._ahead is None else self._ahead.peek()
         self.checkpoints = Checkpoints(self._folder, remote.modules, remote.optimizers)
         weights = sum(value.numel() * value.element_size() for value in remote.half.vit.model.state_dict().values())
         room, self.connection.max_body = self.connection.max_body, weights + (1 << 20)
@@ -225,6 +226,13 @@ class JoinTrainer(Trainer):
             f"the server went on from step {welcome.step}, so this side goes back to it too: "
             f"{before - welcome.step} steps are done again, nothing is lost"
         )
+
+    def close(self) -> None:
+        """Ends what loads pictures, what prefetches, and the connection."""
+        super().close()
+        self._ahead = None
+        self.remote.close()
+        self.connection.close()
 
     def _evaluate_epoch(self) -> None:
         self._evaluating = True
@@ -390,8 +398,6 @@ class RemoteSession:
     def close(self) -> None:
         """Ends the connection; the session can be gone on with."""
         self.trainer.close()
-        self.trainer.remote.close()
-        self.trainer.connection.close()
 
     def _tensors(self) -> dict[str, Tensor]:
         half = self.trainer.remote.half

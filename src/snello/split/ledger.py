@@ -139,7 +139,7 @@ class Ledger:
     def said(self) -> str:
         """Traffic so far, for the progress bar."""
         up, down = (self.counters.total(way) / 1e6 for way in ("uplink", "downlink"))
-        return f"  {up:.1f} MB up, {down:.1f} MB down, {self.times_fewer:.1f}x less"
+        return f"  {up:.1f} MB up {down:.1f} down {self.times_fewer:.1f}x less"
 
     def summary(self) -> dict[str, Any]:
         """Training bytes of each way and kind, what they would be uncompressed, and bytes of evaluation."""

@@ -107,8 +107,7 @@ async def _serve(
         raise ConfigError(f"--listen {config.listen}: {error or 'the address cannot be had'}; is it in use?") from None
     try:
         if config.metrics_port is not None:
-            metrics = telemetry.serve(config.metrics_port)
-            console.print(f"metrics on http://127.0.0.1:{metrics}/metrics", highlight=False)
+            telemetry.serve(config.metrics_port)
         _announce(config, registry, host, port, tls is not None, console)
         with Board(console) as board:
             server.on_step = _shower(board)
