@@ -22,6 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import snello.split  # before gRPC, see there
+
+# isort: split
 import grpc.aio
 import torch
 from environment import environment

@@ -127,12 +127,17 @@ def train_loader(
     start: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
+    context: str | None = None,
 ) -> DataLoader[tuple[torch.Tensor, int]]:
-    """Loads the micro-batches of all epochs from the `start`-th on; go through it with `batches`."""
+    """Loads the micro-batches of all epochs from the `start`-th on; go through it with `batches`.
+
+    `context` is how workers are started, as in `multiprocessing.get_context`.
+    """
     return DataLoader(
         TrainingPictures(pictures, transform, seed),
         batch_sampler=EpochBatches(len(pictures), batch_size, epochs, seed, start),
         num_workers=workers,
+        multiprocessing_context=context if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else every iterator would draw its workers' seed from the global one
@@ -140,13 +145,20 @@ def train_loader(
 
 
 def eval_loader(
-    pictures: PictureSet, transform: Transform, *, batch_size: int, workers: int = 0, pin_memory: bool = False
+    pictures: PictureSet,
+    transform: Transform,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    context: str | None = None,
 ) -> DataLoader[tuple[torch.Tensor, int]]:
     """Loads the pictures once, in order; its workers stay for the next time. Go through it with `batches`."""
     return DataLoader(
         HeldOutPictures(pictures, transform),
         batch_size=batch_size,
         num_workers=workers,
+        multiprocessing_context=context if workers else None,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,

@@ -107,6 +107,9 @@ class Progressed:
 class Trainer:
     """One run: model, method, data and where it stands."""
 
+    worker_context: str | None = None
+    """How processes that load pictures are started; None: as usual here."""
+
     def __init__(
         self, config: FinetuneConfig, splits: Splits, run: RunFolder, saved: dict[str, Any], console: Console
     ) -> None:
@@ -406,6 +409,7 @@ class Trainer:
             start=start,
             workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
+            context=self.worker_context,
         )
         return batches(loader)
 
@@ -419,6 +423,7 @@ class Trainer:
                 batch_size=self.config.batch_size,
                 workers=self.config.workers,
                 pin_memory=self.device.type == "cuda",
+                context=self.worker_context,
             )
         return batches(self._eval_loader)
 

@@ -7,17 +7,11 @@ applied it.
 
 import asyncio
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
-
-# Workers that load pictures are forked while the stream is open. They never touch it, and gRPC's own preparations
-# for a fork would stop the stream for it.
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc
 import grpc.aio

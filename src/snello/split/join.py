@@ -19,6 +19,7 @@ from snello.errors import CheckpointError, ConfigError, SnelloError
 from snello.learners import MicroStep
 from snello.models import create_model, preprocessing
 from snello.runs import RunFolder, require_same_config
+from snello.split import WORKERS_MAY_FORK
 from snello.split.auth import Credentials
 from snello.split.checkpoints import Checkpoints, steps_in
 from snello.split.connection import Connection, RolledBack, Stopped
@@ -70,6 +71,8 @@ class JoinTrainer(Trainer):
         open_connection: makes the connection, given what it asks of this side.
         server: what config.yaml keeps of the server.
     """
+
+    worker_context = None if WORKERS_MAY_FORK else "forkserver"
 
     def __init__(
         self,
