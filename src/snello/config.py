@@ -250,7 +250,7 @@ class ServeConfig(Recipe):
     max_memory: str = "4GiB"
     """What all sessions together may hold in weights, gradients, optimizer state and messages, as 500MB or 4GiB."""
     idle_seconds: float = 600.0
-    """A client that sends nothing for so long is disconnected; its session is saved and can be gone on with."""
+    """A client that sends nothing for so long is disconnected; its session can be gone on with."""
     release_weights: bool = True
     """Give the trained server half to the client that trained it, when it asks (`snello export`)."""
     accept_weights: bool = False
@@ -500,7 +500,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         raise wrong
     try:
         return hint(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise wrong from None
 
 

@@ -122,7 +122,10 @@ class RunFolder:
             with self.metrics_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise CheckpointError(f"could not write {self.metrics_file}: {error.strerror or error}") from error
+            text = (
+                f"could not write {self.metrics_file}: {error.strerror or error}; free space, then go on with --resume"
+            )
+            raise CheckpointError(text) from error
 
     def rows(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
         """The rows of metrics.jsonl, all or of one kind (`step`, `eval`), without a line cut off by a crash."""

@@ -7,6 +7,7 @@ the learning rate of the step. So a checkpoint holds weights, optimizer state, t
 
 import gc
 import os
+import shlex
 import signal
 import time
 import warnings
@@ -172,7 +173,7 @@ class Trainer:
             while not self.progressed.finished:
                 self.advance(1)
                 if self._stop and not self.progressed.finished:
-                    self._save()
+                    self._save_to_stop()
                     raise self.interrupted()
 
     def interrupted(self) -> Interrupted:
@@ -182,7 +183,7 @@ class Trainer:
         )
 
     def _resume_command(self) -> str:
-        return f"snello finetune --out {self.run.path} --resume"
+        return shlex.join(["snello", "finetune", "--out", str(self.run.path), "--resume"])
 
     def close(self) -> None:
         """Ends the processes that load pictures, which the interpreter would otherwise meet at its exit."""
@@ -348,6 +349,9 @@ class Trainer:
         state = self._state()
         checkpoint.save_checkpoint(self.run.checkpoint_file, self.learner.modules, self.learner.optimizers, state)
         self._save_method(state)
+
+    def _save_to_stop(self) -> None:
+        self._save()
 
     def _state(self) -> dict[str, Any]:
         return {"progressed": asdict(self.progressed), "learner": self.learner.state_dict()}

@@ -230,7 +230,7 @@ def test_rows_weigh_alike_or_by_their_sizes(labels):
         loss = step(cut, [(images, classes)], update=False)
         cut.begin(0.0)
         frame = cut.client.start([(images, classes)], step=0, micro=0, num_samples=8, seed=0)
-        groups = cut.client._pending.message.groups
+        groups = cut.client._pending[0, 0].message.groups
         targets = Targets.of(classes, groups, int(groups.max()) + 1, CLASSES)
         with torch.no_grad():
             z = cut.codec.decode(frame.arrays, with_gradient=False).z

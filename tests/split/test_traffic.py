@@ -196,7 +196,7 @@ def test_labels_of_unmerged_rows_come_back(num_classes, dtype):
     labels, _ = some(20, 20, num_classes)
     arrays = labels_to_arrays(labels, message(None, 20), num_classes)
     assert arrays.keys() == {"labels"} and arrays["labels"].dtype == dtype
-    targets = labels_from_arrays(arrays, num_classes)
+    targets = labels_from_arrays(arrays, num_classes, 20)
     assert torch.equal(targets.values, labels) and targets.values.dtype == torch.int64 and targets.sizes is None
 
 
@@ -207,7 +207,7 @@ def test_labels_of_merged_rows_come_back_as_soft_labels(num_classes, dtype, num,
     arrays = labels_to_arrays(labels, message(groups, rows), num_classes)
     assert arrays.keys() == {"labels", "labels.sizes"} and arrays["labels"].dtype == dtype
     assert arrays["labels.sizes"].dtype == (torch.uint8 if num < 256 else torch.int16)
-    targets, expected = labels_from_arrays(arrays, num_classes), Targets.of(labels, groups, rows, num_classes)
+    targets, expected = labels_from_arrays(arrays, num_classes, rows), Targets.of(labels, groups, rows, num_classes)
     assert torch.equal(targets.values, expected.values) and torch.equal(targets.sizes, expected.sizes)
     assert targets.values.shape == (rows, num_classes)
     assert torch.equal(targets.sizes, groups.bincount().float())
@@ -217,7 +217,7 @@ def test_soft_labels_are_shares_of_the_classes_in_a_row():
     labels, groups = torch.tensor([0, 2, 2, 1, 0]), torch.tensor([1, 0, 0, 1, 1])
     arrays = labels_to_arrays(labels, message(groups, 2), 3)
     assert arrays["labels"].tolist() == [2, 2, 0, 0, 1] and arrays["labels.sizes"].tolist() == [2, 3]
-    targets = labels_from_arrays(arrays, 3)
+    targets = labels_from_arrays(arrays, 3, 2)
     torch.testing.assert_close(targets.values, torch.tensor([[0.0, 0.0, 1.0], [2 / 3, 1 / 3, 0.0]]))
     assert targets.sizes.tolist() == [2.0, 3.0]
 
@@ -232,7 +232,7 @@ def test_numbers_travel_in_the_smallest_type_that_holds_them(largest):
 
 def test_missing_labels_are_refused():
     with pytest.raises(ProtocolError, match="without labels"):
-        labels_from_arrays({"labels.sizes": torch.tensor([2, 3])}, 5)
+        labels_from_arrays({"labels.sizes": torch.tensor([2, 3])}, 5, 2)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -240,7 +240,7 @@ def test_missing_labels_are_refused():
 def test_labels_out_of_range_are_refused(values, merged):
     arrays = {"labels": torch.tensor(values)} | ({"labels.sizes": torch.tensor([1, 1])} if merged else {})
     with pytest.raises(ProtocolError, match=r"labels must be in 0\.\.4"):
-        labels_from_arrays(arrays, 5)
+        labels_from_arrays(arrays, 5, arrays["labels"].numel() if not merged else 2)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,17 @@ def test_labels_out_of_range_are_refused(values, merged):
 def test_sizes_that_do_not_add_up_are_refused(values):
     arrays = {"labels": torch.zeros(8, dtype=torch.uint8), "labels.sizes": torch.tensor(values, dtype=torch.int64)}
     with pytest.raises(ProtocolError, match="sizes of merged rows"):
-        labels_from_arrays(arrays, 5)
+        labels_from_arrays(arrays, 5, arrays["labels.sizes"].numel())
+
+
+def test_labels_of_other_rows_are_refused_before_memory_is_taken():
+    for arrays in (
+        {"labels": torch.zeros(8, dtype=torch.uint8)},
+        {"labels": torch.zeros(8), "labels.sizes": torch.ones(8)},
+    ):
+        arrays = {name: value.to(torch.uint8) for name, value in arrays.items()}
+        with pytest.raises(ProtocolError, match="labels of 8 rows came with activations of 3"):
+            labels_from_arrays(arrays, 2**40, 3)
 
 
 def test_a_batch_with_nothing_to_merge_sends_its_labels_as_they_are():

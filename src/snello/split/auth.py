@@ -77,7 +77,7 @@ class Tokens:
         """Compares in constant time, also for a name that is not known."""
         name = credentials.get("name", "")
         known = self._read().get(name, hash_token(""))
-        same = hmac.compare_digest(hash_token(credentials.get("token", "")), known)
+        same = hmac.compare_digest(hash_token(credentials.get("token", "")).encode(), known.encode())
         return name if same and credentials.get("token") and name in self._read() else None
 
     def _read(self) -> Mapping[str, str]:
@@ -135,13 +135,14 @@ class Tickets:
     def identify(self, credentials: Mapping[str, str], certificate_name: str | None = None) -> str | None:
         """The name on a ticket that is signed and has not expired."""
         name, expires = credentials.get("name", ""), credentials.get("expires", "")
-        signed = hmac.compare_digest(credentials.get("signature", "").encode(), self._sign(name, expires).encode())
-        return name if signed and int(expires) > time.time() else None
+        signature = credentials.get("signature", "").encode("utf-8", "surrogatepass")
+        signed = hmac.compare_digest(signature, self._sign(name, expires).encode())
+        return name if signed and expires.isdecimal() and int(expires) > time.time() else None
 
     def _sign(self, name: str, expires: str) -> str:
-        return hmac.new(self._key, f"{name}\n{expires}".encode(), "sha256").hexdigest()
+        return hmac.new(self._key, f"{name}\n{expires}".encode("utf-8", "surrogatepass"), "sha256").hexdigest()
 
 
 def hash_token(token: str) -> str:
     """What the server keeps of a token: it is random and long, so a plain hash gives nothing away."""
-    return hashlib.sha256(token.encode()).hexdigest()
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()

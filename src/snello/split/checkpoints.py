@@ -1,15 +1,17 @@
 """The last two checkpoints of one side of a cut, named by step: the other side may have only the older one."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from snello.checkpoint import load_checkpoint, save_checkpoint
-from snello.errors import CheckpointError
+from snello.errors import CheckpointError, SnelloWarning
 
 KEEP = 2
 _NAME = re.compile(r"step-(\d+)\.safetensors")
@@ -65,6 +67,15 @@ class Checkpoints:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of which a folder holds a checkpoint, in order."""
-    matches = [_NAME.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(match[1]) for match in matches if match)
+    """The steps of which a folder holds a checkpoint, in order; a damaged one is none, and a warning names it."""
+    paths = {path: _NAME.fullmatch(path.name) for path in folder.iterdir()} if folder.is_dir() else {}
+    return sorted(int(match[1]) for path, match in paths.items() if match and _is_whole(path))
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):  # looks whether the file is as long as its table says
+            return True
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"{path} is damaged and left out: {error}", SnelloWarning, stacklevel=2)
+        return False

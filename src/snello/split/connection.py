@@ -63,11 +63,10 @@ class Endpoint:
 
 
 class RolledBack(Exception):
-    """Both sides go on from an earlier checkpoint.
+    """The frame in flight is of no use any more: both sides go on from an earlier checkpoint, or from the step's start.
 
     Args:
-        welcome: what the server said; its `step` is that of the checkpoint.
-        weights: starting weights, where the run begins anew.
+        welcome: what the server said; with `back` its `step` is that of the checkpoint.
     """
 
     def __init__(self, welcome: Welcome) -> None:
@@ -95,6 +94,7 @@ class Connection:
         tell: prints a line for the user.
         should_stop: whether the user asked to stop.
         on_shutdown: told the step that a server saved before it went.
+        accept: whether the frame in flight can be sent again after this welcome.
     """
 
     def __init__(
@@ -108,10 +108,11 @@ class Connection:
         tell: Callable[[str], None] = lambda text: None,
         should_stop: Callable[[], bool] = lambda: False,
         on_shutdown: Callable[[int], None] = lambda step: None,
+        accept: Callable[[Welcome], bool] = lambda welcome: not welcome.back,
     ) -> None:
         self.endpoint, self._hello, self.max_body = endpoint, hello, max_body
         self._patience, self._reconnect = patience_seconds, reconnect_seconds
-        self._tell, self._should_stop, self._on_shutdown = tell, should_stop, on_shutdown
+        self._tell, self._should_stop, self._on_shutdown, self._accept = tell, should_stop, on_shutdown, accept
         wire.keep_blocks()
         self._line: _Line | None = None
         self._slowest = 0.0
@@ -222,7 +223,7 @@ class Connection:
             self._pause(min(random.uniform(pause / 2, pause), max(0.0, deadline - time.monotonic())))
             pause = min(2 * pause, 30.0)
         self._tell("connected again")
-        if welcome.back:
+        if not self._accept(welcome):
             raise RolledBack(welcome)
 
     def _pause(self, seconds: float) -> None:
@@ -267,11 +268,8 @@ class _Line:
             if not late.is_set():
                 raise
             raise Broken(f"no answer in {seconds:.0f} s") from None
-        except grpc.aio.AioRpcError as error:
-            raise self._why(error.code(), error.details()) from None
-        except asyncio.InvalidStateError:  # the stream had ended before
-            assert self._call is not None
-            raise self._why(await self._call.code(), await self._call.details()) from None
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter: it had ended before
+            raise await self._why() from None
         finally:
             timer.cancel()
 
@@ -287,13 +285,15 @@ class _Line:
         while True:
             chunk = await self._call.read()
             if chunk is grpc.aio.EOF:
-                raise self._why(await self._call.code(), await self._call.details())
+                raise await self._why()
             data = assembler.add(chunk)
             if data is not None:
                 return data
 
-    @staticmethod
-    def _why(code: grpc.StatusCode, details: str | None) -> Exception:
+    async def _why(self) -> Exception:
+        """Why the stream has ended: where a write met its end, only the call itself knows."""
+        assert self._call is not None
+        code, details = await self._call.code(), await self._call.details()
         refused = Refused.from_text(details or "")
         text = " ".join((details or "the stream ended").split())
         return refused or Broken(f"{code.name.lower().replace('_', ' ')}: {text}")

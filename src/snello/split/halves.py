@@ -138,16 +138,19 @@ def labels_to_arrays(labels: Tensor, message: Message, num_classes: int) -> dict
     return {"labels": labels[order].to(small), "labels.sizes": sizes.to(number_type(len(labels)))}
 
 
-def labels_from_arrays(arrays: dict[str, Tensor], num_classes: int) -> Targets:
-    """What `labels_to_arrays` was given, as targets.
+def labels_from_arrays(arrays: dict[str, Tensor], num_classes: int, num_rows: int) -> Targets:
+    """What `labels_to_arrays` was given, as targets of so many rows.
 
     Raises:
-        ProtocolError: where labels are missing or out of range.
+        ProtocolError: where labels are missing, out of range, or of another number of rows.
     """
     if "labels" not in arrays:
         raise ProtocolError("a frame of activations came without labels")
     if any(arrays[name].is_floating_point() for name in ("labels", "labels.sizes") if name in arrays):
         raise ProtocolError("labels must be whole numbers")
+    rows = arrays["labels.sizes" if "labels.sizes" in arrays else "labels"].numel()
+    if rows != num_rows:  # before memory is taken for them
+        raise ProtocolError(f"labels of {rows} rows came with activations of {num_rows}")
     labels = arrays["labels"].long()
     if labels.ndim != 1 or bool((labels < 0).any()) or bool((labels >= num_classes).any()):
         raise ProtocolError(f"labels must be in 0..{num_classes - 1}")
@@ -228,11 +231,22 @@ class ClientHalf(Half):
             raise ProtocolError(f"a frame of kind {frame.kind.name} came, where gradients were waited for")
         del self._pending[frame.step, frame.micro]
         if self.labels == "server":
-            self.loss = arrays["gradients.loss"].squeeze(0)
+            self.loss = _array(arrays, "gradients.loss", (1,)).squeeze(0)
         if "gradients" in arrays and not self.overflow:
-            gradient = self.codec.decode_gradient(pending.message, arrays)
+            gradient = self._decode_gradient(pending.message, arrays)
             torch.autograd.backward(pending.message.sent, gradient * self.scale())
         return None
+
+    def _decode_gradient(self, message: Message, arrays: dict[str, Tensor]) -> Tensor:
+        try:
+            gradient = self.codec.decode_gradient(message, arrays)
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
+            text = f"the gradients cannot be decoded by {self.codec.text}: {type(error).__name__} {error}"
+            raise ProtocolError(" ".join(text.split())[:300]) from error
+        if gradient.shape != message.sent.shape:
+            shapes = f"{tuple(gradient.shape)} came for activations of shape {tuple(message.sent.shape)}"
+            raise ProtocolError(f"gradients of shape {shapes}")
+        return gradient
 
     def forget(self) -> None:
         """Drops exchanges under way."""
@@ -245,7 +259,7 @@ class ClientHalf(Half):
 
     def logits(self, frame: Frame) -> Tensor:
         """Logits (B, C) of the pictures of `evaluate`, from the server's answer."""
-        values = self._on_device(frame)["activations"]
+        values = _array(self._on_device(frame), "activations")
         if self.labels == "server":
             return values
         with self.autocast():
@@ -273,7 +287,7 @@ class ClientHalf(Half):
 
     def _take_loss(self, pending: _Pending, frame: Frame, arrays: dict[str, Tensor]) -> Frame | None:
         """The classifier and the loss on features that came down, and the features' gradient if it is wanted."""
-        features = arrays["activations"].float().requires_grad_()
+        features = _array(arrays, "activations").float().requires_grad_()
         with self.autocast():
             logits = self.vit.head(features)
         loss = self._loss(logits, pending.targets) * pending.share
@@ -292,6 +306,17 @@ class ClientHalf(Half):
         return Frame(Kind.FEATURE_GRADIENTS, pending.step, pending.micro, values, flags)
 
 
+def _array(arrays: dict[str, Tensor], name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    """The array of that name, and shape where one is told.
+
+    Raises:
+        ProtocolError: where there is none.
+    """
+    if name not in arrays or shape not in (None, tuple(arrays[name].shape)):
+        raise ProtocolError(f"a frame came without {name}")
+    return arrays[name]
+
+
 class ServerHalf(Half):
     """The other blocks and, but in U-shape, the classifier; it never sees a picture."""
 
@@ -300,6 +325,10 @@ class ServerHalf(Half):
         self._pending: tuple[Frame, Tensor, Tensor] | None = None  # activations' frame, leaf, features
         self.max_rows: int | None = None
         """Rows that activations may have; None where whoever sends them is trusted."""
+
+    def forget(self) -> None:
+        """Drops the exchange under way."""
+        self._pending = None
 
     def answer(self, frame: Frame) -> Frame:
         """The server's part of an exchange: gradients of activations, or in U-shape features first.
@@ -327,11 +356,10 @@ class ServerHalf(Half):
             flags = NOTHING if features.requires_grad else Flags.FORWARD_ONLY
             values = features.detach().to(self.codec.feature_dtype)
             return Frame(Kind.FEATURES, frame.step, frame.micro, {"activations": values}, flags)
-        targets = labels_from_arrays(arrays, self.num_classes)
-        rows = len(targets.values)
+        targets = labels_from_arrays(arrays, self.num_classes, len(logits))
         share = arrays.get("labels.share", torch.empty(0))
-        if share.numel() != 1 or rows != len(logits):
-            raise ProtocolError(f"labels of {rows} rows came with activations of {len(logits)}, or without their share")
+        if share.numel() != 1 or not 0 < float(share) <= 1:
+            raise ProtocolError("labels came without their share of the step")
         loss = self._loss(logits, targets) * float(share)
         if loss.requires_grad:
             torch.autograd.backward(loss * self.scale())
@@ -352,6 +380,8 @@ class ServerHalf(Half):
             text = f"the activations cannot be decoded by {self.codec.text}: {type(error).__name__} {error}"
             raise ProtocolError(" ".join(text.split())[:300]) from error
         shape = tuple(decoded.z.shape)
+        if decoded.z.dtype != torch.float32:
+            raise ProtocolError(f"activations decode to {decoded.z.dtype}, where float32 was due")
         if len(shape) != 3 or not 1 <= shape[1] <= self._num_tokens or shape[2] != self.vit.embed_dim or not shape[0]:
             raise ProtocolError(f"activations of shape {shape} are no tokens for this model")
         return decoded
@@ -383,11 +413,11 @@ class ServerHalf(Half):
         first, leaf, features = self._pending
         if (frame.step, frame.micro) != (first.step, first.micro):
             raise ProtocolError(f"a frame of step {frame.step}.{frame.micro} came, which is not under way")
-        self._pending = None
-        self.overflow |= Flags.OVERFLOW in frame.flags
         gradient = arrays.get("gradients")
-        if not self.overflow and (gradient is None or gradient.shape != features.shape):
+        overflow = self.overflow or Flags.OVERFLOW in frame.flags
+        if not overflow and (gradient is None or gradient.shape != features.shape):
             raise ProtocolError(f"gradients of features of shape {tuple(features.shape)} were due")
+        self._pending, self.overflow = None, overflow
         if features.requires_grad and not self.overflow:
             assert gradient is not None
             torch.autograd.backward(features, (gradient.float() * self.scale()).to(features.dtype))

@@ -83,6 +83,8 @@ class Hello:
             raise ProtocolError("a client asked for an unknown mode")
         if self.mode != "describe" and not re.fullmatch("[0-9a-f]{32}", self.session):
             raise ProtocolError("a session must be named by 32 hexadecimal digits")
+        if self.step is not None and not 0 <= self.step < MAX_STEPS:
+            raise ProtocolError("a client told an impossible step")
         if len(self.checkpoints) > MAX_CHECKPOINTS or not all(
             type(step) is int and 0 <= step < MAX_STEPS for step in self.checkpoints
         ):
@@ -111,7 +113,8 @@ class Welcome:
     """Whether the session begins: the starting weights come with it."""
     lost_steps: int = 0
     """In shared sessions: steps of this client that are in the server half, but not in the client's checkpoint."""
-    releases_weights: bool = True
+    shared: bool = False
+    """Whether other clients train the same server half."""
 
 
 def parse(cls: type[T], values: dict[str, Any]) -> T:

@@ -1,5 +1,6 @@
 """`snello join`: the one training loop, with a half of the model here and the other on a server."""
 
+import shlex
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -93,7 +94,14 @@ class JoinTrainer(Trainer):
         self._incarnation = ""
         self.rolled_back = self.lost_steps = 0
         """Steps done again after a crash; steps of a shared server half that this client has lost."""
-        self.connection = open_connection(self._hello, self._tell, lambda: bool(self._stop), self._on_shutdown)
+        self._server_forgot = False  # in shared sessions: what it counted since its last checkpoint
+        self.connection = open_connection(
+            self._hello,
+            tell=self._tell,
+            should_stop=lambda: bool(self._stop),
+            on_shutdown=self._on_shutdown,
+            accept=self._accept,
+        )
         self._welcome: Welcome
         self._weights: dict[str, Tensor] = {}
         self._folder = run.path / "checkpoints"
@@ -140,6 +148,7 @@ class JoinTrainer(Trainer):
         self._welcome, frame = self.connection.open()
         self.connection.max_body = max(room, self.connection.max_body)
         self._incarnation, self.lost_steps = self._welcome.incarnation, self._welcome.lost_steps
+        self._server_forgot = self._welcome.shared and self._welcome.back
         if self._welcome.fresh:
             self._load_weights(remote, frame)
         return remote
@@ -172,8 +181,8 @@ class JoinTrainer(Trainer):
         return super()._resolved(attention, codec) | {"server": {**self._server, "session": self._session}}
 
     def _resume_command(self) -> str:
-        certs = f" --certs {self._server['certs']}" if self._server.get("certs") else ""
-        return f"snello join {self._server['address']}{certs} --out {self.run.path} --resume"
+        certs = ["--certs", self._server["certs"]] if self._server.get("certs") else []
+        return shlex.join(["snello", "join", self._server["address"], *certs, "--out", str(self.run.path), "--resume"])
 
     # ---------------------------------------------------------------------------------------------- the connection
 
@@ -189,6 +198,14 @@ class JoinTrainer(Trainer):
             incarnation=self._incarnation,
             checkpoints=steps_in(self._folder),
         )
+
+    def _accept(self, welcome: Welcome) -> bool:
+        """Whether the frame in flight can be sent again after this welcome."""
+        changed, self._incarnation = welcome.incarnation != self._incarnation, welcome.incarnation
+        if welcome.shared and changed:
+            self._server_forgot = True
+            return self.remote.between_steps
+        return not welcome.back
 
     def _tell(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
@@ -222,6 +239,10 @@ class JoinTrainer(Trainer):
         self._stream = None
         self._evaluated = {}
         self._evaluating = False
+        if not welcome.back:
+            self.remote.restart()
+            self._tell(f"the server was restarted: step {before + 1} is done again")
+            return
         self._go_on(self.checkpoints.load(welcome.step))
         self._incarnation = welcome.incarnation
         self.rolled_back += before - welcome.step
@@ -238,20 +259,25 @@ class JoinTrainer(Trainer):
         self.connection.close()
 
     def _evaluate_epoch(self) -> None:
-        self._evaluating = True
+        self._evaluating = True  # until the server has been told
         super()._evaluate_epoch()
-        self._evaluating = False
         at = self.progressed
         self._evaluated = {"accuracy": at.last_accuracy, "best": at.best_epoch == at.epochs}
 
     def _save(self) -> None:
         """The server first, so that what is saved here is saved there."""
-        values, self._evaluated = self._evaluated, {}
         try:
-            self.connection.request(control(Kind.SAVE, values), self.remote.step)
+            self.connection.request(control(Kind.SAVE, self._evaluated), self.remote.step)
         except Stopped:
             self._tell("the server has not saved this step: the run goes on from the last one that both have")
+        self._evaluated, self._evaluating = {}, False
         self._save_here()
+
+    def _save_to_stop(self) -> None:
+        try:
+            self._save()
+        except RolledBack as back:  # to what both have saved
+            self._go_back(back.welcome)
 
     def _save_here(self) -> None:
         state = self._state()
@@ -264,15 +290,24 @@ class JoinTrainer(Trainer):
         Raises:
             SnelloError: where the server has counted other bytes than this side.
         """
-        answer = control_values(self.connection.request(control(Kind.FINISH, {}), self.remote.step))
-        theirs, ours = answer["summary"], self.remote.summary()
+        theirs, ours = self._finished()["summary"], self.remote.summary()
         different = [name for name in ours if theirs.get(name) != ours[name]]
-        if different and not self.lost_steps:
+        if different and not self._server_forgot:
             name = different[0]
             raise SnelloError(f"{name} is {ours[name]} here and {theirs.get(name)} on the server; please report this")
         summary = self.summary()
         checkpoint.save_json(self.run.summary_file, summary)
         return summary
+
+    def _finished(self) -> dict[str, Any]:
+        """What the server says of the whole run; where it has lost its end, that is done again."""
+        while True:
+            try:
+                while not self.progressed.finished:
+                    self.advance(1)
+                return control_values(self.connection.request(control(Kind.FINISH, {}), self.remote.step))
+            except RolledBack as back:
+                self._go_back(back.welcome)
 
     def _traffic(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         seconds = {name: round(sum(row[name] for row in rows), 3) for name in ("client_seconds", "wait_seconds")}
@@ -331,15 +366,13 @@ class RemoteSession:
         options: dict[str, Any] = {"skip_bad": recipe.skip_bad, "check": recipe.check_pictures}
         splits = load_splits(recipe.data, val_share=recipe.val_share, seed=recipe.seed, **options)
 
-        def open_connection(hello: Any, tell: Any, should_stop: Any, on_shutdown: Any) -> Connection:
+        def open_connection(hello: Callable[[], Hello], **callbacks: Any) -> Connection:
             return Connection(
                 endpoint,
                 hello,
                 patience_seconds=config.patience_seconds,
                 reconnect_seconds=config.reconnect_seconds,
-                tell=tell,
-                should_stop=should_stop,
-                on_shutdown=on_shutdown,
+                **callbacks,
             )
 
         self.trainer = JoinTrainer(

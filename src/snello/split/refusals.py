@@ -53,7 +53,7 @@ ADVICE = {
 TRANSIENT = (Code.TOO_SLOW, Code.IDLE, Code.SHUTDOWN)
 """After these a client connects again by itself."""
 
-_TEXT = re.compile(r"snello/([a-z-]+)(?:/(\d+))?: (.*)", re.DOTALL)
+_TEXT = re.compile(r"snello/([a-z-]+)(?:/(\d{1,20}))?: (.*)", re.DOTALL)
 
 
 class Refused(SnelloError):
@@ -71,7 +71,7 @@ class Refused(SnelloError):
 
     def to_text(self) -> str:
         """For the status of a call: short, one line, ASCII, as HTTP/2 headers want it."""
-        reason = " ".join(self.reason.split())[:1000].encode("ascii", "backslashreplace").decode()
+        reason = " ".join(self.reason.split()).encode("ascii", "backslashreplace").decode()[:1000]
         return f"snello/{self.code.value}{'' if self.step is None else f'/{self.step}'}: {reason}"
 
     @classmethod

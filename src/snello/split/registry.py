@@ -94,8 +94,8 @@ class Registry:
         if hello.terms is None:
             raise Refused(Code.MALFORMED, "a client did not tell its terms")
         wanted = self.config.num_classes or hello.terms.num_classes
-        if not 1 <= wanted <= 10**6:
-            raise Refused(Code.MISMATCH, f"num classes: the server takes 1 to 1000000, the client has {wanted}")
+        if not 1 <= wanted < 2**16:
+            raise Refused(Code.MISMATCH, f"num classes: the server takes 1 to 65535, the client has {wanted}")
         sizes = self.sizes(wanted)
         sizes.terms.require(hello.terms)
         if hello.mode == "inference":
@@ -105,9 +105,7 @@ class Registry:
         return self._open_training(client, hello, hello.plan, sizes)
 
     def _welcome(self, **values: Any) -> dict[str, Any]:
-        welcome = Welcome(
-            time=time.time(), version=version("snello"), releases_weights=self.config.release_weights, **values
-        )
+        welcome = Welcome(time=time.time(), version=version("snello"), shared=self._is_shared, **values)
         return asdict(welcome)
 
     def _open_inference(self, client: str, hello: Hello, sizes: Sizes) -> tuple[str, Session, Frame]:
@@ -130,28 +128,29 @@ class Registry:
         has_state = hello.step is not None or bool(hello.checkpoints)
         if known is None and has_state:
             raise Refused(Code.UNKNOWN_SESSION, "the server has nothing of this session")
-        self._make_room(hello.session, sizes)
+        name = session_name(client, hello.session)
+        self._make_room(name, sizes)
         try:
-            session, welcome = self._enter(client, hello, plan, sizes, known is None, has_state)
+            session, welcome = self._enter(client, name, hello, plan, sizes, known is None, has_state)
         except CheckpointError as error:
-            self.forget(hello.session)
+            self.forget(name)
             raise Refused(Code.STORAGE, str(error)) from error
         except BaseException:
-            self.forget(hello.session)
+            self.forget(name)
             raise
-        self._connected.add(hello.session)
-        self._left.pop(hello.session, None)
-        return hello.session, session, welcome
+        self._connected.add(name)
+        self._left.pop(name, None)
+        return name, session, welcome
 
     def _enter(
-        self, client: str, hello: Hello, plan: Plan, sizes: Sizes, new: bool, has_state: bool
+        self, client: str, name: str, hello: Hello, plan: Plan, sizes: Sizes, new: bool, has_state: bool
     ) -> tuple[Session, Frame]:
-        session = self._in_memory.get(hello.session)
+        session = self._in_memory.get(name)
         if session is not None and self._can_go_on(session, hello):
             return session, control(Kind.WELCOME, self._position(session))
         if session is None:
             session = self._make(client, hello.session, plan, sizes)
-        self._in_memory[hello.session] = session
+        self._in_memory[name] = session
         session.incarnation = uuid.uuid4().hex
         if new:
             session.save()
@@ -247,9 +246,10 @@ class Registry:
         Raises:
             Refused: where it does not.
         """
-        while len(self._connected - {session}) >= self.config.max_sessions or not self._fits(session, sizes):
+        crowded = len(self._connected - {session}) >= self.config.max_sessions
+        while crowded or not self._fits(session, sizes):
             idle = [name for name in self._left if name != session]
-            if not idle:
+            if crowded or not idle:
                 raise Refused(
                     Code.FULL,
                     f"the server has {len(self._connected)} sessions under way and room for no more "
@@ -295,7 +295,18 @@ class Registry:
 
     def save_all(self) -> None:
         """Writes a checkpoint of every session that stands between two steps."""
+        problems: list[CheckpointError] = []
         for session in self._in_memory.values():
             if session.between_steps and session.failed is None and session.step not in session.checkpoints.steps():
-                session.save()
+                try:
+                    session.save()
+                except CheckpointError as error:
+                    problems.append(error)
         self.saved()
+        if problems:
+            raise problems[0]
+
+
+def session_name(client: str, session: str) -> str:
+    """What a session is known by: one client cannot name another's."""
+    return f"{client}/{session}"

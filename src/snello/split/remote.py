@@ -1,9 +1,11 @@
 """The client's half in training, with the server's half at the other end of a connection (a `Learner`)."""
 
+import copy
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -80,9 +82,10 @@ class Remote:
         self._seconds, self._waited = 0.0, 0.0
         self.upcoming: Callable[[], MicroStep | None] = lambda: None
         """The micro-step that follows the one under way, for prefetching; None at the end."""
-        self._prefetched: dict[tuple[int, int], Frame] = {}
+        self._prefetched: dict[tuple[int, int], tuple[ClientHalf, Frame]] = {}
+        self._at_begin: dict[str, Any] | None = None  # of the step under way, before it moved anything
         self._aside: ThreadPoolExecutor | None = None
-        self._stack = ExitStack()
+        self._twins: deque[ClientHalf] = deque()
         if config.split.prefetch:
             self._prepare_prefetch()
 
@@ -93,8 +96,9 @@ class Remote:
                 "use --split.alast server or another --method"
             )
         self._aside = ThreadPoolExecutor(1, "snello-exchange")
-        # The weights move while the next forward pass waits for its gradient: that has to go back through the old ones.
-        self._stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
+        # The weights move while the next forward pass waits for its gradient, which goes back through the old ones.
+        kept = {id(self): self}  # what the half refers to of this
+        self._twins = deque(copy.deepcopy(self.half, dict(kept)) for _ in range(2))
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Begins with the weights that the server sent."""
@@ -104,6 +108,7 @@ class Remote:
 
     def begin(self, progress: float) -> None:
         """See `Learner`."""
+        self._at_begin = {"method": self.half.method.state_dict(), "ledger": self.ledger.state_dict()}
         self.ledger.begin()
         self._seconds = self._waited = 0.0
         with self._timed():
@@ -111,10 +116,9 @@ class Remote:
 
     def backward(self, batches: Sequence[Batch], *, step: int, micro: int, num_samples: int, seed: int) -> Tensor:
         """One exchange; see `Learner`, and for what it raises besides `Connection.exchange`."""
-        first = self._prefetched.pop((step, micro), None)
-        if first is None:
-            with self._timed():
-                first = self.half.start(batches, step=step, micro=micro, num_samples=num_samples, seed=seed)
+        half, first = self._prefetched.pop((step, micro), (None, None))
+        if half is None or first is None:
+            half, first = self._start(batches, step=step, micro=micro, num_samples=num_samples, seed=seed)
         frame: Frame | None = first
         kinds: list[Kind] = []
         while frame is not None:
@@ -122,14 +126,42 @@ class Remote:
             arrived = self.carry(frame, self.connection.exchange if self._aside is None else self._exchange_aside)
             self.between_steps = False
             with self._timed():
-                frame = self.half.answer(arrived)
+                frame = half.answer(arrived)
+                self._collect(half)
         self.ledger.exchanged(
             sum(len(labels) for _, labels in batches),
             len(kinds),
             gradient=Flags.FORWARD_ONLY not in first.flags,
             feature_gradient=Kind.FEATURE_GRADIENTS in kinds,
         )
-        return self.half.loss
+        return half.loss
+
+    def _start(self, batches: Sequence[Batch], **options: Any) -> tuple[ClientHalf, Frame]:
+        """The forward pass of a micro-step, and the half that computed it: with prefetching a twin of ours."""
+        half = self.half
+        with self._timed():
+            if self._twins:
+                half = self._twins[0]
+                self._twins.rotate()
+                half.train()
+                for ours, its in zip(_tensors(self.half), _tensors(half), strict=True):
+                    its.detach().copy_(ours.detach())
+            frame = half.start(batches, **options)
+            if half is not self.half:  # what a codec counts in its forward pass
+                for ours, its in zip(self.half.codec.buffers(), half.codec.buffers(), strict=True):
+                    ours.copy_(its)
+        return half, frame
+
+    def _collect(self, half: ClientHalf) -> None:
+        """Adds the gradients of a twin to ours."""
+        if half is self.half:
+            return
+        self.half.overflow |= half.overflow
+        half.overflow = False
+        for ours, its in zip(self.half.parameters(), half.parameters(), strict=True):
+            if its.grad is not None:
+                ours.grad = its.grad if ours.grad is None else ours.grad + its.grad
+                its.grad = None
 
     def _exchange_aside(self, frame: Frame) -> Frame:
         """An exchange, while this thread computes the forward pass of the micro-step that follows."""
@@ -139,21 +171,19 @@ class Remote:
         if work is not None:
             seed = self.config.seed
             torch.manual_seed(work.noise_seed(seed))
-            with self._timed():
-                self._prefetched[work.step, work.micro] = self.half.start(
-                    work.batches,
-                    step=work.step,
-                    micro=work.micro,
-                    num_samples=work.num_samples,
-                    seed=work.codec_seed(seed),
-                )
+            self._prefetched[work.step, work.micro] = self._start(
+                work.batches,
+                step=work.step,
+                micro=work.micro,
+                num_samples=work.num_samples,
+                seed=work.codec_seed(seed),
+            )
         return answer.result()
 
     def close(self) -> None:
         """Ends what prefetching needs."""
         if self._aside is not None:
             self._aside.shutdown(wait=False)
-            self._stack.close()
 
     def carry(self, frame: Frame, exchange: Callable[[Frame], Frame]) -> Frame:
         """The server's answer to a frame; both are counted when it is there."""
@@ -181,7 +211,7 @@ class Remote:
             if self._scaler is not None:
                 self._scaler.update(None if finite else self._scaler.get_scale() * self._scaler.get_backoff_factor())
         self.step += 1
-        self.between_steps = True
+        self.between_steps, self._at_begin = True, None
 
     def spent(self, step: int) -> bool:
         """Whether the step after `step` steps would go over the budget."""
@@ -207,9 +237,10 @@ class Remote:
         return self.ledger.summary()
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Learner`."""
+        """See `Learner`. A step that has begun, but of which the server knows nothing yet, has not."""
+        begun = self._at_begin if self.between_steps else None
         return {
-            "method": {"client": self.half.method.state_dict()},
+            "method": {"client": self.half.method.state_dict() if begun is None else begun["method"]},
             **self.ledger.state_dict(),
             "step": self.step,
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
@@ -218,13 +249,24 @@ class Remote:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Learner`."""
         self.half.method.load_state_dict(state["method"]["client"])
-        self.half.optimizer.zero_grad(set_to_none=True)
         self.ledger.load_state_dict(state)
-        self.step, self.between_steps = state["step"], True
-        self.half.forget()
-        self._prefetched = {}
+        self.step = state["step"]
+        self._forget()
         if self._scaler is not None and state["scaler"] is not None:
             self._scaler.load_state_dict(state["scaler"])
+
+    def restart(self) -> None:
+        """Stands where the step under way began."""
+        if self._at_begin is not None:
+            self.half.method.load_state_dict(self._at_begin["method"])
+            self.ledger.load_state_dict(self._at_begin["ledger"])
+        self._forget()
+
+    def _forget(self) -> None:
+        self.between_steps, self._at_begin, self._prefetched = True, None, {}
+        for half in (self.half, *self._twins):
+            half.forget()
+            half.optimizer.zero_grad(set_to_none=True)
 
     # ---------------------------------------------------------------------------------------------------- helpers
 
@@ -240,6 +282,13 @@ class Remote:
         yield
         synchronize(self.device)
         self._seconds += time.perf_counter() - started
+
+
+def _tensors(half: ClientHalf) -> Iterator[Tensor]:
+    """All weights and counters of a half."""
+    for module in (half.vit.model, half.codec):
+        yield from module.parameters()
+        yield from module.buffers()
 
 
 class _OverTheNetwork(nn.Module):

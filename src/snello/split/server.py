@@ -23,7 +23,7 @@ from snello.split.auth import Authenticator
 from snello.split.frames import MAX_CONTROL_BYTES, Kind, control_values
 from snello.split.handshake import Hello, parse
 from snello.split.refusals import Code, Refused
-from snello.split.registry import Registry
+from snello.split.registry import Registry, session_name
 from snello.split.sessions import Answer, Session, TrainingSession
 from snello.split.telemetry import Telemetry, health_reply
 
@@ -122,6 +122,9 @@ class Server:
 
     async def _dismiss(self, call: "_Call", session: TrainingSession) -> None:
         """Saves a session that stands between two steps, and tells its client."""
+        if session.failed is not None:
+            call.end(session.failed)
+            return
         try:
             await self._in_thread(session.save)
             call.end(Refused(Code.SHUTDOWN, f"the server shuts down; step {session.step} is saved", session.step))
@@ -223,7 +226,7 @@ class Server:
         try:
             credentials = json.loads(metadata.get(CREDENTIALS, "{}"))
             fits = isinstance(credentials, dict) and all(isinstance(v, str) for v in credentials.values())
-        except ValueError:
+        except (ValueError, RecursionError):
             fits = False
         names = context.auth_context().get("x509_common_name") or [None]
         certificate = None if names[0] is None else names[0].decode("ascii", "replace")
@@ -245,8 +248,8 @@ class Server:
 
     async def _take_over(self, call: "_Call", hello: Hello) -> None:
         """Ends the connection that the session had: its client has noticed before us that it broke."""
-        before = self._calls.get(hello.session) if hello.mode == "train" else None
-        if before is not None and before.client == call.client:
+        before = self._calls.get(session_name(call.client, hello.session)) if hello.mode == "train" else None
+        if before is not None:
             before.end(Refused(Code.TAKEN_OVER, "another connection goes on with this session"))
             await before.ended.wait()
             self._telemetry.reconnected()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from snello import checkpoint
@@ -73,7 +74,8 @@ class TrainingSession:
     ) -> None:
         self.client, self.run, self.upper, self.plan, self.config = client, run, upper, plan, config
         self.shared = config.sessions == "shared"
-        self.max_body = sizes.max_frame
+        weights = sizes.state // 4 + (1 << 20) if config.accept_weights else 0
+        self.max_body = max(sizes.max_frame, weights)
         self.ledger = Ledger(sizes.vit, config, upper.codec, upper.num_classes)
         self.schedule = Schedule(
             plan.num_train,
@@ -95,7 +97,8 @@ class TrainingSession:
         self.failed: Refused | None = None
         self._last: tuple[tuple[Kind, int, int], list[bytes]] | None = None
         self._activations: Frame | None = None  # of the exchange under way, in U-shape
-        self._gradients: list[Tensor | None] | None = None  # of the step under way, where the half is shared
+        self._gradients: list[Tensor | None] | None = None  # of the step under way
+        self._again = self._overflow = False
         self._loss = self._seconds = 0.0
 
     # ------------------------------------------------------------------------------------------------ one frame
@@ -157,11 +160,16 @@ class TrainingSession:
         ):
             came = f"{frame.kind.name.lower().replace('_', ' ')} of step {frame.step}.{frame.micro} came"
             raise Refused(Code.OUT_OF_TURN, f"{came}, the server is at {self.where}")
-        if self.between_steps:
-            self.ledger.begin()
-            self._loss = self._seconds = 0.0
-            self.upper.begin(self.schedule.progress(self.step))
-        answer = self._with_own_gradients(frame) if self.shared else self._answer(frame)
+        before = self.upper.snapshot()
+        try:
+            answer = self._answer(frame)
+        except BaseException:
+            self.upper.undo(before)  # as if the frame had not come: the right one may still follow
+            self._again = frame.kind == Kind.FEATURE_GRADIENTS
+            raise
+        self._again = False
+        self._add(self.upper.swap_gradients(None))
+        self._overflow = self.upper.half.overflow
         if answer.kind == Kind.FEATURES and Flags.FORWARD_ONLY not in answer.flags:
             self.awaited = Kind.FEATURE_GRADIENTS
             return answer, None
@@ -175,23 +183,31 @@ class TrainingSession:
         return answer, self._update
 
     def _answer(self, frame: Frame) -> Frame:
+        self.upper.half.overflow = self._overflow
+        if self.between_steps:
+            self.ledger.begin()
+            self._loss = self._seconds = 0.0
+            self.upper.begin(self.schedule.progress(self.step))
         number = self.schedule.batches_of(self.step, self.micro).start
         seed = mix(self.config.seed, SERVER_NOISE, number)
-        if self.shared and frame.kind == Kind.FEATURE_GRADIENTS:
-            # Another session may have moved the weights since: what was computed before cannot be gone back through.
+        if frame.kind == Kind.ACTIVATIONS:
+            self._activations = frame if self.config.split.labels == "client" else None
+        elif self.shared or self._again:
+            # Another session may have moved the weights since, so what was computed before cannot be gone back through.
             assert self._activations is not None
             self.upper.answer(self._activations, training=True, seed=seed)
-        elif self.awaited == Kind.ACTIVATIONS:
-            self._activations = frame if self.shared else None
-        return self.upper.answer(frame, training=True, seed=seed)
+        answer = self.upper.answer(frame, training=True, seed=seed)
+        if not bool(answer.arrays.get("gradients.loss", torch.zeros(1)).isfinite()):
+            raise TrainingError("the loss is not finite")
+        return answer
 
-    def _with_own_gradients(self, frame: Frame) -> Frame:
-        """Sessions that share a half are between micro-steps of each other: each adds up its own gradients."""
-        self.upper.swap_gradients(self._gradients)
-        try:
-            return self._answer(frame)
-        finally:
-            self._gradients = self.upper.swap_gradients(None)
+    def _add(self, gradients: list[Tensor | None]) -> None:
+        """Adds up the gradients of a step here, as sessions that share a half are between each other's micro-steps."""
+        if self._gradients is None:
+            self._gradients = gradients
+            return
+        pairs = zip(self._gradients, gradients, strict=True)
+        self._gradients = [new if old is None else old if new is None else old.add_(new) for old, new in pairs]
 
     def _note(self, frame: Frame, answer: Frame) -> None:
         in_u_shape = frame.kind == Kind.FEATURE_GRADIENTS
@@ -207,9 +223,8 @@ class TrainingSession:
         """Moves the weights by the step that has just ended; runs while the client computes."""
         started = time.perf_counter()
         step = self.step - 1
-        if self.shared:
-            self.upper.swap_gradients(self._gradients)
-            self._gradients = None
+        self.upper.swap_gradients(self._gradients)
+        self.upper.half.overflow, self._overflow, self._gradients = self._overflow, False, None
         norm = self.upper.update(self.schedule.lr(step, self.config.lr, self.config.warmup))
         if self.upper.scaler is None and not bool(norm.isfinite()):
             reason = f"the gradient of the server half is not finite at step {step + 1}; its weights were not touched"
@@ -247,12 +262,13 @@ class TrainingSession:
             if not isinstance(accuracy, (int, float)) or not 0 <= accuracy <= 1:
                 raise ProtocolError("an accuracy must be in [0, 1]")
             self.accuracy = accuracy
-            self._log({"kind": "eval", "step": self.step, "accuracy": accuracy, **self.ledger.metrics()})
         if values.get("best") is True:
             files = {"model": self.run.model_file, "codec": self.run.codec_file}
             for name, module in self.upper.modules.items():
                 checkpoint.save_tensors(files[name], module.state_dict())
         self.save()
+        if accuracy is not None:
+            self._log({"kind": "eval", "step": self.step, "accuracy": accuracy, **self.ledger.metrics()})
         return control(Kind.SAVED, {})
 
     def save(self) -> None:
@@ -282,6 +298,7 @@ class TrainingSession:
         """Waits for `step` next, whatever was under way."""
         self.step, self.micro, self.awaited = step, 0, Kind.ACTIVATIONS
         self._last = self._activations = self._gradients = self.failed = None
+        self._again = self._overflow = False
 
     def _finish(self, frame: Frame) -> Frame:
         self.finished = True

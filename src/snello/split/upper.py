@@ -87,6 +87,19 @@ class Upper:
             self.scaler.update(None if finite else self.scaler.get_scale() * self.scaler.get_backoff_factor())
         return norm
 
+    def snapshot(self) -> dict[str, Any]:
+        """What an exchange may change besides gradients."""
+        buffers = [value.clone() for value in self.codec.buffers()]
+        return {"method": self.half.method.state_dict(), "buffers": buffers}
+
+    def undo(self, before: dict[str, Any]) -> None:
+        """Stands where `snapshot` was taken; the exchange's gradients are dropped."""
+        self.half.method.load_state_dict(before["method"])
+        for value, old in zip(self.codec.buffers(), before["buffers"], strict=True):
+            value.copy_(old)
+        self.swap_gradients(None)
+        self.half.forget()
+
     def swap_gradients(self, gradients: list[Tensor | None] | None) -> list[Tensor | None]:
         """Puts other gradients in place (None: none at all) and returns those that were there."""
         parameters = list(self.half.parameters())

@@ -42,7 +42,7 @@ def _wait_for(coroutine: Coroutine[Any, Any, T]) -> T:
             return future.result(timeout=_TAKE_OVER_SECONDS)
         except TimeoutError:
             if future.done():
-                raise
+                return future.result()
         if _driving.acquire(blocking=False):
             try:
                 loop.run_until_complete(asyncio.wait([asyncio.wrap_future(future, loop=loop)]))

@@ -19,7 +19,7 @@ MAX_CHUNK_BYTES = CHUNK_BYTES * 3 // 2
 
 def chunk_size(total: int, about: int = CHUNK_BYTES) -> int:
     """Bytes of each chunk of a frame of `total` bytes: equal ones, as a small rest would cost a message of its own."""
-    return math.ceil(total / max(1, round(total / about)))
+    return max(1, math.ceil(total / max(1, round(total / about))))
 
 
 def keep_blocks() -> None:
