@@ -22,8 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import snello.split  # before gRPC, see there
-
 # isort: split
 import grpc.aio
 import torch
@@ -303,7 +301,7 @@ def _rss(pid: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 
-def clients(work: Path, steps: int = 30) -> dict[str, Any]:
+def clients(work: Path, steps: int = 20) -> dict[str, Any]:
     """Steps per second of eight clients together against one, and what a session more costs the server in memory."""
     from snello.config import ServeConfig
     from snello.split.upper import Sizes

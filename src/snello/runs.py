@@ -84,7 +84,7 @@ class RunFolder:
         run = cls(config.out)
         if config.resume and not run.config_file.is_file():
             raise ConfigError(f"--resume: {config.out} holds no run (no config.yaml); leave --resume out to start one")
-        if not config.resume and config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        if not config.resume and config.out.exists() and not _is_empty(config.out):
             raise ConfigError(f"--out {config.out} is not empty: add --resume to go on with its run, or name another")
         return run
 
@@ -144,6 +144,11 @@ class RunFolder:
         kept = [row for row in self.rows() if row["step"] <= step]
         with replacing(self.metrics_file) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is in a folder but what a run leaves that was killed before it began."""
+    return folder.is_dir() and all(path.name == ".config.yaml.tmp" for path in folder.iterdir())
 
 
 def require_same_config(saved: Recipe, config: Recipe, path: Path) -> None:

@@ -137,7 +137,7 @@ class Tickets:
         name, expires = credentials.get("name", ""), credentials.get("expires", "")
         signature = credentials.get("signature", "").encode("utf-8", "surrogatepass")
         signed = hmac.compare_digest(signature, self._sign(name, expires).encode())
-        return name if signed and expires.isdecimal() and int(expires) > time.time() else None
+        return name if signed and expires.isdecimal() and len(expires) < 20 and int(expires) > time.time() else None
 
     def _sign(self, name: str, expires: str) -> str:
         return hmac.new(self._key, f"{name}\n{expires}".encode("utf-8", "surrogatepass"), "sha256").hexdigest()

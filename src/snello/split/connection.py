@@ -29,6 +29,10 @@ PATH = "/snello.Split/Train"
 CREDENTIALS = "snello-credentials"
 SLOWEST_LINK = 65536
 """Bytes per second that the server is given for a frame and its answer, beside everything else."""
+SETTLE = 5
+"""Turns of the event loop after which it knows what has happened while nobody waited.
+
+A write to a stream that the server has ended would hide why it did."""
 OPTIONS = [
     ("grpc.max_receive_message_length", wire.MAX_CHUNK_BYTES),
     ("grpc.keepalive_time_ms", 20000),
@@ -279,6 +283,10 @@ class _Line:
             method = self._channel.stream_stream(PATH)
             metadata = ((CREDENTIALS, json.dumps(dict(self._endpoint.credentials))),)
             self._call = method(metadata=metadata, wait_for_ready=False)
+        for _ in range(SETTLE):
+            await asyncio.sleep(0)
+        if self._call.done():
+            raise await self._why()
         for chunk in chunks:
             await self._call.write(chunk)
         assembler = wire.Assembler(max_body)

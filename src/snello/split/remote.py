@@ -266,6 +266,7 @@ class Remote:
         self.between_steps, self._at_begin, self._prefetched = True, None, {}
         for half in (self.half, *self._twins):
             half.forget()
+            half.codec.metrics()  # what it counted of exchanges that are done again
             half.optimizer.zero_grad(set_to_none=True)
 
     # ---------------------------------------------------------------------------------------------------- helpers

@@ -49,7 +49,8 @@ def serve(config: ServeConfig, console: Console | None = None) -> None:
         run.write_config(config, resolved)
     log = make_logger(run.path, config.log_format, console)
     try:
-        asyncio.run(_serve(config, registry, security, log, console))
+        with warnings_on(console):
+            asyncio.run(_serve(config, registry, security, log, console))
     finally:
         close_logger(log)
 
