@@ -29,7 +29,7 @@ PATH = "/snello.Split/Train"
 CREDENTIALS = "snello-credentials"
 SLOWEST_LINK = 65536
 """Bytes per second that the server is given for a frame and its answer, beside everything else."""
-SETTLE = 5
+SETTLE = 3
 """Turns of the event loop after which it knows what has happened while nobody waited.
 
 A write to a stream that the server has ended would hide why it did."""
