@@ -79,7 +79,7 @@ def test_errors_share_a_base():
     errors = importlib.import_module("snello.errors")
     classes = [value for value in vars(errors).values() if inspect.isclass(value)]
     warning = errors.SnelloWarning
-    assert len(classes) == 9 and all(issubclass(cls, snello.SnelloError) for cls in classes if cls is not warning)
+    assert len(classes) == 10 and all(issubclass(cls, snello.SnelloError) for cls in classes if cls is not warning)
     assert issubclass(errors.ConfigError, ValueError)
 
 

@@ -53,7 +53,7 @@ class Endpoint:
     certificate: bytes | None = None
     key: bytes | None = field(default=None, repr=False)
     credentials: Mapping[str, str] = field(default_factory=dict, repr=False)
-    explain: Callable[[], str | None] = lambda: None
+    explain: Callable[[], str | None] | None = None
     """Looks closer where no connection can be made, and says what is wrong."""
 
     def channel(self) -> grpc.aio.Channel:
@@ -238,7 +238,7 @@ class Connection:
             time.sleep(min(0.1, max(0.0, until - time.monotonic())))
 
     def _unreachable(self, reason: str) -> NetworkError:
-        why = self.endpoint.explain() or reason
+        why = (self.endpoint.explain and self.endpoint.explain()) or reason
         return NetworkError(f"the server at {self.endpoint.address} cannot be reached: {why}")
 
 
