@@ -30,6 +30,7 @@ from snello.split.handshake import Hello, Plan, Terms, Welcome, hash_of, make_te
 from snello.split.remote import Remote
 from snello.split.session import Side
 from snello.split.sessions import weights_frame, weights_of
+from snello.split.sides import replace_weights
 from snello.training import Trainer, warnings_on
 from snello.vit import ViT
 
@@ -420,12 +421,7 @@ class RemoteSession:
             step = self.trainer.remote.step
             self.trainer.connection.request(weights_frame(Kind.SET_WEIGHTS, state), step)
             return
-        own = self._tensors()
-        wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
-        if wrong:
-            raise CheckpointError(f"the weights do not fit the client half: {wrong[0]}")
-        for name, value in own.items():
-            value.detach().copy_(state[name])
+        replace_weights(self._tensors(), state, "client")
 
     def finish(self) -> dict[str, Any]:
         """Ends the session on both sides and returns the summary."""

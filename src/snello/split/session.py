@@ -11,11 +11,12 @@ from torch import Tensor
 
 from snello.config import FinetuneConfig
 from snello.data import load_splits
-from snello.errors import AuthenticationError, CheckpointError, ConfigError
+from snello.errors import AuthenticationError, ConfigError
 from snello.runs import RunFolder
 from snello.split.auth import Anyone, Authenticator, Credentials
 from snello.split.cut import Cut
 from snello.split.halves import Half
+from snello.split.sides import replace_weights
 from snello.training import Trainer
 
 Side = Literal["client", "server"]
@@ -88,12 +89,7 @@ class LocalSession:
         Raises:
             CheckpointError: where names or shapes are not those of the half; nothing was changed.
         """
-        own = self._tensors(side)
-        wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
-        if wrong:
-            raise CheckpointError(f"the weights do not fit the {side} half: {wrong[0]}")
-        for name, value in own.items():
-            value.detach().copy_(state[name])
+        replace_weights(self._tensors(side), state, side)
 
     def _tensors(self, side: Side) -> dict[str, Tensor]:
         """A half's weights themselves, and those of the codec's part on its side."""

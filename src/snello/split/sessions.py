@@ -26,6 +26,7 @@ from snello.split.frames import Flags, Frame, Kind, control, control_values
 from snello.split.handshake import Plan
 from snello.split.ledger import Ledger
 from snello.split.refusals import Code, Refused
+from snello.split.sides import replace_weights
 from snello.split.upper import Sizes, Upper
 
 
@@ -328,12 +329,10 @@ class TrainingSession:
     def _set_weights(self, frame: Frame) -> Frame:
         if not self.config.accept_weights:
             raise Refused(Code.FORBIDDEN, "this server takes no weights from clients (--accept-weights)")
-        new, own = weights_of(frame), self.upper.weights()
-        wrong = sorted(own.keys() ^ new.keys()) or [name for name in own if own[name].shape != new[name].shape]
-        if wrong:
-            raise ProtocolError(f"the weights do not fit the server half: {wrong[0][:80]}")
-        for name, value in own.items():
-            value.detach().copy_(new[name])
+        try:
+            replace_weights(self.upper.weights(), weights_of(frame), "server")
+        except CheckpointError as error:
+            raise ProtocolError(str(error)[:200]) from None
         return control(Kind.WEIGHTS, {})
 
 

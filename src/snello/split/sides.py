@@ -1,15 +1,16 @@
-"""Making the halves of a model: each with its own method and optimizer, around a codec that both have."""
+"""Making the halves of a model, each with its own method and optimizer, around a codec that both have."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from snello.codecs import AUTO
 from snello.codecs.base import Codec
 from snello.config import Recipe
 from snello.devices import Precision, autocast
-from snello.errors import ConfigError
+from snello.errors import CheckpointError, ConfigError
 from snello.methods import make_method
 from snello.optim import make_optimizer
 from snello.split.halves import ClientHalf, Half, ServerHalf
@@ -88,3 +89,16 @@ def make_half(
         autocast=lambda: autocast(device, precision),
         scale=scale,
     )
+
+
+def replace_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], side: str) -> None:
+    """Puts other values into the tensors of a half.
+
+    Raises:
+        CheckpointError: where names or shapes are not those of the half; nothing was changed.
+    """
+    wrong = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+    if wrong:
+        raise CheckpointError(f"the weights do not fit the {side} half: {wrong[0]}")
+    for name, value in own.items():
+        value.detach().copy_(state[name])
