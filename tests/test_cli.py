@@ -250,7 +250,9 @@ def test_metrics_that_cannot_be_written(small, monkeypatch, capfd):
     monkeypatch.setattr(Path, "open", full)
     assert cli.main(["finetune", *flags(small)]) == 2
     line = capfd.readouterr().err.splitlines()[-1]
-    assert line == f"snello: error: could not write {small.out / 'metrics.jsonl'}: No space left on device"
+    assert line == f"snello: error: could not write {small.out / 'metrics.jsonl'}: No space left on device" + (
+        "; free space, then go on with --resume"
+    )
 
 
 def test_plot_that_cannot_be_written(small, monkeypatch, capfd):

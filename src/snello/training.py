@@ -70,7 +70,10 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
     )
     with warnings_on(console):
         trainer = Trainer(config, splits, run, saved, console)
-        trainer.fit()
+        try:
+            trainer.fit()
+        finally:
+            trainer.close()
     summary = trainer.summary()
     checkpoint.save_json(run.summary_file, summary)  # safe before the comparison, which may take long
     report.print_result(console, summary, splits.num_skipped)
@@ -455,8 +458,9 @@ class Trainer:
                 said = f"loss {loss:.4f}  {rate:.0f} pictures/s{self.learner.said()}"
                 bar.update(task, completed=self.progressed.step, said=said)
 
-            self._shown = show
+            before, self._shown = self._shown, show
             yield
+            self._shown = before
 
 
 def make_accelerator(device: torch.device, precision: Precision) -> Accelerator:

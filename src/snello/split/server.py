@@ -31,6 +31,9 @@ T = TypeVar("T")
 SERVICE, METHOD = "snello.Split", "Train"
 CREDENTIALS = "snello-credentials"
 MAX_HELLO_BYTES = MAX_CONTROL_BYTES + (1 << 12)
+QUIET_SECONDS = 0.5
+"""How long a server that stops waits for the next frame after an answer: the frame shows that the client has the answer,
+which gRPC may drop where the stream ends right behind it."""
 STATUS = {Code.CREDENTIALS: grpc.StatusCode.UNAUTHENTICATED, Code.FULL: grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 
@@ -109,8 +112,9 @@ class Server:
         deadline = time.monotonic() + self._limits.grace_seconds
         while self._calls and time.monotonic() < deadline:
             for call in list(self._calls.values()):
-                if call.session is not None and call.session.between_steps and not call.busy:
-                    await self._dismiss(call, call.session)
+                if call.session is not None and call.session.between_steps and call.quiet_seconds > QUIET_SECONDS:
+                    call.end(await self._parting(call.session))
+                    await call.ended.wait()
             await asyncio.sleep(0.02)
         self._sweeper.cancel()
         try:
@@ -120,17 +124,15 @@ class Server:
         await self._server.stop(grace=1.0)
         self._compute.shutdown(wait=True)
 
-    async def _dismiss(self, call: "_Call", session: TrainingSession) -> None:
-        """Saves a session that stands between two steps, and tells its client."""
+    async def _parting(self, session: TrainingSession) -> Refused:
+        """Saves a session that stands between two steps; what its client is told."""
         if session.failed is not None:
-            call.end(session.failed)
-            return
+            return session.failed
         try:
             await self._in_thread(session.save)
-            call.end(Refused(Code.SHUTDOWN, f"the server shuts down; step {session.step} is saved", session.step))
         except CheckpointError as error:
-            call.end(Refused(Code.STORAGE, f"the server shuts down and could not save: {error}"))
-        await call.ended.wait()
+            return Refused(Code.STORAGE, f"the server shuts down and could not save: {error}")
+        return Refused(Code.SHUTDOWN, f"the server shuts down; step {session.step} is saved", session.step)
 
     async def _sweep(self) -> None:
         while True:
@@ -263,6 +265,8 @@ class Server:
             data = await call.read(self._limits.idle_seconds, Code.IDLE, "nothing came")
             if data is None:
                 return
+            if self._stopping and isinstance(session, TrainingSession) and session.between_steps:
+                raise await self._parting(session)
             call.busy = True
             self._telemetry.queued(1)
             future = loop.run_in_executor(self._compute, self._apply, session, data, loop, time.perf_counter())
@@ -270,7 +274,7 @@ class Server:
             del data
             answer = await asyncio.shield(future)  # what is begun is ended, also where the connection breaks
             await call.write(answer.chunks)
-            call.busy = False
+            call.busy, call.since = False, time.monotonic()
             if not answer.repeated:
                 self._telemetry.sent("uplink", answer.sizes[0])
                 self._telemetry.sent("downlink", answer.sizes[1])
@@ -314,6 +318,8 @@ class _Call:
         self.session: TrainingSession | None = None
         self.busy = False
         """Whether a frame is being answered."""
+        self.since = time.monotonic()
+        """When the last answer went out."""
         self.reason: Refused | None = None
         self.ended = asyncio.Event()
         task = asyncio.current_task()
@@ -321,6 +327,11 @@ class _Call:
         self._task = task
         self._assembler = wire.Assembler(MAX_HELLO_BYTES)
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def quiet_seconds(self) -> float:
+        """For how long the client has been neither answered nor heard."""
+        return 0.0 if self.busy else time.monotonic() - self.since
 
     def end(self, reason: Refused) -> None:
         """Ends the connection, and says why."""
