@@ -32,8 +32,8 @@ SERVICE, METHOD = "snello.Split", "Train"
 CREDENTIALS = "snello-credentials"
 MAX_HELLO_BYTES = MAX_CONTROL_BYTES + (1 << 12)
 QUIET_SECONDS = 0.5
-"""How long a server that stops waits for the next frame after an answer: the frame shows that the client has the answer,
-which gRPC may drop where the stream ends right behind it."""
+"""How long a server that stops waits for the next frame after an answer: that frame shows that the client has the
+answer, which gRPC may drop where the stream ends right behind it."""
 STATUS = {Code.CREDENTIALS: grpc.StatusCode.UNAUTHENTICATED, Code.FULL: grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 
