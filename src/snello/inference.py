@@ -17,7 +17,6 @@ from snello.errors import CheckpointError, DataError
 from snello.loading import Batch, batches, eval_loader, eval_transform
 from snello.models import Preprocessing, create_model
 from snello.runs import RunFolder
-from snello.split import WORKERS_MAY_FORK
 from snello.split.cut import Cut
 from snello.vit import ViT
 
@@ -140,10 +139,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         pictures, num_skipped = splits.val, splits.num_skipped
     else:
         pictures, num_skipped = load_pictures(config.data, predictor.classes, skip_bad=config.skip_bad, check=False)
-    context = None if WORKERS_MAY_FORK else "forkserver"
-    loader = eval_loader(
-        pictures, predictor.transform, batch_size=config.batch_size, workers=config.workers, context=context
-    )
+    loader = eval_loader(pictures, predictor.transform, batch_size=config.batch_size, workers=config.workers)
     try:
         accuracy, loss = predictor.score(batches(loader))
     finally:

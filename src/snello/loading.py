@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from snello.config import AugmentConfig
 from snello.data import PictureSet, mix, permutation
 from snello.errors import DataError
+from snello.split import WORKER_CONTEXT
 
 Transform = Callable[[Image.Image], torch.Tensor]
 Key = tuple[int, int]
@@ -127,17 +128,13 @@ def train_loader(
     start: int = 0,
     workers: int = 0,
     pin_memory: bool = False,
-    context: str | None = None,
 ) -> DataLoader[tuple[torch.Tensor, int]]:
-    """Loads the micro-batches of all epochs from the `start`-th on; go through it with `batches`.
-
-    `context` is how workers are started, as in `multiprocessing.get_context`.
-    """
+    """Loads the micro-batches of all epochs from the `start`-th on; go through it with `batches`."""
     return DataLoader(
         TrainingPictures(pictures, transform, seed),
         batch_sampler=EpochBatches(len(pictures), batch_size, epochs, seed, start),
         num_workers=workers,
-        multiprocessing_context=context if workers else None,
+        multiprocessing_context=WORKER_CONTEXT if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else every iterator would draw its workers' seed from the global one
@@ -151,14 +148,13 @@ def eval_loader(
     batch_size: int,
     workers: int = 0,
     pin_memory: bool = False,
-    context: str | None = None,
 ) -> DataLoader[tuple[torch.Tensor, int]]:
     """Loads the pictures once, in order; its workers stay for the next time. Go through it with `batches`."""
     return DataLoader(
         HeldOutPictures(pictures, transform),
         batch_size=batch_size,
         num_workers=workers,
-        multiprocessing_context=context if workers else None,
+        multiprocessing_context=WORKER_CONTEXT if workers else None,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,

@@ -63,6 +63,8 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.model_file = path / "model.safetensors"
         self.codec_file = path / "codec.safetensors"
+        self.weights_files = {"model": self.model_file, "codec": self.codec_file}
+        """By the name of the module."""
         self.checkpoint_file = path / "last.safetensors"
         self.alast_file = path / "alast.json"
         self.summary_file = path / "summary.json"

@@ -111,9 +111,6 @@ class Progressed:
 class Trainer:
     """One run: model, method, data and where it stands."""
 
-    worker_context: str | None = None
-    """How processes that load pictures are started; None: as usual here."""
-
     def __init__(
         self, config: FinetuneConfig, splits: Splits, run: RunFolder, saved: dict[str, Any], console: Console
     ) -> None:
@@ -335,9 +332,8 @@ class Trainer:
         at.last_accuracy, loss = self.evaluate()
         if at.last_accuracy > at.accuracy:
             at.accuracy, at.best_epoch = at.last_accuracy, at.epochs
-            files = {"model": self.run.model_file, "codec": self.run.codec_file}
             for name, module in self.learner.modules.items():
-                checkpoint.save_tensors(files[name], module.state_dict())
+                checkpoint.save_tensors(self.run.weights_files[name], module.state_dict())
         row: dict[str, Any] = {"kind": "eval", "step": at.step, "epoch": at.epochs}
         row |= {"accuracy": at.last_accuracy, "loss": loss}
         row |= self.learner.eval_metrics()
@@ -416,7 +412,6 @@ class Trainer:
             start=start,
             workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
-            context=self.worker_context,
         )
         return batches(loader)
 
@@ -430,7 +425,6 @@ class Trainer:
                 batch_size=self.config.batch_size,
                 workers=self.config.workers,
                 pin_memory=self.device.type == "cuda",
-                context=self.worker_context,
             )
         return batches(self._eval_loader)
 

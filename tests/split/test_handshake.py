@@ -153,7 +153,7 @@ def test_the_same_terms_are_accepted():
 
 
 def terms_of(model: nn.Module, **options: Any) -> Terms:
-    return make_terms(model, serve_config(**options), codec="none", num_classes=3, image_size=48, precision="fp32")
+    return make_terms(model, serve_config(**options), codec="none", num_classes=3, precision="fp32")
 
 
 def test_the_fingerprint_is_of_the_architecture():

@@ -29,7 +29,7 @@ from snello.split import wire
 from snello.split.auth import Anyone, Authenticator, Token, Tokens, hash_token
 from snello.split.certs import make_certs
 from snello.split.checkpoints import steps_in
-from snello.split.connection import CREDENTIALS, PATH, Connection, Endpoint
+from snello.split.connection import Connection, Endpoint
 from snello.split.frames import HEADER, MAGIC, VERSION, Frame, Kind, control, control_values, read, write
 from snello.split.handshake import Welcome, parse
 from snello.split.join import RemoteSession, describe
@@ -39,6 +39,8 @@ from snello.split.serve import make_security
 from snello.split.server import MAX_HELLO_BYTES, Limits, Server
 from snello.split.session import LocalSession
 from snello.split.telemetry import Telemetry, close_logger, make_logger
+from snello.split.wire import CREDENTIALS
+from snello.split.wire import METHOD as PATH
 from snello.training import finetune
 
 DEADLINE = 30.0

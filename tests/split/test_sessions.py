@@ -946,7 +946,7 @@ class TestShared:
         ann = Client(registry, "ann")
         ann.open()
         ann.train(1)
-        registry.stepped(ann.session)
+        registry.stepped()
         ann.carry(ann.save())
         registry.saved()
         before = weights(ann.session)

@@ -25,8 +25,6 @@ from snello.split.refusals import TRANSIENT, Code, Refused
 from snello.split.waiting import wait_for
 
 T = TypeVar("T")
-PATH = "/snello.Split/Train"
-CREDENTIALS = "snello-credentials"
 SLOWEST_LINK = 65536
 """Bytes per second that the server is given for a frame and its answer, beside everything else."""
 SETTLE = 3
@@ -280,8 +278,8 @@ class _Line:
     async def _talk(self, chunks: list[bytes], max_body: int) -> bytearray:
         if self._call is None:
             self._channel = self._endpoint.channel()
-            method = self._channel.stream_stream(PATH)
-            metadata = ((CREDENTIALS, json.dumps(dict(self._endpoint.credentials))),)
+            method = self._channel.stream_stream(wire.METHOD)
+            metadata = ((wire.CREDENTIALS, json.dumps(dict(self._endpoint.credentials))),)
             self._call = method(metadata=metadata, wait_for_ready=False)
         for _ in range(SETTLE):
             await asyncio.sleep(0)

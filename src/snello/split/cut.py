@@ -16,7 +16,7 @@ from snello.split import frames
 from snello.split.frames import Counters, Flags, Frame, Kind
 from snello.split.halves import ClientHalf, Half, ServerHalf
 from snello.split.ledger import Ledger
-from snello.split.sides import cut_model, make_codec, make_half
+from snello.split.sides import LossScale, cut_model, make_codec, make_half, modules_of
 from snello.vit import ViT
 
 
@@ -49,17 +49,13 @@ class Cut:
     ) -> None:
         self.config, self.vit, self.device, self.num_classes = config, vit, device, num_classes
         self.codec = make_codec(config, codec_text, vit.embed_dim).to(device)
-        self._scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
-        if self._scaler is not None:
-            self._scaler.scale(torch.zeros((), device=device))  # it is lazy, and halves scale by themselves
+        self._scale = LossScale(device, precision)
         lower, upper = cut_model(vit, config)
         options: dict[str, Any] = {"num_classes": num_classes, "device": device, "precision": precision}
         self.client = make_half(ClientHalf, lower, config, self.codec, scale=self._scale, **options)
         self.server = make_half(ServerHalf, upper, config, self.codec, scale=self._scale, **options)
         self.buffer = self.codec.buffer
-        self.modules: Mapping[str, nn.Module] = {"model": vit.model}
-        if next(self.codec.parameters(), None) is not None:
-            self.modules = {**self.modules, "codec": self.codec}
+        self.modules: Mapping[str, nn.Module] = modules_of(vit.model, self.codec)
         self.optimizers: Mapping[str, torch.optim.Optimizer] = {
             "client": self.client.optimizer,
             "server": self.server.optimizer,
@@ -129,8 +125,7 @@ class Cut:
         """Clips each half by its own norm; see `Learner`."""
         norms = {}
         for half, name in zip(self._halves, ("grad_norm_client", "grad_norm_server"), strict=True):
-            if self._scaler is not None:
-                self._scaler.unscale_(half.optimizer)
+            self._scale.unscale(half.optimizer)
             norms[name] = half.clip(max_norm)
         self._skip = any(half.overflow for half in self._halves) or not all(bool(n.isfinite()) for n in norms.values())
         return norms
@@ -140,14 +135,10 @@ class Cut:
         for half, timer in zip(self._halves, self.seconds, strict=True):
             with self._timed(timer):
                 set_lr(half.optimizer, lr)
-                if self._scaler is None or not self._skip:
+                if self._scale.scaler is None or not self._skip:
                     half.optimizer.step()
                 half.optimizer.zero_grad(set_to_none=True)
-        if self._scaler is not None:
-            if self._skip:
-                self._scaler.update(self._scaler.get_scale() * self._scaler.get_backoff_factor())
-            else:
-                self._scaler.update()
+        self._scale.update(finite=not self._skip)
 
     def spent(self, step: int) -> bool:
         """Whether the step after `step` steps would go over the budget."""
@@ -190,7 +181,7 @@ class Cut:
         return {
             "method": {"client": self.client.method.state_dict(), "server": self.server.method.state_dict()},
             **self.ledger.state_dict(),
-            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+            "scaler": self._scale.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -198,13 +189,9 @@ class Cut:
         self.client.method.load_state_dict(state["method"]["client"])
         self.server.method.load_state_dict(state["method"]["server"])
         self.ledger.load_state_dict(state)
-        if self._scaler is not None and state["scaler"] is not None:
-            self._scaler.load_state_dict(state["scaler"])
+        self._scale.load_state_dict(state["scaler"])
 
     # ---------------------------------------------------------------------------------------------------- helpers
-
-    def _scale(self) -> float:
-        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -45,6 +45,9 @@ class Half:
         scale: factor on the loss against underflow in half precision; what crosses the cut is free of it.
     """
 
+    codec_part = ""
+    """What the names of the codec's weights on this side contain."""
+
     def __init__(
         self,
         vit: ViT,
@@ -73,6 +76,11 @@ class Half:
     def parameters(self) -> Iterator[nn.Parameter]:
         """All that this side's optimizer holds."""
         return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights themselves, by their names in the whole model; the codec's begin with `codec.`"""
+        codec = {f"codec.{name}": value for name, value in self.codec.state_dict().items() if self.codec_part in name}
+        return {**self.vit.model.state_dict(), **codec}
 
     def train(self, mode: bool = True) -> None:
         """Training or eval mode, as in PyTorch."""
@@ -179,6 +187,8 @@ class _Pending:
 
 class ClientHalf(Half):
     """Embeddings and first blocks, on the side that has the pictures; in U-shape the classifier too."""
+
+    codec_part = ".encoder."
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -319,6 +329,8 @@ def _array(arrays: dict[str, Tensor], name: str, shape: tuple[int, ...] | None =
 
 class ServerHalf(Half):
     """The other blocks and, but in U-shape, the classifier; it never sees a picture."""
+
+    codec_part = ".decoder."
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

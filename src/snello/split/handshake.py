@@ -9,6 +9,7 @@ from torch import nn
 
 from snello.config import Recipe, from_dict, to_dict
 from snello.errors import ConfigError, ProtocolError
+from snello.models import preprocessing
 from snello.split.frames import VERSION
 from snello.split.refusals import Code, Refused
 
@@ -129,9 +130,7 @@ def parse(cls: type[T], values: dict[str, Any]) -> T:
         raise ProtocolError(" ".join(str(error).split())[:200]) from None
 
 
-def make_terms(
-    model: nn.Module, recipe: Recipe, *, codec: str, num_classes: int, image_size: int, precision: str
-) -> Terms:
+def make_terms(model: nn.Module, recipe: Recipe, *, codec: str, num_classes: int, precision: str) -> Terms:
     """The terms of a model, which may be on the device `meta`."""
     weights = "\n".join(f"{name} {tuple(value.shape)}" for name, value in model.state_dict().items())
     return Terms(
@@ -142,7 +141,7 @@ def make_terms(
         codec=codec,
         labels=recipe.split.labels,
         num_classes=num_classes,
-        image_size=image_size,
+        image_size=preprocessing(model, recipe.image_size).size,
         precision=precision,
     )
 

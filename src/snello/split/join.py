@@ -8,7 +8,6 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -18,9 +17,7 @@ from snello.data import Splits, load_splits
 from snello.devices import resolve_device, resolve_precision
 from snello.errors import CheckpointError, ConfigError, SnelloError
 from snello.learners import MicroStep
-from snello.models import create_model, preprocessing
 from snello.runs import RunFolder, require_same_config
-from snello.split import WORKERS_MAY_FORK
 from snello.split.auth import Credentials
 from snello.split.checkpoints import Checkpoints, steps_in
 from snello.split.connection import Connection, RolledBack, Stopped
@@ -28,9 +25,9 @@ from snello.split.endpoints import describe, make_endpoint
 from snello.split.frames import Frame, Kind, control, control_values
 from snello.split.handshake import Hello, Plan, Terms, Welcome, hash_of, make_terms
 from snello.split.remote import Remote
-from snello.split.session import Side
+from snello.split.session import Side, run_counted
 from snello.split.sessions import weights_frame, weights_of
-from snello.split.sides import replace_weights
+from snello.split.sides import meta_vit, replace_weights
 from snello.training import Trainer, warnings_on
 from snello.vit import ViT
 
@@ -74,8 +71,6 @@ class JoinTrainer(Trainer):
         server: what config.yaml keeps of the server.
     """
 
-    worker_context = None if WORKERS_MAY_FORK else "forkserver"
-
     def __init__(
         self,
         config: FinetuneConfig,
@@ -104,7 +99,6 @@ class JoinTrainer(Trainer):
             accept=self._accept,
         )
         self._welcome: Welcome
-        self._weights: dict[str, Tensor] = {}
         self._folder = run.path / "checkpoints"
         try:
             super().__init__(config, splits, run, saved, console)
@@ -116,9 +110,8 @@ class JoinTrainer(Trainer):
     # --------------------------------------------------------------------------------------------------- beginning
 
     def _make_model(self) -> nn.Module:
-        config = self.config
-        with torch.device("meta"):
-            return create_model(config.model, "none", len(self.splits.train.classes), config.image_size)
+        model: nn.Module = meta_vit(self.config, len(self.splits.train.classes)).model
+        return model
 
     def _make_learner(self, vit: ViT, resolved: dict[str, Any]) -> Remote:
         num_classes, config = len(self.splits.train.classes), self.config
@@ -139,7 +132,6 @@ class JoinTrainer(Trainer):
             config,
             codec=resolved["codec"],
             num_classes=num_classes,
-            image_size=preprocessing(vit.model, config.image_size).size,
             precision=self.precision,
         )
         remote.upcoming = lambda: None if self._ahead is None else self._ahead.peek()
@@ -389,20 +381,12 @@ class RemoteSession:
 
     def run(self, steps: int) -> dict[str, float]:
         """See `Session`."""
-        counters = self.trainer.remote.ledger.counters
-        up, down = counters.total("uplink"), counters.total("downlink")
-        losses = self.trainer.advance(steps)
-        return {
-            "steps": len(losses),
-            "loss": sum(losses) / len(losses) if losses else 0.0,
-            "uplink_bytes": counters.total("uplink") - up,
-            "downlink_bytes": counters.total("downlink") - down,
-        }
+        return run_counted(self.trainer, self.trainer.remote.ledger.counters, steps)
 
     def get_state(self, side: Side) -> dict[str, Tensor]:
         """See `Session`."""
         if side == "client":
-            return {name: value.detach().clone() for name, value in self._tensors().items()}
+            return {name: value.detach().clone() for name, value in self.trainer.remote.half.weights().items()}
         remote = self.trainer.remote
         before, self.trainer.connection.max_body = self.trainer.connection.max_body, 1 << 33
         try:
@@ -421,7 +405,7 @@ class RemoteSession:
             step = self.trainer.remote.step
             self.trainer.connection.request(weights_frame(Kind.SET_WEIGHTS, state), step)
             return
-        replace_weights(self._tensors(), state, "client")
+        replace_weights(self.trainer.remote.half.weights(), state, "client")
 
     def finish(self) -> dict[str, Any]:
         """Ends the session on both sides and returns the summary."""
@@ -430,11 +414,6 @@ class RemoteSession:
     def close(self) -> None:
         """Ends the connection; the session can be gone on with."""
         self.trainer.close()
-
-    def _tensors(self) -> dict[str, Tensor]:
-        half = self.trainer.remote.half
-        codec = {f"codec.{name}": value for name, value in half.codec.state_dict().items() if ".encoder." in name}
-        return {**half.vit.model.state_dict(), **codec}
 
 
 def _saved(config: JoinConfig) -> tuple[FinetuneConfig | None, dict[str, Any]]:

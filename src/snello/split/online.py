@@ -10,7 +10,6 @@ from snello.checkpoint import load_tensors
 from snello.config import FinetuneConfig
 from snello.devices import Precision
 from snello.errors import CheckpointError
-from snello.models import create_model, preprocessing
 from snello.runs import RunFolder
 from snello.split.connection import Connection, Endpoint
 from snello.split.endpoints import make_endpoint
@@ -20,8 +19,7 @@ from snello.split.handshake import Hello, make_terms
 from snello.split.ledger import Ledger
 from snello.split.link import is_loopback, parse_address
 from snello.split.sessions import weights_of
-from snello.split.sides import cut_model, make_codec, make_half
-from snello.vit import ViT
+from snello.split.sides import cut_model, make_codec, make_half, meta_vit
 
 
 class Online(nn.Module):
@@ -50,9 +48,8 @@ class Online(nn.Module):
     ) -> None:
         super().__init__()
         num_classes = len(resolved["classes"])
-        with torch.device("meta"):
-            model = create_model(config.model, "none", num_classes, config.image_size)
-        vit = ViT(model)
+        vit = meta_vit(config, num_classes)
+        model = vit.model
         vit.set_attention_paths([resolved["attention"]] * vit.depth)
         codec = make_codec(config, resolved["codec"], vit.embed_dim).to(device)
         lower, _ = cut_model(vit, config)
@@ -67,7 +64,6 @@ class Online(nn.Module):
             config,
             codec=resolved["codec"],
             num_classes=num_classes,
-            image_size=preprocessing(model, config.image_size).size,
             precision=resolved["precision"],
         )
         server = resolved["server"]

@@ -283,8 +283,8 @@ class Registry:
         for name in [name for name, since in self._left.items() if since < limit]:
             self.forget(name)
 
-    def stepped(self, session: TrainingSession) -> None:
-        """A session has taken a step."""
+    def stepped(self) -> None:
+        """A session has taken a step: checkpoints of a shared half are named by the number of all of them."""
         self._shared_steps += 1
 
     def saved(self) -> None:

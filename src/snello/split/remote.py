@@ -24,7 +24,7 @@ from snello.split.connection import Connection
 from snello.split.frames import Flags, Frame, Kind
 from snello.split.halves import ClientHalf
 from snello.split.ledger import Ledger
-from snello.split.sides import cut_model, make_codec, make_half
+from snello.split.sides import LossScale, cut_model, make_codec, make_half, modules_of
 from snello.vit import ViT
 
 
@@ -61,15 +61,11 @@ class Remote:
         self.codec = make_codec(config, codec_text, vit.embed_dim).to(device)
         lower, _ = cut_model(vit, config)
         lower.model.to_empty(device=device)
-        self._scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
-        if self._scaler is not None:
-            self._scaler.scale(torch.zeros((), device=device))  # it is lazy, and halves scale by themselves
+        self._scale = LossScale(device, precision)
         options: dict[str, Any] = {"num_classes": num_classes, "device": device, "precision": precision}
         self.half = make_half(ClientHalf, lower, config, self.codec, scale=self._scale, **options)
         self.buffer = self.codec.buffer
-        self.modules: Mapping[str, nn.Module] = {"model": lower.model}
-        if next(self.codec.parameters(), None) is not None:
-            self.modules = {**self.modules, "codec": self.codec}
+        self.modules: Mapping[str, nn.Module] = modules_of(lower.model, self.codec)
         self.optimizers: Mapping[str, torch.optim.Optimizer] = {"client": self.half.optimizer}
         self.evaluator: nn.Module = _OverTheNetwork(self)
         self.ledger = Ledger(vit, config, self.codec, num_classes)
@@ -97,7 +93,7 @@ class Remote:
             )
         self._aside = ThreadPoolExecutor(1, "snello-exchange")
         # The weights move while the next forward pass waits for its gradient, which goes back through the old ones.
-        kept = {id(self): self}  # what the half refers to of this
+        kept = {id(self._scale): self._scale}  # of which there is one
         self._twins = deque(copy.deepcopy(self.half, dict(kept)) for _ in range(2))
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
@@ -196,20 +192,18 @@ class Remote:
 
     def clip(self, max_norm: float) -> dict[str, Tensor]:
         """Clips this half by its own norm; see `Learner`."""
-        if self._scaler is not None:
-            self._scaler.unscale_(self.half.optimizer)
+        self._scale.unscale(self.half.optimizer)
         return {"grad_norm": self.half.clip(max_norm)}
 
     def update(self, lr: float) -> None:
         """See `Learner`; in half precision an overflow skips the step in the half that met it."""
         with self._timed():
             set_lr(self.half.optimizer, lr)
-            finite = self._scaler is None or (not self.half.overflow and self._is_finite())
+            finite = self._scale.scaler is None or (not self.half.overflow and self._is_finite())
             if finite:
                 self.half.optimizer.step()
             self.half.optimizer.zero_grad(set_to_none=True)
-            if self._scaler is not None:
-                self._scaler.update(None if finite else self._scaler.get_scale() * self._scaler.get_backoff_factor())
+            self._scale.update(finite)
         self.step += 1
         self.between_steps, self._at_begin = True, None
 
@@ -243,7 +237,7 @@ class Remote:
             "method": {"client": self.half.method.state_dict() if begun is None else begun["method"]},
             **self.ledger.state_dict(),
             "step": self.step,
-            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+            "scaler": self._scale.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -252,8 +246,7 @@ class Remote:
         self.ledger.load_state_dict(state)
         self.step = state["step"]
         self._forget()
-        if self._scaler is not None and state["scaler"] is not None:
-            self._scaler.load_state_dict(state["scaler"])
+        self._scale.load_state_dict(state["scaler"])
 
     def restart(self) -> None:
         """Stands where the step under way began."""
@@ -273,9 +266,6 @@ class Remote:
 
     def _is_finite(self) -> bool:
         return all(bool(p.grad.isfinite().all()) for p in self.half.parameters() if p.grad is not None)
-
-    def _scale(self) -> float:
-        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

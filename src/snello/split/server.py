@@ -28,8 +28,6 @@ from snello.split.sessions import Answer, Session, TrainingSession
 from snello.split.telemetry import Telemetry, health_reply
 
 T = TypeVar("T")
-SERVICE, METHOD = "snello.Split", "Train"
-CREDENTIALS = "snello-credentials"
 MAX_HELLO_BYTES = MAX_CONTROL_BYTES + (1 << 12)
 QUIET_SECONDS = 0.5
 """How long a server that stops waits for the next frame after an answer: that frame shows that the client has the
@@ -143,7 +141,7 @@ class Server:
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         methods = {
-            f"/{SERVICE}/{METHOD}": grpc.stream_stream_rpc_method_handler(self._train),
+            wire.METHOD: grpc.stream_stream_rpc_method_handler(self._train),
             "/grpc.health.v1.Health/Check": grpc.unary_unary_rpc_method_handler(self._health),
         }
 
@@ -226,7 +224,7 @@ class Server:
     def _identify(self, context: grpc.aio.ServicerContext) -> str:
         metadata = dict(context.invocation_metadata() or ())
         try:
-            credentials = json.loads(metadata.get(CREDENTIALS, "{}"))
+            credentials = json.loads(metadata.get(wire.CREDENTIALS, "{}"))
             fits = isinstance(credentials, dict) and all(isinstance(v, str) for v in credentials.values())
         except (ValueError, RecursionError):
             fits = False
@@ -298,7 +296,7 @@ class Server:
             self._log.exception("a step could not be ended")
             session.failed = Refused(Code.INTERNAL, f"the server could not end step {session.step}")
             return
-        self._registry.stepped(session)
+        self._registry.stepped()
         seconds = time.perf_counter() - started
         self._telemetry.step(seconds)
         loop.call_soon_threadsafe(self.on_step, session, seconds)

@@ -15,6 +15,7 @@ from snello.errors import AuthenticationError, ConfigError
 from snello.runs import RunFolder
 from snello.split.auth import Anyone, Authenticator, Credentials
 from snello.split.cut import Cut
+from snello.split.frames import Counters
 from snello.split.halves import Half
 from snello.split.sides import replace_weights
 from snello.training import Trainer
@@ -69,15 +70,7 @@ class LocalSession:
 
     def run(self, steps: int) -> dict[str, float]:
         """See `Session`."""
-        counters = self._cut.counters
-        up, down = counters.total("uplink"), counters.total("downlink")
-        losses = self._trainer.advance(steps)
-        return {
-            "steps": len(losses),
-            "loss": sum(losses) / len(losses) if losses else 0.0,
-            "uplink_bytes": counters.total("uplink") - up,
-            "downlink_bytes": counters.total("downlink") - down,
-        }
+        return run_counted(self._trainer, self._cut.counters, steps)
 
     def get_state(self, side: Side) -> dict[str, Tensor]:
         """See `Session`."""
@@ -92,8 +85,17 @@ class LocalSession:
         replace_weights(self._tensors(side), state, side)
 
     def _tensors(self, side: Side) -> dict[str, Tensor]:
-        """A half's weights themselves, and those of the codec's part on its side."""
         half: Half = getattr(self._cut, side)
-        part = {"client": ".encoder.", "server": ".decoder."}[side]
-        codec = {f"codec.{name}": value for name, value in half.codec.state_dict().items() if part in name}
-        return {**half.vit.model.state_dict(), **codec}
+        return half.weights()
+
+
+def run_counted(trainer: Trainer, counters: Counters, steps: int) -> dict[str, float]:
+    """Takes up to `steps` steps; what `Session.run` says of them."""
+    up, down = counters.total("uplink"), counters.total("downlink")
+    losses = trainer.advance(steps)
+    return {
+        "steps": len(losses),
+        "loss": sum(losses) / len(losses) if losses else 0.0,
+        "uplink_bytes": counters.total("uplink") - up,
+        "downlink_bytes": counters.total("downlink") - down,
+    }

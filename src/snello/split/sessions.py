@@ -227,7 +227,7 @@ class TrainingSession:
         self.upper.swap_gradients(self._gradients)
         self.upper.half.overflow, self._overflow, self._gradients = self._overflow, False, None
         norm = self.upper.update(self.schedule.lr(step, self.config.lr, self.config.warmup))
-        if self.upper.scaler is None and not bool(norm.isfinite()):
+        if self.upper.scale.scaler is None and not bool(norm.isfinite()):
             reason = f"the gradient of the server half is not finite at step {step + 1}; its weights were not touched"
             self.failed = Refused(Code.NOT_FINITE, reason)
             return
@@ -264,9 +264,8 @@ class TrainingSession:
                 raise ProtocolError("an accuracy must be in [0, 1]")
             self.accuracy = accuracy
         if values.get("best") is True:
-            files = {"model": self.run.model_file, "codec": self.run.codec_file}
             for name, module in self.upper.modules.items():
-                checkpoint.save_tensors(files[name], module.state_dict())
+                checkpoint.save_tensors(self.run.weights_files[name], module.state_dict())
         self.save()
         if accuracy is not None:
             self._log({"kind": "eval", "step": self.step, "accuracy": accuracy, **self.ledger.metrics()})
@@ -348,9 +347,8 @@ class InferenceSession:
 
     def __init__(self, upper: Upper, run: RunFolder, sizes: Sizes, config: ServeConfig) -> None:
         self.upper, self.config, self.max_body = upper, config, sizes.max_frame
-        files = {"model": run.model_file, "codec": run.codec_file}
         for name, module in upper.modules.items():
-            module.load_state_dict(checkpoint.load_tensors(files[name])[0])
+            module.load_state_dict(checkpoint.load_tensors(run.weights_files[name])[0])
 
     def take(self, data: bytearray) -> Answer:
         """See `Session`."""

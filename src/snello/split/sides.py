@@ -1,10 +1,10 @@
 """Making the halves of a model, each with its own method and optimizer, around a codec that both have."""
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snello.codecs import AUTO
 from snello.codecs.base import Codec
@@ -12,6 +12,7 @@ from snello.config import Recipe
 from snello.devices import Precision, autocast
 from snello.errors import CheckpointError, ConfigError
 from snello.methods import make_method
+from snello.models import create_model
 from snello.optim import make_optimizer
 from snello.split.halves import ClientHalf, Half, ServerHalf
 from snello.vit import ViT
@@ -38,6 +39,54 @@ def make_codec(config: Recipe, text: str, embed_dim: int) -> Codec:
         flag="--split.codec",
         eval_flag="--split.eval-codec",
     )
+
+
+def meta_vit(config: Recipe, num_classes: int) -> ViT:
+    """The whole model on the device `meta`: sizes and names, but no memory."""
+    with torch.device("meta"):
+        return ViT(create_model(config.model, "none", num_classes, config.image_size))
+
+
+def modules_of(model: nn.Module, codec: Codec) -> dict[str, nn.Module]:
+    """What has weights to save, by name."""
+    return {"model": model} | ({"codec": codec} if next(codec.parameters(), None) is not None else {})
+
+
+class LossScale:
+    """The factor on the loss against underflow in half precision; in other precisions it is 1 and nothing is skipped.
+
+    Args:
+        device: where it computes.
+        precision: of the forward pass.
+    """
+
+    def __init__(self, device: torch.device, precision: Precision) -> None:
+        self.scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
+        if self.scaler is not None:
+            self.scaler.scale(torch.zeros((), device=device))  # it is lazy, and halves scale by themselves
+
+    def __call__(self) -> float:
+        """The factor, > 0."""
+        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Takes the factor out of the gradients that `optimizer` holds."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+
+    def update(self, finite: bool) -> None:
+        """Once per step: the factor falls where a gradient was not finite, and rises after many that were."""
+        if self.scaler is not None:
+            self.scaler.update(None if finite else self.scaler.get_scale() * self.scaler.get_backoff_factor())
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """As values that JSON can hold; None where there is no factor."""
+        return None if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Goes on from a `state_dict()`."""
+        if self.scaler is not None and state is not None:
+            self.scaler.load_state_dict(state)
 
 
 def cut_model(vit: ViT, config: Recipe) -> tuple[ViT, ViT]:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from snello.config import ServeConfig
 from snello.data import mix
 from snello.devices import Precision
-from snello.models import create_model, preprocessing
+from snello.models import create_model
 from snello.optim import set_lr
 from snello.split.frames import Frame
 from snello.split.halves import ServerHalf
 from snello.split.handshake import Terms, make_terms
 from snello.split.ledger import Ledger
-from snello.split.sides import codec_text, cut_model, make_codec, make_half
+from snello.split.sides import LossScale, codec_text, cut_model, make_codec, make_half, meta_vit, modules_of
 from snello.vit import AttentionPath, ViT
 
 
@@ -48,15 +48,11 @@ class Upper:
         _, upper = cut_model(vit, config)
         upper.set_attention_paths([attention] * upper.depth)
         upper.model.to(device)
-        self.scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
-        if self.scaler is not None:
-            self.scaler.scale(torch.zeros((), device=device))  # it is lazy, and halves scale by themselves
+        self.scale = LossScale(device, precision)
         options: dict[str, Any] = {"num_classes": num_classes, "device": device, "precision": precision}
-        self.half = make_half(ServerHalf, upper, config, self.codec, scale=self._scale, **options)
+        self.half = make_half(ServerHalf, upper, config, self.codec, scale=self.scale, **options)
         self.half.max_rows = config.batch_size * self.codec.buffer
-        self.modules: Mapping[str, nn.Module] = {"model": upper.model}
-        if next(self.codec.parameters(), None) is not None:
-            self.modules = {**self.modules, "codec": self.codec}
+        self.modules: Mapping[str, nn.Module] = modules_of(upper.model, self.codec)
         self.optimizers: Mapping[str, torch.optim.Optimizer] = {"server": self.half.optimizer}
 
     def begin(self, progress: float) -> None:
@@ -75,16 +71,14 @@ class Upper:
 
     def update(self, lr: float) -> Tensor:
         """Clips and moves the weights, unless a gradient is not finite; returns the norm of the gradients, ()."""
-        if self.scaler is not None:
-            self.scaler.unscale_(self.half.optimizer)
+        self.scale.unscale(self.half.optimizer)
         norm = self.half.clip(self.config.clip_norm)
         finite = bool(norm.isfinite()) and not self.half.overflow
         if finite:
             set_lr(self.half.optimizer, lr)
             self.half.optimizer.step()
         self.half.optimizer.zero_grad(set_to_none=True)
-        if self.scaler is not None:
-            self.scaler.update(None if finite else self.scaler.get_scale() * self.scaler.get_backoff_factor())
+        self.scale.update(finite)
         return norm
 
     def snapshot(self) -> dict[str, Any]:
@@ -110,25 +104,20 @@ class Upper:
 
     def weights(self) -> dict[str, Tensor]:
         """The weights themselves, by their names in the whole model; a codec's begin with `codec.`"""
-        codec = {f"codec.{name}": value for name, value in self.codec.state_dict().items() if ".decoder." in name}
-        return {**self.half.vit.model.state_dict(), **codec}
+        return self.half.weights()
 
     def state_dict(self) -> dict[str, Any]:
         """All that is neither in `modules` nor in `optimizers`, as values that JSON can hold."""
         return {
             "method": self.half.method.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "scaler": self.scale.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a `state_dict()`."""
         self.half.method.load_state_dict(state["method"])
         self.half.optimizer.zero_grad(set_to_none=True)
-        if self.scaler is not None and state["scaler"] is not None:
-            self.scaler.load_state_dict(state["scaler"])
-
-    def _scale(self) -> float:
-        return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+        self.scale.load_state_dict(state["scaler"])
 
 
 class Sizes:
@@ -141,17 +130,13 @@ class Sizes:
     """
 
     def __init__(self, config: ServeConfig, num_classes: int, precision: Precision) -> None:
-        with torch.device("meta"):
-            model = create_model(config.model, "none", num_classes, config.image_size)
-        self.vit = ViT(model)
+        self.vit = meta_vit(config, num_classes)
         self.codec = make_codec(config, codec_text(config), self.vit.embed_dim)
-        self.image_size = preprocessing(model, config.image_size).size
         self.terms: Terms = make_terms(
-            model,
+            self.vit.model,
             config,
             codec=self.codec.text,
             num_classes=num_classes,
-            image_size=self.image_size,
             precision=precision,
         )
         self.max_frame: int = Ledger(self.vit, config, self.codec, num_classes).largest_frame(config.batch_size)

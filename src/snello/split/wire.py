@@ -11,6 +11,10 @@ from collections.abc import Iterator, Sequence
 from snello.errors import ProtocolError
 from snello.split.frames import HEADER, Buffer, Header, parse_header
 
+METHOD = "/snello.Split/Train"
+"""The gRPC method that carries the frames."""
+CREDENTIALS = "snello-credentials"
+"""The metadata of a call in which a client shows who it is."""
 CHUNK_BYTES = 1 << 20
 """64 KiB chunks are half as fast, larger ones no faster; and what a peer can make us buffer stays small."""
 MAX_CHUNK_BYTES = CHUNK_BYTES * 3 // 2
