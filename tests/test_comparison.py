@@ -10,8 +10,9 @@ from rich.console import Console
 
 from snello import cli, comparison, report
 from snello.comparison import NOT_MEASURED, Comparison, Measured, OutOfMemoryError, Process, compare
-from snello.config import AlastConfig, FinetuneConfig, to_dict
+from snello.config import AlastConfig, FinetuneConfig
 from snello.errors import SnelloError
+from snello.settings import to_dict
 from snello.training import finetune
 
 SUMMARY = {"num_classes": 3, "device": "cpu", "precision": "fp32", "attention": "explicit"}

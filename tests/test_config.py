@@ -7,18 +7,9 @@ import pytest
 import yaml
 
 from snello import cli
-from snello.config import (
-    AlastConfig,
-    AugmentConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    PredictConfig,
-    flag,
-    from_dict,
-    read_yaml,
-    to_dict,
-)
+from snello.config import AlastConfig, AugmentConfig, EvaluateConfig, FinetuneConfig, PredictConfig, flag
 from snello.errors import ConfigError
+from snello.settings import from_dict, read_yaml, to_dict
 
 
 def parse(*args: str) -> FinetuneConfig:

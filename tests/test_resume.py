@@ -69,7 +69,11 @@ CASES = {
     "alast, accumulating": {"method": "alast", "accumulate": 3, "checkpoint_steps": 1},
     "alast, accumulating, bf16": {"method": "alast", "accumulate": 3, "checkpoint_steps": 1, "precision": "bf16"},
     "alast, block-end": {"method": "alast", "alast": AlastConfig(alpha=5.0, drop_at="block-end", draw="softmax")},
-    "alast, released": {"method": "alast", "checkpoint_steps": 3, "alast": AlastConfig(blocks=2, moments="release")},
+    "alast, released": {
+        "method": "alast",
+        "checkpoint_steps": 3,
+        "alast": AlastConfig(blocks=2, optimizer_state="release"),
+    },
     "alast, tail": {"method": "alast", "checkpoint_steps": 3, "alast": AlastConfig(alpha=5.0, full_tail=0.4)},
     "alast, embeddings": {"method": "alast", "alast": AlastConfig(alpha=5.0, train_embeddings=False)},
     "rare evaluation": {"eval_epochs": 2},  # the checkpoint after the first epoch is one without an evaluation

@@ -28,10 +28,9 @@ from snello.config import (
     PredictConfig,
     Recipe,
     ServeConfig,
-    from_dict,
-    read_yaml,
 )
 from snello.errors import ConfigError, SnelloError
+from snello.settings import from_dict, read_yaml
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Recipe)

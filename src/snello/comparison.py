@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from snello.config import FinetuneConfig, from_dict, to_dict
+from snello.config import FinetuneConfig
 from snello.errors import SnelloError
 from snello.profiling import TrainingStep, peak_memory, resident_memory
+from snello.settings import from_dict, to_dict
 
 WARMUP, STEPS = 2, 9
 

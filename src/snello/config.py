@@ -7,23 +7,17 @@ a run with a wrong setting fails before anything is loaded.
 import dataclasses
 import math
 import re
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
-import yaml
 
 from snello.codecs import parse_codec
 from snello.errors import ConfigError, require
 from snello.split.link import Link, parse_address, parse_bytes
 
-T = TypeVar("T")
-
-METHODS = ("auto", "alast", "full", "head", "last-k")
+METHODS = ("auto", "alast", "full", "head", "last-k", "lora", "alast+lora")
 
 
 @dataclass(frozen=True)
@@ -51,8 +45,8 @@ class AlastConfig:
     """Last share of the training steps that drops no tokens, in [0, 1]."""
     token_multiple: int = 1
     """Round the number of kept patch tokens up to a multiple of this (fewer shapes for torch.compile)."""
-    moments: Literal["keep", "release"] = "keep"
-    """Optimizer moments of a frozen block: kept (exact), or released to save memory."""
+    optimizer_state: Literal["keep", "release"] = "keep"
+    """Optimizer state (AdamW's moments) of a frozen block: kept (exact), or released to save memory."""
 
     def __post_init__(self) -> None:
         require(self.blocks is None or self.blocks >= 1, "--alast.blocks", "at least 1", self.blocks)
@@ -68,6 +62,29 @@ class AlastConfig:
         require(self.temperature > 0, "--alast.temperature", "above 0", self.temperature)
         require(0 <= self.full_tail <= 1, "--alast.full-tail", "in [0, 1]", self.full_tail)
         require(self.token_multiple >= 1, "--alast.token-multiple", "at least 1", self.token_multiple)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA: low-rank adapters beside frozen weights (arXiv:2106.09685), through peft: pip install 'snello[lora]'."""
+
+    r: int = 8
+    """Rank of the adapters."""
+    alpha: float = 16.0
+    """Scale of the adapters' output, divided by the rank."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input, in [0, 1)."""
+    target_modules: tuple[str, ...] = ("attention",)
+    """Which linear layers of the blocks get adapters: `attention`, `mlp`, `all`, or names as in the block (`attn.qkv`,
+    `fc1`, `q_proj`)."""
+    start: Path | None = None
+    """Start from the adapters in this folder, as a run leaves them in adapter/."""
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, "--lora.r", "at least 1", self.r)
+        require(0 < self.alpha < math.inf, "--lora.alpha", "above 0 and finite", self.alpha)
+        require(0 <= self.dropout < 1, "--lora.dropout", "in [0, 1)", self.dropout)
+        require(len(self.target_modules) > 0, "--lora.target-modules", "at least one name", "none")
 
 
 @dataclass(frozen=True)
@@ -139,12 +156,13 @@ class Recipe:
     """Name of a timm Vision Transformer."""
     weights: str = "pretrained"
     """`pretrained`, `none` (random), or the path of a safetensors file."""
-    method: Literal["auto", "alast", "full", "head", "last-k"] = "auto"
-    """What is trained: everything on an adaptive budget, everything, the head, or the last blocks and the head;
-    `auto` is alast, or full with --split.cut."""
+    method: Literal["auto", "alast", "full", "head", "last-k", "lora", "alast+lora"] = "auto"
+    """What is trained: everything on an adaptive budget, everything, the head, the last blocks and the head, adapters
+    and the head, or those on an adaptive budget; `auto` is alast, or full with --split.cut."""
     last_k: int = 3
     """Blocks trained by the method last-k."""
     alast: AlastConfig = field(default_factory=AlastConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     epochs: int = 5
     """Passes over the training pictures."""
@@ -175,6 +193,8 @@ class Recipe:
     """Precision of the forward pass; `auto` is bf16 where the device computes in it natively."""
     attention: Literal["auto", "fused", "explicit"] = "auto"
     """How attention is computed; `auto` measures once which is faster here."""
+    grad_checkpointing: bool = False
+    """Keep only the inputs of the blocks for the backward pass and compute the rest again: less memory, more time."""
     eval_epochs: int = 1
     """Epochs between two evaluations on the held-out pictures; the last epoch is always evaluated."""
     patience: int = 0
@@ -198,6 +218,14 @@ class Recipe:
         require(0 <= self.label_smoothing < 1, "--label-smoothing", "in [0, 1)", self.label_smoothing)
         require(self.image_size is None or self.image_size >= 1, "--image-size", "at least 1", self.image_size)
         require(self.method in METHODS, "--method", f"one of {', '.join(METHODS)}", self.method)
+        idle = LoraConfig()
+        require("lora" in self.method or self.lora == idle, "--lora", "left out without --method lora", "settings")
+        require(
+            not (self.split.cut and "lora" in self.method),
+            "--method",
+            "without LoRA where --split.cut cuts",
+            self.method,
+        )
         if self.method == "auto":
             object.__setattr__(self, "method", "full" if self.split.cut else "alast")
 
@@ -446,78 +474,3 @@ class PredictConfig:
 def flag(name: str) -> str:
     """The flag of a field: `batch_size` is `--batch-size`."""
     return "--" + name.replace("_", "-")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain values that YAML and JSON can hold; paths become strings."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    result: dict[str, Any] = plain(dataclasses.asdict(config))
-    return result
-
-
-def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
-    """The config of class `cls` that `values` describe; keys that are left out keep their default.
-
-    Raises:
-        ConfigError: for an unknown key, a value of the wrong type, or one out of range, naming `where` it stands.
-    """
-    hints = typing.get_type_hints(cls)
-    unknown = [str(key) for key in values if key not in hints]
-    if unknown:
-        raise ConfigError(f"{where}: unknown setting {', '.join(unknown)}; known: {', '.join(hints)}")
-    return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in values.items()})
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as YAML gave it, as the type `hint`; YAML's 1e-3 is a string, and paths are strings too."""
-    if isinstance(hint, types.UnionType):
-        if value is None and type(None) in hint.__args__:
-            return None
-        hint = next(option for option in hint.__args__ if option is not type(None))
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where} must be a mapping of settings, got {value!r}")
-        return from_dict(typing.cast(type, hint), value, where)
-    if typing.get_origin(hint) is Literal:
-        if value not in hint.__args__:
-            raise ConfigError(f"{where} must be one of {', '.join(hint.__args__)}, got {value!r}")
-        return value
-    wrong = ConfigError(f"{where} must be of type {hint.__name__}, got {value!r}")
-    if value is None:
-        raise wrong
-    if hint is bool or isinstance(value, bool):
-        if type(value) is not hint:
-            raise wrong
-        return value
-    if hint is int and isinstance(value, float):
-        raise wrong
-    try:
-        return hint(value)
-    except (TypeError, ValueError, OverflowError):
-        raise wrong from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in the YAML file `path`.
-
-    Raises:
-        ConfigError: where the file is missing, is no YAML, or holds no mapping.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {path} must hold settings as `name: value`")
-    return values

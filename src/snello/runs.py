@@ -23,8 +23,9 @@ from typing import Any, TypeVar, overload
 import yaml
 
 from snello.checkpoint import replacing
-from snello.config import FinetuneConfig, Recipe, from_dict, read_yaml, to_dict
+from snello.config import FinetuneConfig, Recipe
 from snello.errors import CheckpointError, ConfigError
+from snello.settings import from_dict, read_yaml, to_dict
 
 # Settings that may differ when a run is resumed: they change where or how it runs, not what it computes.
 FREE = frozenset(

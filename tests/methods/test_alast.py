@@ -412,10 +412,10 @@ def test_an_optimizer_of_what_trains_now_is_refused():
     assert f"blocks {lacking}" in str(error.value) and "build it from all parameters" in str(error.value)
 
 
-@pytest.mark.parametrize("moments", ["keep", "release"])
-def test_moments_of_a_frozen_block_are_kept_or_released(moments, monkeypatch):
+@pytest.mark.parametrize("optimizer_state", ["keep", "release"])
+def test_moments_of_a_frozen_block_are_kept_or_released(optimizer_state, monkeypatch):
     model = tiny_vit()
-    alast = ALaST(model, moments=moments)
+    alast = ALaST(model, optimizer_state=optimizer_state)
     optimizer = adamw(model)
     plan = iter([[0, 1, 2, 3], [0, 3], [0, 3], [0, 1, 2, 3]])
     monkeypatch.setattr(alast, "_draw", lambda: next(plan))
@@ -429,7 +429,7 @@ def test_moments_of_a_frozen_block_are_kept_or_released(moments, monkeypatch):
     for name in first:
         if name[0] in "03":
             assert last[name]["step"] == 4
-        elif moments == "keep":
+        elif optimizer_state == "keep":
             assert torch.equal(frozen[name]["exp_avg"], first[name]["exp_avg"])
             assert torch.equal(frozen[name]["exp_avg_sq"], first[name]["exp_avg_sq"])
             assert frozen[name]["step"] == 1 and last[name]["step"] == 2
@@ -439,8 +439,10 @@ def test_moments_of_a_frozen_block_are_kept_or_released(moments, monkeypatch):
 
 
 def test_releasing_moments_needs_the_optimizer():
-    alast = ALaST(tiny_vit(), moments="release")
-    with pytest.raises(ConfigError, match=r'moments="release" needs the optimizer: call step\(optimizer=optimizer\)'):
+    alast = ALaST(tiny_vit(), optimizer_state="release")
+    with pytest.raises(
+        ConfigError, match=r'optimizer_state="release" needs the optimizer: call step\(optimizer=optimizer\)'
+    ):
         alast.step()
 
 
@@ -629,7 +631,7 @@ def test_a_state_of_another_depth_is_refused():
         *[("alpha", value) for value in (-1e-9, math.nan)],
         *[("temperature", value) for value in (0, -1.0, math.nan)],
         *[("token_multiple", value) for value in (0, -8)],
-        *[("draw", "uniform"), ("drop_at", "start"), ("moments", "offload")],
+        *[("draw", "uniform"), ("drop_at", "start"), ("optimizer_state", "offload")],
     ],
 )
 def test_a_setting_out_of_range_is_refused_and_the_model_left_alone(name, value):

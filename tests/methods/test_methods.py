@@ -108,11 +108,11 @@ def test_alast_takes_every_setting_from_the_config():
         train_embeddings=False,
         full_tail=0.25,
         token_multiple=4,
-        moments="release",
+        optimizer_state="release",
     )
     model = tiny_vit()
     alast = make_method(ViT(model), FinetuneConfig(alast=settings, seed=7)).alast
-    for name in ("min_budget", "alpha", "draw", "temperature", "drop_at", "token_multiple", "moments"):
+    for name in ("min_budget", "alpha", "draw", "temperature", "drop_at", "token_multiple", "optimizer_state"):
         assert getattr(alast, name) == getattr(settings, name)
     assert alast.num_blocks == 2 and alast.budgets == [0.8] * 4
     assert not model.cls_token.requires_grad

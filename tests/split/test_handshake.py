@@ -10,9 +10,10 @@ import torch
 from test_sessions import serve_config
 from torch import nn
 
-from snello.config import FinetuneConfig, Recipe, ServeConfig, SplitConfig, from_dict
+from snello.config import FinetuneConfig, Recipe, ServeConfig, SplitConfig
 from snello.errors import ProtocolError
 from snello.models import create_model
+from snello.settings import from_dict
 from snello.split.frames import VERSION, Kind, control, control_values, read, write
 from snello.split.handshake import Hello, Plan, Terms, Welcome, hash_of, make_terms, parse, recipe_values
 from snello.split.refusals import Code, Refused

@@ -18,11 +18,12 @@ from torch.utils._pytree import tree_map
 
 from snello import checkpoint
 from snello.codecs import CODECS, codec_class
-from snello.config import AlastConfig, FinetuneConfig, ServeConfig, SplitConfig, from_dict
+from snello.config import AlastConfig, FinetuneConfig, ServeConfig, SplitConfig
 from snello.errors import CheckpointError, ProtocolError, SnelloWarning
 from snello.models import create_model
 from snello.runs import RunFolder
 from snello.schedule import Schedule
+from snello.settings import from_dict
 from snello.split import frames
 from snello.split.frames import Flags, Frame, Kind, control, control_values
 from snello.split.handshake import Hello, Plan, Welcome, parse, recipe_values

@@ -16,11 +16,12 @@ from test_resume import cut_off, whole
 
 from snello import cli
 from snello.codecs import AUTO, CODECS, codec_class
-from snello.config import AlastConfig, EvaluateConfig, FinetuneConfig, PredictConfig, SplitConfig, from_dict, to_dict
+from snello.config import AlastConfig, EvaluateConfig, FinetuneConfig, PredictConfig, SplitConfig
 from snello.errors import AuthenticationError, CheckpointError, ConfigError
 from snello.inference import evaluate, predict
 from snello.models import create_model
 from snello.runs import RunFolder
+from snello.settings import from_dict, to_dict
 from snello.split import costs
 from snello.split.auth import Anyone, Token, Tokens, hash_token
 from snello.split.session import LocalSession

@@ -52,7 +52,7 @@ class ALaST:
         train_embeddings: whether patch, position and prefix embeddings train.
         token_multiple: rounds the number of kept patch tokens up to a multiple, for few shapes
             under `torch.compile`.
-        moments: `keep` leaves the optimizer's moments of frozen blocks alone; `release` deletes them at each `step`
+        optimizer_state: `keep` leaves the optimizer's moments of frozen blocks alone; `release` deletes them at each `step`
             (give it the optimizer), so that a block starts with fresh ones when it is drawn again.
         seed: of the draws.
 
@@ -74,7 +74,7 @@ class ALaST:
         drop_at: DropAt = "mid",
         train_embeddings: bool = True,
         token_multiple: int = 1,
-        moments: Literal["keep", "release"] = "keep",
+        optimizer_state: Literal["keep", "release"] = "keep",
         seed: int = 0,
     ) -> None:
         self.vit = model if isinstance(model, ViT) else ViT(model)
@@ -88,9 +88,9 @@ class ALaST:
         _check(temperature > 0, "temperature must be above 0", temperature)
         _check(drop_at in ("mid", "block-end"), "drop_at must be mid or block-end", drop_at)
         _check(token_multiple >= 1, "token_multiple must be at least 1", token_multiple)
-        _check(moments in ("keep", "release"), "moments must be keep or release", moments)
+        _check(optimizer_state in ("keep", "release"), "optimizer_state must be keep or release", optimizer_state)
         self.min_budget, self.alpha, self.draw, self.temperature = min_budget, alpha, draw, temperature
-        self.drop_at, self.token_multiple, self.moments = drop_at, token_multiple, moments
+        self.drop_at, self.token_multiple, self.optimizer_state = drop_at, token_multiple, optimizer_state
         self.dropping = True  # False passes on every token, for a full-token tail
         self.budgets = [start_budget] * depth
         self.trained = list(range(depth))  # the blocks of the current draw
@@ -128,21 +128,21 @@ class ALaST:
 
         Args:
             lr: base learning rate (not the scheduled one), the budgets' step size where `alpha` was not given.
-            optimizer: checked to hold every block's parameters; needed for `moments="release"`.
+            optimizer: checked to hold every block's parameters; needed for `optimizer_state="release"`.
 
         Raises:
-            ConfigError: where the optimizer lacks parameters of a block, or `moments="release"` has no optimizer.
+            ConfigError: where the optimizer lacks parameters of a block, or `optimizer_state="release"` has no optimizer.
         """
         if optimizer is not None:
             self._check_optimizer(optimizer)
-        elif self.moments == "release":
-            raise ConfigError('moments="release" needs the optimizer: call step(optimizer=optimizer)')
+        elif self.optimizer_state == "release":
+            raise ConfigError('optimizer_state="release" needs the optimizer: call step(optimizer=optimizer)')
         self._move_budgets(lr)
         self.trained = self._draw()
         for index, parameters in enumerate(self._parameters):
             frozen = index not in self.trained
             _set_trainable(parameters, not frozen)
-            if frozen and optimizer is not None and self.moments == "release":
+            if frozen and optimizer is not None and self.optimizer_state == "release":
                 for parameter in parameters:
                     optimizer.state.pop(parameter, None)
 

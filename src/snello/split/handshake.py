@@ -7,9 +7,10 @@ from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
-from snello.config import Recipe, from_dict, to_dict
+from snello.config import Recipe
 from snello.errors import ConfigError, ProtocolError
 from snello.models import preprocessing
+from snello.settings import from_dict, to_dict
 from snello.split.frames import VERSION
 from snello.split.refusals import Code, Refused
 

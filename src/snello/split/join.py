@@ -12,12 +12,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from snello import checkpoint, report
-from snello.config import FinetuneConfig, JoinConfig, from_dict, to_dict
+from snello.config import FinetuneConfig, JoinConfig
 from snello.data import Splits, load_splits
 from snello.devices import resolve_device, resolve_precision
 from snello.errors import CheckpointError, ConfigError, SnelloError
 from snello.learners import MicroStep
 from snello.runs import RunFolder, require_same_config
+from snello.settings import from_dict, to_dict
 from snello.split.auth import Credentials
 from snello.split.checkpoints import Checkpoints, steps_in
 from snello.split.connection import Connection, RolledBack, Stopped
