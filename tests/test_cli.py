@@ -57,7 +57,7 @@ def refused(capfd, small):
         (["--epochs", "1.5"], "--epochs"),
         (["--epochs"], "--epochs"),
         (["--seed", str(2**64)], "--seed"),
-        (["--method", "lora"], "--method"),
+        (["--method", "lorax"], "--method"),
         (["--precision", "fp16"], "--precision fp16 needs a GPU"),
         (["--precision", "int8"], "--precision"),
         (["--device", "banana"], "--device must be auto, cpu, cuda, cuda:N or mps, got 'banana'"),

@@ -73,7 +73,7 @@ WRONG = [
     (FinetuneConfig, "val_share", 0.0, "--val-share"),
     (FinetuneConfig, "val_share", 1.0, "--val-share"),
     (FinetuneConfig, "image_size", 0, "--image-size"),
-    (FinetuneConfig, "method", "lora", "--method"),
+    (FinetuneConfig, "method", "lorax", "--method"),
     (EvaluateConfig, "batch_size", 0, "--batch-size"),
     (EvaluateConfig, "workers", -1, "--workers"),
     (PredictConfig, "paths", (), "PATHS"),
@@ -163,7 +163,7 @@ def test_values_that_yaml_gives_otherwise():
         ({"compare": 1}, "compare must be of type bool"),
         ({"data": ["a"]}, "data must be of type Path"),
         ({"image_size": "big"}, "image_size must be of type int"),
-        ({"method": "lora"}, "method must be one of auto, alast, full, head, last-k, got 'lora'"),
+        ({"method": "lorax"}, "method must be one of auto, alast, full, head, last-k, lora, alast+lora, got 'lorax'"),
         ({"precision": 16}, "precision must be one of auto, fp32, bf16, fp16, got 16"),
         ({"alast": {"draw": "coin"}}, "alast: draw must be one of proportional, softmax, lowest-first"),
     ],
@@ -226,7 +226,7 @@ def test_wrong_flags_name_the_flag():
     assert "--alast.min-budget" in error_of(parse, "--alast.min-budget", "2")
     assert "--epochs" in error_of(parse, "--epochs", "x")
     assert "--bogus" in error_of(parse, "--bogus", "1")
-    assert "--method" in error_of(parse, "--method", "lora")
+    assert "--method" in error_of(parse, "--method", "lorax")
 
 
 def test_config_of_a_run_is_a_config(small, tmp_path):

@@ -52,8 +52,8 @@ class ALaST:
         train_embeddings: whether patch, position and prefix embeddings train.
         token_multiple: rounds the number of kept patch tokens up to a multiple, for few shapes
             under `torch.compile`.
-        optimizer_state: `keep` leaves the optimizer's moments of frozen blocks alone; `release` deletes them at each `step`
-            (give it the optimizer), so that a block starts with fresh ones when it is drawn again.
+        optimizer_state: `keep` leaves the optimizer's moments of frozen blocks alone; `release` deletes them at each
+            `step` (give it the optimizer), so that a block starts with fresh ones when it is drawn again.
         seed: of the draws.
 
     Raises:
@@ -131,7 +131,7 @@ class ALaST:
             optimizer: checked to hold every block's parameters; needed for `optimizer_state="release"`.
 
         Raises:
-            ConfigError: where the optimizer lacks parameters of a block, or `optimizer_state="release"` has no optimizer.
+            ConfigError: where the optimizer lacks parameters of a block, or `optimizer_state="release"` has none.
         """
         if optimizer is not None:
             self._check_optimizer(optimizer)
