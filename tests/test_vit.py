@@ -6,11 +6,10 @@ import pytest
 import timm
 import torch
 from conftest import tiny_deit, tiny_vit
-from timm.layers import SwiGLU
-from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ResPostBlock
+from timm.layers import Attention, SwiGLU
+from timm.models.vision_transformer import Block, DiffParallelScalingBlock, ParallelScalingBlock, ResPostBlock
 
-from snello import models
-from snello import vit as vit_module
+from snello import models, tokens
 from snello.errors import ModelError
 from snello.methods.alast import ALaST
 from snello.vit import SUPPORTED, ViT
@@ -28,7 +27,7 @@ VARIANTS = {
     "max": {"global_pool": "max"},
     "pre-norm": {"pre_norm": True},
     "swiglu": {"mlp_layer": SwiGLU},
-    "head-dim": {"block_fn": vit_module.Block, "num_heads": 4, "qkv_bias": False},
+    "head-dim": {"block_fn": Block, "num_heads": 4, "qkv_bias": False},
     "distilled": {"cls": "deit"},
     "dinov2-like": {"dynamic_img_size": True, "init_values": 1.0, "reg_tokens": 1},
 }
@@ -160,8 +159,8 @@ def test_scores_equal_the_dense_attention(variant, path, monkeypatch):
     model = make(variant, path)
     untouched = copy.deepcopy(model)
     seen = []
-    keep_top = vit_module.tokens.keep_top
-    monkeypatch.setattr(vit_module.tokens, "keep_top", lambda scores, *a: seen.append(scores) or keep_top(scores, *a))
+    keep_top = tokens.keep_top
+    monkeypatch.setattr(tokens, "keep_top", lambda scores, *a: seen.append(scores) or keep_top(scores, *a))
     vit = ViT(model)
     vit.attach(Keep())
     x = torch.randn(3, vit.num_prefix_tokens + 16, 32)
@@ -323,12 +322,12 @@ def test_unsupported_is_refused_by_name(model, name):
     assert [block.forward for block in getattr(model, "blocks", [])] == forwards  # and left alone
 
 
-class Gated(vit_module.Attention):
+class Gated(Attention):
     """Made by `_create_attn`, then turned into a plain `Attention` with a gate."""
 
     def __init__(self, *args, depth=0, **kwargs):
         super().__init__(*args, gated=True, **kwargs)
-        self.__class__ = vit_module.Attention
+        self.__class__ = Attention
 
 
 def test_attached_twice_is_refused_and_the_first_goes_on():

@@ -18,7 +18,7 @@ from snello.loading import Batch, batches, eval_loader, eval_transform
 from snello.models import Preprocessing, create_model
 from snello.runs import RunFolder
 from snello.split.cut import Cut
-from snello.vit import ViT
+from snello.vit import ViT, logits_of
 
 
 class Normalize:
@@ -42,7 +42,7 @@ def score(
     right, loss, num = torch.zeros((), device=device), torch.zeros((), device=device), 0
     for images, labels in labelled:
         labels = labels.to(device)
-        logits = model(normalize(images.to(device))).float()
+        logits = logits_of(model(normalize(images.to(device)))).float()
         right += (logits.argmax(1) == labels).sum()
         loss += cross_entropy(logits, labels, reduction="sum")
         num += len(labels)
@@ -123,7 +123,7 @@ class Predictor:
     def probabilities(self, images: Tensor) -> Tensor:
         """Class probabilities (B, C) float32 on the CPU, of pictures (B, 3, H, W) uint8."""
         with autocast(self.device, self.precision):
-            logits = self.model(self.normalize(images.to(self.device)))
+            logits = logits_of(self.model(self.normalize(images.to(self.device))))
         probabilities: Tensor = logits.float().softmax(1).cpu()
         return probabilities
 

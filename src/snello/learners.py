@@ -19,7 +19,7 @@ from snello.data import mix
 from snello.loading import Batch
 from snello.methods import Method, make_method
 from snello.optim import make_optimizer, set_lr
-from snello.vit import ViT
+from snello.vit import ViT, logits_of
 
 # These keep the seeds of the model's noise and the codec's apart from those of order and augmentation.
 NOISE, CODEC, SERVER_NOISE = 1, 2, 3
@@ -137,7 +137,7 @@ class Whole:
         """See `Learner`."""
         ((images, labels),) = batches
         with self.accelerator.autocast():
-            logits = self._model(images)
+            logits = logits_of(self._model(images))
         loss = cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
         loss = loss * (len(labels) / num_samples)
         self.accelerator.backward(loss)

@@ -87,7 +87,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_size(vit: ViT, name: str, image_size: int | None) -> None:
-    patch = max(vit.model.patch_embed.patch_size)
+    patch = vit.patch_size
     if image_size is not None and (image_size < patch or image_size % patch):
         raise ModelError(f"--image-size for {name} must be a multiple of its patch size {patch}, got {image_size}")
 

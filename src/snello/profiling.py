@@ -22,7 +22,7 @@ from snello.devices import Precision, autocast, synchronize
 from snello.methods import make_method
 from snello.models import create_model, preprocessing
 from snello.optim import make_optimizer, set_lr
-from snello.vit import AttentionPath, ViT
+from snello.vit import AttentionPath, ViT, logits_of
 
 DRAWS = 8  # steps over which the counts of a method are averaged, since a random draw varies them
 
@@ -90,7 +90,7 @@ class TrainingStep:
     def loss(self) -> Tensor:
         """The forward pass, () float32."""
         with autocast(self.device, self.precision):
-            logits = self.model(self.images)
+            logits = logits_of(self.model(self.images))
         return cross_entropy(logits.float(), self.labels)
 
     def run(self) -> float:

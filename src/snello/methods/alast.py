@@ -137,6 +137,7 @@ class ALaST:
             self._check_optimizer(optimizer)
         elif self.optimizer_state == "release":
             raise ConfigError('optimizer_state="release" needs the optimizer: call step(optimizer=optimizer)')
+        self.vit.require_intact()
         self._move_budgets(lr)
         self.trained = self._draw()
         for index, parameters in enumerate(self._parameters):

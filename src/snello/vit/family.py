@@ -1,0 +1,98 @@
+"""What `ViT` asks of a library's models."""
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from snello.errors import ModelError
+from snello.vit.blocks import BlockAdapter
+
+SUPPORTED = (
+    "timm VisionTransformer models (ViT, DeiT with and without distillation token, DINOv2, registers) made of "
+    "standard blocks and attention, with CLS, average or max pooling; transformers' ViT, DeiT, DINOv2 and DINOv2 with "
+    "registers for image classification"
+)
+
+
+class Family(ABC):
+    """A model of one library; attributes are filled in by its subclass."""
+
+    model: Any
+    """The library's; it has no types that would help."""
+    blocks: list[Any]
+    num_prefix_tokens: int
+    has_cls: bool
+    num_patches: int
+    """Patch tokens of one picture at the model's own size."""
+    patch_size: int
+    """The longer side of a patch in pixels."""
+    embed_dim: int
+    block_prefix: str
+    """What the names of the blocks' parameters begin with, up to the block's number."""
+    head_names: tuple[str, ...]
+    """The classifiers, as named in the model."""
+    attention_modules: tuple[str, ...]
+    """The linear layers of a block's attention, as named in the block."""
+
+    @abstractmethod
+    def adapter(self, block: Any, index: int) -> BlockAdapter:
+        """Around one of the blocks, or a copy of one; a ModelError where it is not supported, naming it."""
+
+    @abstractmethod
+    def is_embedding(self, name: str) -> bool:
+        """Whether a parameter of this name belongs to patch, position or prefix embeddings."""
+
+    @abstractmethod
+    def is_table(self, name: str) -> bool:
+        """Whether it is a position or prefix embedding: a table that weight decay would only shrink."""
+
+    @abstractmethod
+    def cut(self, blocks: int, head_below: bool) -> tuple["Family", "Family"]:
+        """Both parts of a cut after `blocks` blocks, see `ViT.cut`."""
+
+    @abstractmethod
+    def tokens(self, x: Tensor) -> Tensor:
+        """See `ViT.tokens`."""
+
+    @abstractmethod
+    def features(self, z: Tensor) -> Tensor:
+        """See `ViT.features`."""
+
+    @property
+    @abstractmethod
+    def features_shape(self) -> tuple[int, ...]:
+        """The shape of one sample's features."""
+
+    @abstractmethod
+    def head(self, features: Tensor) -> Tensor:
+        """See `ViT.head`."""
+
+    @abstractmethod
+    def set_grad_checkpointing(self, on: bool) -> None:
+        """See `ViT.set_grad_checkpointing`."""
+
+    def is_head(self, name: str) -> bool:
+        """Whether a parameter of this name belongs to a classifier."""
+        return name.split(".")[0] in self.head_names
+
+
+def shell(model: Any) -> Any:
+    """A copy of a module that shares all it holds, and can be given other parts without changing the first."""
+    made = copy.copy(model)
+    for name in ("_modules", "_parameters", "_buffers"):
+        setattr(made, name, dict(getattr(model, name)))
+    return made
+
+
+def keep_blocks(container: nn.Module, kept: range, blocks: list[Any]) -> nn.Module:
+    """The container with some of the blocks only, each under its number in the whole model."""
+    for index in kept:
+        container.add_module(str(index), blocks[index])
+    return container
+
+
+def unsupported(what: str) -> ModelError:
+    """The error for a model that has `what`."""
+    return ModelError(f"{what} is not supported; supported: {SUPPORTED}")

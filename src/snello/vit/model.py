@@ -1,0 +1,205 @@
+"""A Vision Transformer of timm or transformers, seen as prefix tokens, patch tokens and blocks."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from snello.errors import ConfigError, ModelError
+from snello.vit.blocks import AttentionPath, BlockAdapter, BlockObserver, Score
+from snello.vit.family import Family
+from snello.vit.timm_family import TimmFamily
+
+
+class ViT:
+    """A supported Vision Transformer, seen as prefix tokens, patch tokens and blocks.
+
+    Args:
+        model: of timm or transformers, as it is or inside peft's or transformers' wrapper; never copied.
+
+    Raises:
+        ModelError: where the model, one of its blocks or its pooling is not supported, naming it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # torch.compile(model) wraps the model, model.compile() changes it in place.
+        if hasattr(model, "_orig_mod") or any(part._compiled_call_impl is not None for part in model.modules()):
+            raise ModelError("the model is already compiled: attach first, then call torch.compile")
+        self._adopt(_family(_unwrap(model)))
+        self.top_layer = len(self.blocks) + 1
+        """The layer of what comes after the blocks; in a part of a model, that of the whole."""
+
+    def _adopt(self, family: Family) -> None:
+        self.family = family
+        self.model: nn.Module = family.model
+        """The library's model, without a wrapper around it."""
+        self.blocks = family.blocks
+        self.num_prefix_tokens = family.num_prefix_tokens
+        self.has_cls = family.has_cls
+        self.num_patches = family.num_patches
+        """Patch tokens of one picture at the model's own size."""
+        self.patch_size = family.patch_size
+        """The longer side of a patch in pixels."""
+        self.embed_dim = family.embed_dim
+        self._adapters = [family.adapter(block, index) for index, block in enumerate(self.blocks)]
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks."""
+        return len(self.blocks)
+
+    def embedding_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the patch, position and prefix embeddings."""
+        return (p for name, p in self.model.named_parameters() if self.family.is_embedding(name))
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the classifier, both of them with a distillation token."""
+        return (p for name, p in self.model.named_parameters() if self.family.is_head(name))
+
+    def layer_of(self, name: str) -> int:
+        """The layer of the parameter `name`: 0 for embeddings, i + 1 for block i, `top_layer` for what comes after."""
+        if self.family.is_embedding(name):
+            return 0
+        prefix = self.family.block_prefix
+        return int(name.removeprefix(prefix).split(".")[0]) + 1 if name.startswith(prefix) else self.top_layer
+
+    def decays(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay applies: not to biases, norms, position and prefix tokens."""
+        return parameter.ndim > 1 and not self.family.is_table(name)
+
+    @property
+    def attention_paths(self) -> list[AttentionPath]:
+        """How each block computes attention: with the fused kernel or explicitly."""
+        return [adapter.path for adapter in self._adapters]
+
+    def set_attention_paths(self, paths: list[AttentionPath]) -> None:
+        """Makes block i compute attention by `paths[i]`; both give the same result up to rounding."""
+        for adapter, path in zip(self._adapters, paths, strict=True):
+            adapter.path = path
+
+    def adapter_of(self, block: Any) -> BlockAdapter:
+        """An adapter around a copy of one of the blocks, to try things on it."""
+        return self.family.adapter(block, 0)
+
+    def set_grad_checkpointing(self, on: bool) -> None:
+        """Keeps only the blocks' inputs for the backward pass, which computes the rest again; or no longer."""
+        self.family.set_grad_checkpointing(on)
+
+    def cut(self, blocks: int, *, head_below: bool = False) -> tuple["ViT", "ViT"]:
+        """Two Vision Transformers that together are this one: embeddings and the first blocks, and all the rest.
+
+        They share this model's modules and parameters, each under its name in the whole model, so that their
+        `state_dict`s add up to the model's.
+
+        Args:
+            blocks: those of the lower part, in 1..depth - 1.
+            head_below: gives the classifier to the lower part (U-shape); the upper one ends with the features.
+
+        Raises:
+            ConfigError: where `blocks` is out of range.
+        """
+        if not 1 <= blocks < self.depth:
+            raise ConfigError(f"cut must be in 1..{self.depth - 1} (the model's depth less 1), got {blocks}")
+        lower, upper = (self._part(family) for family in self.family.cut(blocks, head_below))
+        return lower, upper
+
+    def _part(self, family: Family) -> "ViT":
+        part = ViT.__new__(ViT)
+        part._adopt(family)
+        part.top_layer = self.top_layer
+        return part
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, D) after the last block and norm, of pictures (B, 3, H, W), or of tokens in an upper part."""
+        return self.family.tokens(x)
+
+    def features(self, z: Tensor) -> Tensor:
+        """What the classifier sees of tokens (B, N, D): (B, F), or (B, 2, D) where a distillation token is read too."""
+        return self.family.features(z)
+
+    @property
+    def features_shape(self) -> tuple[int, ...]:
+        """The shape of one sample's features."""
+        return self.family.features_shape
+
+    def head(self, features: Tensor) -> Tensor:
+        """The logits (B, C) of features."""
+        return self.family.head(features)
+
+    def watch(self, index: int) -> None:
+        """Makes the attention of block `index` available to `cls_attention` after every forward in training mode."""
+        self._adapters[index].watch()
+
+    def cls_attention(self, index: int, score: Score = "auto") -> Tensor:
+        """How much attention each token that the watched block passed on received in the last forward, once.
+
+        Args:
+            index: of the block.
+            score: `cls` from the CLS token, `received` on average from all tokens; `auto` is the first that there is.
+
+        Returns:
+            (B, K) float32, >= 0, mean over heads, without gradient.
+
+        Raises:
+            ModelError: for `cls` in a model without CLS token.
+        """
+        if score == "cls" and not self.has_cls:
+            raise ModelError("score=cls needs a CLS token, which this model lacks: use score=received")
+        return self._adapters[index].take_attention(self.has_cls if score == "auto" else score == "cls")
+
+    def take_positions(self) -> Tensor | None:
+        """Where the tokens that the last forward kept stood before, (B, K) int64; None where it dropped none."""
+        positions = None
+        for adapter in self._adapters:
+            kept, adapter.kept = adapter.kept, None
+            if kept is not None:
+                positions = kept if positions is None else positions.gather(1, kept)
+        return positions
+
+    @property
+    def attached(self) -> bool:
+        """Whether something observes the blocks."""
+        return any("forward" in vars(block) for block in self.blocks)
+
+    def attach(self, observer: BlockObserver) -> None:
+        """Lets `observer` see and drop tokens in every block until `detach`.
+
+        Raises:
+            ModelError: where something is attached already.
+        """
+        if self.attached:
+            raise ModelError("the model's blocks are already attached to something: call its detach() first")
+        for adapter in self._adapters:
+            adapter.attach(observer)
+
+    def detach(self) -> None:
+        """Gives every block its own forward back."""
+        for adapter in self._adapters:
+            adapter.detach()
+
+    def require_intact(self) -> None:
+        """Raises a ModelError where adapters (LoRA) came into the blocks after they were attached or watched."""
+        if not all(adapter.intact() for adapter in self._adapters):
+            raise ModelError("the blocks were given adapters after ALaST was attached: apply peft first, then attach")
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits (B, C) in what a model returned: timm's are a tensor, transformers' are in an object."""
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, where peft or transformers' timm wrapper is around it."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # type: ignore[operator]
+    inner = getattr(model, "timm_model", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _family(model: nn.Module) -> Family:
+    if any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__):
+        from snello.vit.transformers_family import TransformersFamily  # else timm's users would have to have it
+
+        return TransformersFamily(model)
+    return TimmFamily(model)

@@ -1,0 +1,174 @@
+"""timm's VisionTransformer, and its standard blocks."""
+
+from typing import Any
+
+import torch
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from snello.vit.blocks import AttentionPath, BlockAdapter
+from snello.vit.family import Family, keep_blocks, shell, unsupported
+
+POOLS = ("token", "avg", "avgmax", "max")
+TABLES = ("cls_token", "reg_token", "dist_token", "pos_embed")
+EMBEDDINGS = (*TABLES, "patch_embed", "norm_pre")
+
+
+class TimmFamily(Family):
+    """A timm VisionTransformer, or a part of one."""
+
+    block_prefix = "blocks."
+    head_names = ("head", "head_dist")
+    attention_modules = ("attn.qkv", "attn.proj")
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, VisionTransformer):
+            raise unsupported(f"model {type(model).__name__}")
+        if model.global_pool not in POOLS:
+            raise unsupported(f"pooling {model.global_pool!r}")
+        self.model = model
+        self.blocks = list(model.blocks)
+        self.num_prefix_tokens = model.num_prefix_tokens
+        self.has_cls = model.has_class_token
+        if not isinstance(model.patch_embed, nn.Identity):  # an upper part has none
+            self.num_patches = int(model.patch_embed.num_patches)
+            self.patch_size = max(model.patch_embed.patch_size)
+        self.embed_dim = model.embed_dim
+
+    def adapter(self, block: Any, index: int) -> "TimmBlock":
+        """See `Family`; the exact types of block and attention decide what is supported."""
+        if type(block) is not Block:
+            raise unsupported(f"block {type(block).__name__}")
+        attn = block.attn
+        if type(attn) is not Attention:
+            raise unsupported(f"attention {type(attn).__name__}")
+        if attn.gate is not None or not isinstance(attn.norm, nn.Identity):
+            raise unsupported("attention with a gate" if attn.gate is not None else "attention with scale_norm")
+        return TimmBlock(block, index, self.num_prefix_tokens, self.has_cls)
+
+    def is_embedding(self, name: str) -> bool:
+        """See `Family`."""
+        return name.split(".")[0] in EMBEDDINGS
+
+    def is_table(self, name: str) -> bool:
+        """See `Family`."""
+        return name.split(".")[0] in TABLES
+
+    def cut(self, blocks: int, head_below: bool) -> tuple["TimmFamily", "TimmFamily"]:
+        """See `Family`."""
+        lower, upper = shell(self.model), shell(self.model)
+        lower.blocks = keep_blocks(nn.Sequential(), range(blocks), self.blocks)
+        upper.blocks = keep_blocks(nn.Sequential(), range(blocks, len(self.blocks)), self.blocks)
+        for name in TABLES:
+            if name in upper._parameters:
+                upper._parameters[name] = None
+        lower.norm = lower.fc_norm = nn.Identity()
+        upper.norm_pre = upper.patch_drop = upper.patch_embed = nn.Identity()
+        for name in self.head_names:
+            if hasattr(self.model, name):
+                setattr(upper if head_below else lower, name, nn.Identity())
+        upper._pos_embed = _unchanged
+        parts = TimmFamily(lower), TimmFamily(upper)
+        parts[1].num_patches, parts[1].patch_size = self.num_patches, self.patch_size
+        return parts
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """See `ViT.tokens`."""
+        z: Tensor = self.model.forward_features(x)
+        return z
+
+    def features(self, z: Tensor) -> Tensor:
+        """See `ViT.features`."""
+        if hasattr(self.model, "head_dist"):
+            return z[:, :2]
+        features: Tensor = self.model.forward_head(z, pre_logits=True)
+        return features
+
+    @property
+    def features_shape(self) -> tuple[int, ...]:
+        """See `Family`."""
+        return (2, self.embed_dim) if hasattr(self.model, "head_dist") else (self.embed_dim,)
+
+    def head(self, features: Tensor) -> Tensor:
+        """See `ViT.head`."""
+        logits: Tensor = self.model.forward_head(features) if features.ndim == 3 else self.model.head(features)
+        return logits
+
+    def set_grad_checkpointing(self, on: bool) -> None:
+        """See `ViT.set_grad_checkpointing`."""
+        self.model.set_grad_checkpointing(on)
+
+
+class TimmBlock(BlockAdapter):
+    """timm's `Block` with `Attention`: optional LayerScale, qk_norm and drop path.
+
+    The attention row is computed from the output of `attn.qkv`, one query per head, so that fused attention can stay.
+    """
+
+    def __init__(self, block: Any, index: int, num_prefix_tokens: int, has_cls: bool) -> None:
+        super().__init__(block, index, num_prefix_tokens, has_cls)
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._hooked: nn.Module | None = None
+        self._qkv: Tensor | None = None
+
+    @property
+    def path(self) -> AttentionPath:
+        """How the block computes attention."""
+        return "fused" if self.block.attn.fused_attn else "explicit"
+
+    @path.setter
+    def path(self, path: AttentionPath) -> None:
+        self.block.attn.fused_attn = path == "fused"
+
+    def attend(self, x: Tensor) -> Tensor:
+        """See `BlockAdapter`."""
+        block = self.block
+        h: Tensor = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+        return h
+
+    def feed(self, h: Tensor) -> Tensor:
+        """See `BlockAdapter`."""
+        block = self.block
+        y: Tensor = h + block.drop_path2(block.ls2(block.mlp(block.norm2(h))))
+        return y
+
+    def masked(self, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        """See `BlockAdapter`."""
+        return any(value is not None and value is not False for value in (*args, *options.values()))
+
+    def capture(self) -> None:
+        """See `BlockAdapter`."""
+        if self._hook is None:
+            self._hooked = self.block.attn.qkv
+            self._hook = self._hooked.register_forward_hook(self._keep)
+
+    def release(self) -> None:
+        """See `BlockAdapter`."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = self._hooked = None
+
+    def intact(self) -> bool:
+        """See `BlockAdapter`."""
+        return self._hooked is None or self._hooked is self.block.attn.qkv
+
+    def _keep(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if self.wanted():
+            self._qkv = output.detach()
+
+    def queries_and_keys(self, from_cls: bool, keep: bool) -> tuple[Tensor, Tensor, float]:
+        """See `BlockAdapter`."""
+        attn, qkv = self.block.attn, self._qkv
+        assert qkv is not None
+        if not keep:
+            self._qkv = None
+        B, N, _ = qkv.shape
+        q, k, _ = qkv.view(B, N, 3, attn.num_heads, attn.head_dim).unbind(2)
+        if from_cls:
+            q = q[:, :1]
+        return attn.q_norm(q).transpose(1, 2), attn.k_norm(k).transpose(1, 2), attn.scale
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

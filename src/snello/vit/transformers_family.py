@@ -1,0 +1,273 @@
+"""transformers' ViT, DeiT, DINOv2 and DINOv2 with registers, for image classification.
+
+Queries and keys come through transformers' attention interface: an attention under observation gets a config of its
+own (the model's is shared, and saved with it) that names our function, which looks and calls the one it had before.
+"""
+
+import copy
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.models.deit import modeling_deit as deit
+from transformers.models.dinov2 import modeling_dinov2 as dinov2
+from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as registers
+from transformers.models.vit import modeling_vit as vit
+
+from snello.errors import ModelError
+from snello.vit.blocks import AttentionPath, BlockAdapter
+from snello.vit.family import Family, keep_blocks, shell, unsupported
+
+TABLES = ("cls_token", "distillation_token", "register_tokens", "position_embeddings", "mask_token")
+OBSERVED = "snello_observed"
+"""Our name in transformers' attention interface."""
+IMPLEMENTATIONS: dict[AttentionPath, str] = {"fused": "sdpa", "explicit": "eager"}
+
+MODELS: dict[type, str] = {
+    vit.ViTForImageClassification: "vit",
+    deit.DeiTForImageClassification: "deit",
+    deit.DeiTForImageClassificationWithTeacher: "deit",
+    dinov2.Dinov2ForImageClassification: "dinov2",
+    registers.Dinov2WithRegistersForImageClassification: "dinov2_with_registers",
+}
+"""The attribute that holds the model without its head."""
+
+_adapters: "weakref.WeakKeyDictionary[nn.Module, TransformersBlock]" = weakref.WeakKeyDictionary()
+
+
+class TransformersFamily(Family):
+    """One of MODELS, or a part of one."""
+
+    attention_modules = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj")
+
+    def __init__(self, model: nn.Module) -> None:
+        if type(model) not in MODELS:
+            if isinstance(model, PreTrainedModel) and model.config.model_type in MODELS.values():
+                raise ModelError(
+                    f"model {type(model).__name__} has no classification head: load it with "
+                    "transformers.AutoModelForImageClassification"
+                )
+            raise unsupported(f"model {type(model).__name__}")
+        self.model = model
+        self._name = MODELS[type(model)]
+        base = self._base(model)
+        encoder = hasattr(base, "encoder")
+        self.block_prefix = f"{self._name}.{'encoder.layer' if encoder else 'layers'}."
+        self.blocks = list(base.encoder.layer if encoder else base.layers)
+        self.head_names = tuple(name for name, _ in model.named_children() if name.endswith("classifier"))
+        config: Any = model.config
+        self.num_prefix_tokens = 1 + getattr(config, "num_register_tokens", 0) + (self._name == "deit")
+        self.has_cls = True
+        if not isinstance(base.embeddings, nn.Identity):  # an upper part has none
+            patches = base.embeddings.patch_embeddings
+            self.num_patches, self.patch_size = int(patches.num_patches), max(patches.patch_size)
+        self.embed_dim = config.hidden_size
+
+    def _base(self, model: nn.Module) -> Any:
+        return getattr(model, MODELS[type(model)])
+
+    def adapter(self, block: Any, index: int) -> "TransformersBlock":
+        """See `Family`."""
+        for kind, attention, adapter in BLOCKS:
+            if type(block) is kind and type(block.attention) is attention:
+                return adapter(block, index, self.num_prefix_tokens, self.has_cls)
+        name = type(getattr(block, "attention", None)).__name__
+        raise unsupported(f"block {type(block).__name__} with attention {name}")
+
+    def is_embedding(self, name: str) -> bool:
+        """See `Family`."""
+        return name.startswith(f"{self._name}.embeddings.")
+
+    def is_table(self, name: str) -> bool:
+        """See `Family`."""
+        return self.is_embedding(name) and name.split(".")[-1] in TABLES
+
+    def cut(self, blocks: int, head_below: bool) -> tuple["TransformersFamily", "TransformersFamily"]:
+        """See `Family`."""
+        lower, upper = shell(self.model), shell(self.model)
+        for part, kept in ((lower, range(blocks)), (upper, range(blocks, len(self.blocks)))):
+            base = shell(self._base(self.model))
+            setattr(part, self._name, base)
+            layers = keep_blocks(nn.ModuleList(), kept, self.blocks)
+            if hasattr(base, "encoder"):
+                base.encoder = shell(base.encoder)
+                base.encoder.layer = layers
+            else:
+                base.layers = layers
+        self._base(lower).layernorm = nn.Identity()
+        self._base(upper).embeddings = nn.Identity()
+        for name in self.head_names:
+            setattr(upper if head_below else lower, name, nn.Identity())
+        parts = TransformersFamily(lower), TransformersFamily(upper)
+        parts[1].num_patches, parts[1].patch_size = self.num_patches, self.patch_size
+        return parts
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """See `ViT.tokens`."""
+        base = self._base(self.model)
+        z: Tensor = base.embeddings(x)
+        for block in self.blocks:
+            z = block(z)
+        z = base.layernorm(z)
+        return z
+
+    def features(self, z: Tensor) -> Tensor:
+        """See `ViT.features`."""
+        if self._name.startswith("dinov2"):
+            return torch.cat([z[:, 0], z[:, self.num_prefix_tokens :].mean(dim=1)], dim=1)
+        return z[:, :2] if self._has_teacher else z[:, 0]
+
+    @property
+    def features_shape(self) -> tuple[int, ...]:
+        """See `Family`."""
+        if self._name.startswith("dinov2"):
+            return (2 * self.embed_dim,)
+        return (2, self.embed_dim) if self._has_teacher else (self.embed_dim,)
+
+    @property
+    def _has_teacher(self) -> bool:
+        return type(self.model) is deit.DeiTForImageClassificationWithTeacher
+
+    def head(self, features: Tensor) -> Tensor:
+        """See `ViT.head`."""
+        model = self.model
+        logits: Tensor
+        if self._has_teacher:
+            logits = (model.cls_classifier(features[:, 0]) + model.distillation_classifier(features[:, 1])) / 2
+        else:
+            logits = model.classifier(features)
+        return logits
+
+    def set_grad_checkpointing(self, on: bool) -> None:
+        """See `ViT.set_grad_checkpointing`."""
+        if on:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.model.gradient_checkpointing_disable()
+
+
+class TransformersBlock(BlockAdapter):
+    """A layer whose attention goes through transformers' attention interface."""
+
+    def __init__(self, block: Any, index: int, num_prefix_tokens: int, has_cls: bool) -> None:
+        super().__init__(block, index, num_prefix_tokens, has_cls)
+        self._seen: tuple[Tensor, Tensor, float] | None = None
+        self._before: PreTrainedConfig | None = None  # the attention's config while ours is there
+
+    @property
+    def path(self) -> AttentionPath:
+        """How the block computes attention."""
+        config = self._before or self.block.attention.config
+        return "explicit" if config._attn_implementation == "eager" else "fused"
+
+    @path.setter
+    def path(self, path: AttentionPath) -> None:
+        if path == self.path:
+            return
+        attention, observed = self.block.attention, self._before is not None
+        config = _with_implementation(self._before or attention.config, IMPLEMENTATIONS[path])
+        attention.config = config
+        if observed:
+            self._before = None
+            self.capture()
+
+    def masked(self, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        """See `BlockAdapter`."""
+        return bool(args and args[0] is not None) or options.get("attention_mask") is not None
+
+    def capture(self) -> None:
+        """See `BlockAdapter`."""
+        if self._before is None:
+            attention = self.block.attention
+            self._before = attention.config
+            attention.config = _with_implementation(attention.config, OBSERVED)
+            attention.config.snello_wraps = self._before._attn_implementation
+            _adapters[attention] = self
+
+    def release(self) -> None:
+        """See `BlockAdapter`."""
+        if self._before is not None:
+            self.block.attention.config = self._before
+            self._before = None
+            del _adapters[self.block.attention]
+
+    def intact(self) -> bool:
+        """See `BlockAdapter`: adapters that come later are seen, since queries and keys pass through the interface."""
+        return True
+
+    def see(self, query: Tensor, key: Tensor, scale: float) -> None:
+        """Told by the attention interface: queries and keys (B, H, N, D / H)."""
+        if self.wanted():
+            self._seen = query.detach(), key.detach(), scale
+
+    def queries_and_keys(self, from_cls: bool, keep: bool) -> tuple[Tensor, Tensor, float]:
+        """See `BlockAdapter`."""
+        assert self._seen is not None
+        q, k, scale = self._seen
+        if not keep:
+            self._seen = None
+        return q[:, :, :1] if from_cls else q, k, scale
+
+
+class ViTBlock(TransformersBlock):
+    """ViT's and DeiT's layer."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        """See `BlockAdapter`."""
+        block = self.block
+        h: Tensor = block.dropout(block.attention(block.layernorm_before(x))[0]) + x
+        return h
+
+    def feed(self, h: Tensor) -> Tensor:
+        """See `BlockAdapter`."""
+        block = self.block
+        y: Tensor = block.dropout(block.mlp(block.layernorm_after(h))) + h
+        return y
+
+
+class Dinov2Block(TransformersBlock):
+    """DINOv2's layer, with LayerScale and drop path."""
+
+    def attend(self, x: Tensor) -> Tensor:
+        """See `BlockAdapter`."""
+        block = self.block
+        h: Tensor = block.drop_path(block.layer_scale1(block.attention(block.norm1(x))[0])) + x
+        return h
+
+    def feed(self, h: Tensor) -> Tensor:
+        """See `BlockAdapter`."""
+        block = self.block
+        y: Tensor = block.drop_path(block.layer_scale2(block.mlp(block.norm2(h)))) + h
+        return y
+
+
+BLOCKS: tuple[tuple[Any, Any, type[TransformersBlock]], ...] = (
+    (vit.ViTLayer, vit.ViTAttention, ViTBlock),
+    (deit.DeiTLayer, deit.DeiTAttention, ViTBlock),
+    (dinov2.Dinov2Layer, dinov2.Dinov2Attention, Dinov2Block),
+    (registers.Dinov2WithRegistersLayer, registers.Dinov2WithRegistersAttention, Dinov2Block),
+)
+
+
+def _with_implementation(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    made = copy.copy(config)
+    made._attn_implementation_internal = name  # the property's setter would check the name against the model's
+    return made
+
+
+def _observed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+    """Looks at queries and keys, then calls the implementation that the attention had before."""
+    adapter = _adapters.get(module)
+    if adapter is not None:  # None in a deep copy of an observed model, which nobody observes
+        adapter.see(query, key, options["scaling"])
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    config: Any = module.config
+    wrapped = config.snello_wraps
+    implementation = AttentionInterface().get_interface(wrapped, eager)
+    return implementation(module, query, key, value, mask, **options)
+
+
+AttentionInterface.register(OBSERVED, _observed)
