@@ -235,9 +235,12 @@ def test_a_truncated_file_is_refused(weights):
         build(path)
 
 
-@pytest.mark.parametrize("name", ["missing.safetensors", ".", "Pretrained"])
-def test_a_file_that_is_not_there_is_named(tmp_path, name):
-    with pytest.raises(ModelError, match=f"`pretrained`, `none` or a file; there is no file {re.escape(name)}"):
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("missing.safetensors",) * 2, (".", "model.safetensors"), ("Pretrained", "Pretrained")],
+)
+def test_a_file_that_is_not_there_is_named(tmp_path, name, file):
+    with pytest.raises(ModelError, match=f"there is no file {re.escape(file)}"):
         build(name)
 
 

@@ -153,9 +153,9 @@ class Recipe:
     config: Path | None = None
     """YAML file with any of these settings; a flag wins over the file, the file over the default."""
     model: str = "vit_micro_patch4_32"
-    """Name of a timm Vision Transformer."""
+    """Name of a timm Vision Transformer; or of one of transformers: `hf:` and its name on the hub, or its folder."""
     weights: str = "pretrained"
-    """`pretrained`, `none` (random), or the path of a safetensors file."""
+    """`pretrained`, `none` (random), or the path of a safetensors file or of a folder with one."""
     method: Literal["auto", "alast", "full", "head", "last-k", "lora", "alast+lora"] = "auto"
     """What is trained: everything on an adaptive budget, everything, the head, the last blocks and the head, adapters
     and the head, or those on an adaptive budget; `auto` is alast, or full with --split.cut."""
@@ -401,7 +401,7 @@ class CodecsConfig:
     codecs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Codecs to look at, as "adc(0.1)+int8"; default: one of each."""
     model: str = "vit_micro_patch4_32"
-    """Name of a timm Vision Transformer."""
+    """Name of a Vision Transformer, as for `snello finetune`."""
     batch_size: int = 128
     """Pictures in one exchange."""
     cut: int = 3

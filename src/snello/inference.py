@@ -81,7 +81,9 @@ class Predictor:
         )
 
     def _whole(self, run: RunFolder, resolved: dict[str, Any], weights: Path) -> nn.Module:
-        model = create_model(self.config.model, "none", len(self.classes), self.config.image_size)
+        model = create_model(
+            self.config.model, "none", len(self.classes), self.config.image_size, resolved.get("architecture")
+        )
         vit = ViT(model)
         vit.set_attention_paths([resolved["attention"]] * vit.depth)
         try:

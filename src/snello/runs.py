@@ -14,6 +14,7 @@ checkpoints/        the last two, where the other half is on a server, instead o
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -83,7 +84,8 @@ class RunFolder:
         if config.out is None:
             if config.resume:
                 raise ConfigError("--resume needs --out: the run folder to go on with")
-            return cls(Path("runs") / f"{label}{config.model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+            model = re.sub(r"[^\w.]+", "-", config.model).strip("-")  # a folder or hf:name has slashes
+            return cls(Path("runs") / f"{label}{model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
         run = cls(config.out)
         if config.resume and not run.config_file.is_file():
             raise ConfigError(f"--resume: {config.out} holds no run (no config.yaml); leave --resume out to start one")

@@ -34,7 +34,7 @@ from snello.errors import ConfigError, SnelloWarning, TrainingError
 from snello.inference import Normalize, score
 from snello.learners import Learner, MicroStep, Whole
 from snello.loading import Batch, batches, eval_loader, eval_transform, train_loader, train_transform
-from snello.models import Preprocessing, create_model, preprocessing
+from snello.models import Preprocessing, architecture_of, create_model, preprocessing
 from snello.runs import RunFolder, require_same_config
 from snello.schedule import Schedule
 from snello.split import costs
@@ -121,6 +121,7 @@ class Trainer:
         torch.manual_seed(mix(config.seed))  # the head's random start
         vit = ViT(self._make_model())
         self.preprocessing = preprocessing(vit.model, config.image_size)
+        self._architecture = architecture_of(vit.model)
         attention = saved.get("attention", config.attention)
         if attention == "auto":
             attention = faster_attention(vit, config.batch_size, self.device, self.precision)
@@ -392,6 +393,7 @@ class Trainer:
             "attention": attention,
             "threads": torch.get_num_threads(),
             "preprocessing": asdict(self.preprocessing) | _as_lists(self.preprocessing),
+            "architecture": self._architecture,
             "classes": list(self.splits.train.classes),
             "num_train": len(self.splits.train),
             "num_val": len(self.splits.val),

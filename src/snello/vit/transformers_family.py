@@ -144,9 +144,9 @@ class TransformersFamily(Family):
     def set_grad_checkpointing(self, on: bool) -> None:
         """See `ViT.set_grad_checkpointing`."""
         if on:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         else:
-            self.model.gradient_checkpointing_disable()
+            self.model.activation_checkpointing_disable()
 
 
 class TransformersBlock(BlockAdapter):

@@ -1,0 +1,100 @@
+"""timm's models, by their names."""
+
+import difflib
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import VisionTransformer, load_state_dict
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
+
+import snello.assets.micro  # noqa: F401  registers the micro ViT with timm
+from snello.errors import ModelError
+from snello.models.hub import hub, hub_is_out_of_reach, one_line
+from snello.models.preprocessing import Preprocessing
+from snello.models.weights import load_fitting, weights_file
+from snello.vit import SUPPORTED, ViT
+
+
+def create(name: str, weights: str, num_classes: int, image_size: int | None) -> nn.Module:
+    """See `snello.models.create_model`."""
+    _check_name(name)
+    with torch.device("meta"):  # refuse before anything is downloaded
+        _check_size(ViT(_build(name)), name, image_size)
+    options = {"num_classes": num_classes} | ({} if image_size is None else {"img_size": image_size})
+    if weights == "none":
+        return _build(name, **options)
+    if weights == "pretrained":
+        return _build_pretrained(name, options)
+    model = _build(name, **options)
+    _load_weights(model, Path(weights))
+    return model
+
+
+def preprocessing(model: nn.Module, image_size: int | None) -> Preprocessing:
+    """How `model` wants its pictures, from its own timm config."""
+    config = timm.data.resolve_model_data_config(model)
+    return Preprocessing(
+        size=image_size or config["input_size"][-1],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+    )
+
+
+def _check_name(name: str) -> None:
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        plain = [*timm.list_models(module="vision_transformer"), *timm.list_models(module="micro")]
+        near = difflib.get_close_matches(architecture, plain, n=3, cutoff=0.4)
+        near += difflib.get_close_matches(architecture, timm.list_models(module="deit"), n=2, cutoff=0.6)
+        nearest = sorted(set(near), key=lambda known: -difflib.SequenceMatcher(None, architecture, known).ratio())
+        raise ModelError(f"unknown model {name!r}; nearest: {', '.join(nearest[:3]) or 'none'}; supported: {SUPPORTED}")
+    if tag and name not in timm.list_pretrained(f"{architecture}*"):
+        tags = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
+        raise ModelError(f"unknown pretrained tag in {name!r}; known: {tags}")
+
+
+def _check_size(vit: ViT, name: str, image_size: int | None) -> None:
+    patch = vit.patch_size
+    if image_size is not None and (image_size < patch or image_size % patch):
+        raise ModelError(f"--image-size for {name} must be a multiple of its patch size {patch}, got {image_size}")
+
+
+def _build(name: str, **options: object) -> nn.Module:
+    """The model with random weights; one that cannot be built without data is no plain Vision Transformer."""
+    try:
+        model: nn.Module = timm.create_model(name, **options)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(f"model {name} is not supported ({one_line(error)}); supported: {SUPPORTED}") from error
+    return model
+
+
+def _build_pretrained(name: str, options: dict[str, int]) -> nn.Module:
+    out_of_reach = hub_is_out_of_reach()
+    try:
+        with hub(offline=out_of_reach):
+            model: nn.Module = timm.create_model(name, pretrained=True, **options)
+    except Exception as error:  # the hub, its cache, the network: each raises its own
+        reason = "the hub cannot be reached, and they are not in its cache" if out_of_reach else one_line(error)
+        raise ModelError(
+            f"the pretrained weights of {name} could not be loaded ({reason}); offline? download the safetensors "
+            "file of the model on a machine with a connection and give its path: --weights FILE "
+            "(--weights none starts from random weights)"
+        ) from error
+    return model
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a safetensors file (or a PyTorch file that holds tensors only) into the model, its head if that fits."""
+    assert isinstance(model, VisionTransformer)
+    file = weights_file(path)
+    try:
+        state: dict[str, Tensor] = checkpoint_filter_fn(load_state_dict(str(file), weights_only=True), model)
+        if not all(isinstance(value, Tensor) for value in state.values()):
+            raise TypeError("not all of its values are tensors")
+    except Exception as error:  # safetensors, pickle and zip each raise their own
+        raise ModelError(f"the weights file {file} cannot be read: {one_line(error)}") from error
+    load_fitting(model, state, ("head", "head_dist"), file)

@@ -1,0 +1,198 @@
+"""transformers' models: `hf:NAME` from the hub or its cache, or a folder that `save_pretrained` made."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import nn
+
+from snello.errors import ModelError
+from snello.models.hub import hub, hub_is_out_of_reach, one_line
+from snello.models.preprocessing import Preprocessing
+from snello.models.weights import weights_file
+from snello.vit import SUPPORTED
+
+try:
+    import transformers
+    from safetensors.torch import load_file
+    from transformers.image_processing_base import ImageProcessingMixin
+    from transformers.utils import logging
+except ImportError as error:  # pragma: no cover  tested in an environment of its own
+    raise ModelError(f"models of transformers need it ({error.name} is missing): pip install 'snello[hf]'") from error
+
+POSITIONS = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 1}
+"""Supported model types, with the prefix tokens that have a position embedding."""
+UNUSED = ("mask_token",)
+"""Weights that classification does not use: they may be missing."""
+RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+def create(
+    name: str, weights: str, num_classes: int, image_size: int | None, architecture: Mapping[str, Any] | None
+) -> nn.Module:
+    """See `snello.models.create_model`."""
+    source = name.removeprefix("hf:")
+    if not source:
+        raise ModelError(f"the name of a model is missing in {name!r}: give hf:NAME, or a folder")
+    offline = not Path(source).is_dir() and hub_is_out_of_reach()
+    with _quiet(offline):
+        config = _config(name, source) if architecture is None else transformers.AutoConfig.for_model(**architecture)
+        _require_supported(config, name, image_size)
+        wanted = Preprocessing(**_wishes(source, config, architecture is not None))
+        size = image_size or wanted.size
+        config.num_labels = num_classes
+        if weights == "none":
+            config.image_size = size
+            model = transformers.AutoModelForImageClassification.from_config(config)
+        elif weights == "pretrained":
+            model = _resized(_pretrained(name, source, config), size)
+        else:
+            model = _resized(_with_weights(config, Path(weights)), size)
+    model.snello_preprocessing = Preprocessing(size, wanted.mean, wanted.std, wanted.interpolation, wanted.crop_pct)
+    made: nn.Module = model
+    return made
+
+
+def architecture_of(model: Any) -> dict[str, Any]:
+    """A transformers model's config, as values that JSON and YAML can hold."""
+    values: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    return values | {"architectures": [type(model).__name__]}
+
+
+def _config(name: str, source: str) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(source)
+    except Exception as error:  # the hub, its cache, the network, JSON: each raises its own
+        if Path(source).is_dir():
+            text = f"the folder {source} holds no model of transformers ({one_line(error)})"
+        else:
+            text = (
+                f"model {name} could not be loaded ({_reason(error)}); offline? on a machine with a connection run "
+                f"`hf download {source} --local-dir FOLDER`, copy the folder and give it: --model FOLDER"
+            )
+        raise ModelError(text) from error
+
+
+def _reason(error: Exception) -> str:
+    out = hub_is_out_of_reach()
+    return "the hub cannot be reached, and it is not in its cache" if out else one_line(error)
+
+
+def _require_supported(config: Any, name: str, image_size: int | None) -> None:
+    if config.model_type == "timm_wrapper":
+        architecture = getattr(config, "architecture", "")
+        raise ModelError(f"model {name} is timm's: --model {architecture} --weights FOLDER, or timm's pretrained ones")
+    if config.model_type not in POSITIONS:
+        raise ModelError(f"model {name} is a {config.model_type}, which is not supported; supported: {SUPPORTED}")
+    patch = config.patch_size if isinstance(config.patch_size, int) else max(config.patch_size)
+    if image_size is not None and (image_size < patch or image_size % patch):
+        raise ModelError(f"--image-size for {name} must be a multiple of its patch size {patch}, got {image_size}")
+
+
+def _wishes(source: str, config: Any, built: bool) -> dict[str, Any]:
+    """The fields of Preprocessing, from the image processor's file beside the model, else the usual ones."""
+    values: dict[str, Any] = {}
+    if not built:
+        with contextlib.suppress(Exception):  # many folders have none
+            values, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    own = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    resized = _side(values.get("size")) or own
+    cropped = (_side(values.get("crop_size")) if values.get("do_center_crop") else None) or resized
+    patch = config.patch_size if isinstance(config.patch_size, int) else max(config.patch_size)
+    if cropped % patch:
+        cropped = resized = own
+    return {
+        "size": cropped,
+        "mean": tuple(values.get("image_mean", (0.5, 0.5, 0.5))),
+        "std": tuple(values.get("image_std", (0.5, 0.5, 0.5))),
+        "interpolation": RESAMPLING.get(values.get("resample", 3), "bicubic"),
+        "crop_pct": cropped / resized,
+    }
+
+
+def _side(size: Any) -> int | None:
+    """The shorter side in pixels, in any of the ways in which an image processor may say it."""
+    if isinstance(size, int):
+        return size
+    found: int | None = size and (size.get("shortest_edge") or size.get("height"))
+    return found
+
+
+def _pretrained(name: str, source: str, config: Any) -> Any:
+    """The model with its own weights; a head of another number of classes starts at random."""
+    try:
+        return _loaded(config, source, source)
+    except ModelError:
+        raise
+    except Exception as error:  # the hub, its cache, the network, the files: each raises its own
+        if Path(source).is_dir():
+            raise ModelError(f"the weights in {source} could not be loaded ({one_line(error)})") from error
+        raise ModelError(
+            f"the pretrained weights of {name} could not be loaded ({_reason(error)}); offline? on a machine with a "
+            f"connection run `hf download {source} --local-dir FOLDER`, copy the folder and give it: --model FOLDER"
+        ) from error
+
+
+def _with_weights(config: Any, path: Path) -> Any:
+    """The model with the weights of a safetensors file, or of a folder with one."""
+    file = weights_file(path)
+    try:
+        return _loaded(config, None, str(file), state_dict=load_file(file))
+    except ModelError:
+        raise
+    except Exception as error:  # safetensors' own and OSError
+        raise ModelError(f"the weights file {file} cannot be read: {one_line(error)}") from error
+
+
+def _loaded(config: Any, source: str | None, where: str, **options: Any) -> Any:
+    """The model as transformers loads it, which knows older names of its weights; nothing but a head is left out."""
+    with torch.device("meta"):
+        kind = type(transformers.AutoModelForImageClassification.from_config(config))
+    model, loaded = kind.from_pretrained(
+        source,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
+    changed = [*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])]
+    lost = sorted(key for key in changed if not key.split(".")[0].endswith("classifier") and not key.endswith(UNUSED))
+    if lost:
+        more = f" (+{len(lost) - 3} more)" if len(lost) > 3 else ""
+        raise ModelError(f"the weights in {where} do not fit the model: no {', '.join(lost[:3])} of its size{more}")
+    return model
+
+
+def _resized(model: Any, size: int) -> Any:
+    """The model for pictures of `size`: its position embeddings resampled, as timm does it."""
+    config = model.config
+    if config.image_size == size:
+        return model
+    state, prefix = model.state_dict(), POSITIONS[config.model_type]
+    patch = config.patch_size if isinstance(config.patch_size, int) else max(config.patch_size)
+    for name in [name for name in state if name.endswith("embeddings.position_embeddings")]:
+        state[name] = resample_abs_pos_embed(state[name], [size // patch] * 2, num_prefix_tokens=prefix)
+    config.image_size = size
+    made = type(model)(config)
+    made.load_state_dict(state)
+    return made
+
+
+@contextlib.contextmanager
+def _quiet(offline: bool) -> Iterator[None]:
+    """transformers without its warnings and bars: what they say here is said by the errors above."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with hub(offline):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
