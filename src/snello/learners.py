@@ -7,6 +7,7 @@ an update.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from snello.config import FinetuneConfig
 from snello.data import mix
 from snello.loading import Batch
-from snello.methods import Method, make_method
+from snello.methods import Lora, Method, make_method
 from snello.optim import make_optimizer, set_lr
 from snello.vit import ViT, logits_of
 
@@ -127,6 +128,11 @@ class Whole:
         self.modules: Mapping[str, nn.Module] = {"model": accelerator.unwrap_model(self._model)}
         self.optimizers: Mapping[str, torch.optim.Optimizer] = {"optimizer": self._optimizer}
         self.evaluator: nn.Module = self._model
+
+    def save_adapters(self, folder: Path) -> None:
+        """Writes the adapters as peft's own files, where there are any."""
+        if isinstance(self.method, Lora):
+            self.method.adapters.save(folder)
 
     def begin(self, progress: float) -> None:
         """See `Learner`."""

@@ -9,6 +9,7 @@ alast.json          the final state of ALaST (with that method)
 summary.json        the result
 budgets.png         budgets and trained blocks over the steps (with ALaST)
 traffic.png         accuracy against epochs, bytes and time (across a cut)
+adapter/            the adapters of those weights, as peft reads them (with LoRA; model.safetensors is merged)
 export.safetensors  the whole model for other software, once `snello export` has written it
 checkpoints/        the last two, where the other half is on a server, instead of last.safetensors
 """
@@ -73,6 +74,7 @@ class RunFolder:
         self.plot_file = path / "budgets.png"
         self.traffic_file = path / "traffic.png"
         self.export_file = path / "export.safetensors"
+        self.adapter_folder = path / "adapter"
 
     @classmethod
     def of(cls, config: Recipe, label: str = "") -> "RunFolder":

@@ -34,6 +34,7 @@ from snello.errors import ConfigError, SnelloWarning, TrainingError
 from snello.inference import Normalize, score
 from snello.learners import Learner, MicroStep, Whole
 from snello.loading import Batch, batches, eval_loader, eval_transform, train_loader, train_transform
+from snello.methods.lora import merged_state
 from snello.models import Preprocessing, architecture_of, create_model, preprocessing
 from snello.runs import RunFolder, require_same_config
 from snello.schedule import Schedule
@@ -77,7 +78,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
     summary = trainer.summary()
     checkpoint.save_json(run.summary_file, summary)  # safe before the comparison, which may take long
     report.print_result(console, summary, splits.num_skipped)
-    if config.method == "alast":
+    if "alast" in config.method:
         report.plot_budgets(run)
     if config.split.cut:
         report.print_traffic(console, summary)
@@ -334,7 +335,9 @@ class Trainer:
         if at.last_accuracy > at.accuracy:
             at.accuracy, at.best_epoch = at.last_accuracy, at.epochs
             for name, module in self.learner.modules.items():
-                checkpoint.save_tensors(self.run.weights_files[name], module.state_dict())
+                checkpoint.save_tensors(self.run.weights_files[name], merged_state(module))
+            if isinstance(self.learner, Whole):
+                self.learner.save_adapters(self.run.adapter_folder)
         row: dict[str, Any] = {"kind": "eval", "step": at.step, "epoch": at.epochs}
         row |= {"accuracy": at.last_accuracy, "loss": loss}
         row |= self.learner.eval_metrics()
@@ -357,7 +360,7 @@ class Trainer:
         return {"progressed": asdict(self.progressed), "learner": self.learner.state_dict()}
 
     def _save_method(self, state: dict[str, Any]) -> None:
-        if self.config.method == "alast" and self.progressed.finished:
+        if "alast" in self.config.method and self.progressed.finished:
             checkpoint.save_json(self.run.alast_file, state["learner"]["method"])
 
     def _resume(self, saved: dict[str, Any], resolved: dict[str, Any]) -> None:

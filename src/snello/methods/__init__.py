@@ -8,6 +8,7 @@ import torch
 from snello.config import Recipe
 from snello.errors import ConfigError
 from snello.methods.alast import ALaST
+from snello.methods.lora import Adapters
 from snello.vit import ViT
 
 
@@ -100,6 +101,38 @@ class AdaptiveMethod:
         self.alast.detach()
 
 
+class Lora:
+    """Adapters in the blocks and the classifier train, all or those that ALaST draws."""
+
+    def __init__(self, vit: ViT, config: Recipe, adaptive: bool) -> None:
+        self.adapters = Adapters(vit, config.lora, config.model)
+        self._inner: Method | None = AdaptiveMethod(vit, config) if adaptive else None
+
+    def step(self, lr: float, optimizer: torch.optim.Optimizer, progress: float) -> None:
+        """ALaST's, where it draws."""
+        if self._inner is not None:
+            self._inner.step(lr, optimizer, progress)
+
+    def metrics(self) -> dict[str, Any]:
+        """ALaST's."""
+        return {} if self._inner is None else self._inner.metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """ALaST's."""
+        return {} if self._inner is None else self._inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """ALaST's."""
+        if self._inner is not None:
+            self._inner.load_state_dict(state)
+
+    def detach(self) -> None:
+        """Takes the adapters out again."""
+        if self._inner is not None:
+            self._inner.detach()
+        self.adapters.remove()
+
+
 def _full(vit: ViT, config: Recipe) -> Method:
     return Fixed(vit, {id(p) for p in vit.model.parameters()})
 
@@ -120,11 +153,21 @@ def _alast(vit: ViT, config: Recipe) -> Method:
     return AdaptiveMethod(vit, config)
 
 
+def _lora(vit: ViT, config: Recipe) -> Method:
+    return Lora(vit, config, adaptive=False)
+
+
+def _alast_lora(vit: ViT, config: Recipe) -> Method:
+    return Lora(vit, config, adaptive=True)
+
+
 METHODS: dict[str, Callable[[ViT, Recipe], Method]] = {
     "alast": _alast,
     "full": _full,
     "head": _head,
     "last-k": _last_k,
+    "lora": _lora,
+    "alast+lora": _alast_lora,
 }
 
 
@@ -136,4 +179,6 @@ def make_method(vit: ViT, config: Recipe, name: str | None = None) -> Method:
     Raises:
         ConfigError: where an option does not fit the model.
     """
+    if config.grad_checkpointing:
+        vit.set_grad_checkpointing(True)
     return METHODS[name or config.method](vit, config)
