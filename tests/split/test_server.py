@@ -25,7 +25,7 @@ from snello.checkpoint import load_tensors
 from snello.config import AlastConfig, CertsConfig, FinetuneConfig, JoinConfig, ServeConfig, SplitConfig
 from snello.errors import CheckpointError, NetworkError
 from snello.runs import RunFolder
-from snello.split import wire
+from snello.split import sides, wire
 from snello.split.auth import Anyone, Authenticator, Token, Tokens, hash_token
 from snello.split.certs import make_certs
 from snello.split.checkpoints import steps_in
@@ -42,6 +42,7 @@ from snello.split.telemetry import Telemetry, close_logger, make_logger
 from snello.split.wire import CREDENTIALS
 from snello.split.wire import METHOD as PATH
 from snello.training import finetune
+from snello.vit import ViT
 
 DEADLINE = 30.0
 
@@ -298,6 +299,40 @@ def test_a_run_over_the_socket_ends_as_in_one_process(small, pictures, tmp_path,
             for row in rows_of(config.out, "step")  # type: ignore[arg-type]
         ]
         assert not server.logged("refused") and not server.logged("unexpected error")
+
+
+def test_a_model_of_transformers_whose_folder_only_the_server_has(small, pictures, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    shape = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**shape, intermediate_size=64)
+    folder = tmp_path / "model"
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    wishes = {"size": {"height": 16}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(wishes))
+    config, of_server = same_recipe(small, model=f"hf:{folder}", weights="pretrained", image_size=None)
+    finetune(config, QUIET)
+    with Running(of_server, tmp_path / "server") as server:
+        make = sides.create_model
+
+        def without_folder(name: str, *args: Any) -> torch.nn.Module:
+            assert args[-1] is not None, "the client has no folder to look into"
+            return make("hf:nowhere/to-be-found", *args)
+
+        monkeypatch.setattr("snello.split.join.meta_vit", lambda *args: ViT(meta(without_folder, *args)))
+        session = RemoteSession(join_config(server, pictures, tmp_path / "client"), console=QUIET)
+        session.trainer.fit()
+        assert session.trainer.preprocessing.mean == (0.1, 0.2, 0.3)
+        assert_as_in_one_process(config, session, tmp_path / "client")
+        session.finish()
+        session.close()
+
+
+def meta(
+    build: Callable[..., torch.nn.Module], config: FinetuneConfig, num_classes: int, *rest: Any
+) -> torch.nn.Module:
+    """As `sides.meta_vit` builds a model."""
+    with torch.device("meta"):
+        return build(config.model, "none", num_classes, config.image_size, *rest)
 
 
 def test_with_tls_no_secret_is_logged(small, pictures, tmp_path):

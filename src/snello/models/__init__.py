@@ -38,7 +38,7 @@ def create_model(
         ModelError: for an unknown or unsupported model, a picture size that is no multiple of the patch size, or
             weights that cannot be loaded or do not fit.
     """
-    if is_transformers(name):
+    if architecture is not None or is_transformers(name):
         from snello.models import transformers_models
 
         return transformers_models.create(name, weights, num_classes, image_size, architecture)
@@ -58,7 +58,7 @@ def preprocessing(model: nn.Module, image_size: int | None = None) -> Preprocess
 
 
 def architecture_of(model: nn.Module) -> dict[str, Any] | None:
-    """What `create_model` needs to build a transformers model again without its folder; None for timm's."""
+    """What `create_model` needs to build a transformers model again without its folder, elsewhere; None for timm's."""
     if not hasattr(model, "snello_preprocessing"):
         return None
     from snello.models import transformers_models

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ POSITIONS = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 1}
 """Supported model types, with the prefix tokens that have a position embedding."""
 UNUSED = ("mask_token",)
 """Weights that classification does not use: they may be missing."""
+PREPROCESSING = "snello_preprocessing"
+"""In an architecture: how the model wants its pictures."""
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -40,9 +43,13 @@ def create(
         raise ModelError(f"the name of a model is missing in {name!r}: give hf:NAME, or a folder")
     offline = not Path(source).is_dir() and hub_is_out_of_reach()
     with _quiet(offline):
-        config = _config(name, source) if architecture is None else transformers.AutoConfig.for_model(**architecture)
-        _require_supported(config, name, image_size)
-        wanted = Preprocessing(**_wishes(source, config, architecture is not None))
+        if architecture is None:
+            config = _config(name, source)
+            _require_supported(config, name, image_size)
+            wanted = Preprocessing(**_wishes(source, config))
+        else:
+            config, wanted = _from_architecture(name, architecture)
+            _require_supported(config, name, image_size)
         size = image_size or wanted.size
         config.num_labels = num_classes
         if weights == "none":
@@ -60,7 +67,19 @@ def create(
 def architecture_of(model: Any) -> dict[str, Any]:
     """A transformers model's config, as values that JSON and YAML can hold."""
     values: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
-    return values | {"architectures": [type(model).__name__]}
+    pre = asdict(model.snello_preprocessing)
+    own = {"mean": list(pre["mean"]), "std": list(pre["std"])}
+    return values | {"architectures": [type(model).__name__], PREPROCESSING: pre | own}
+
+
+def _from_architecture(name: str, architecture: Mapping[str, Any]) -> tuple[Any, Preprocessing]:
+    values = dict(architecture)
+    try:
+        pre = values.pop(PREPROCESSING)
+        wanted = Preprocessing(**pre | {"mean": tuple(pre["mean"]), "std": tuple(pre["std"])})
+        return transformers.AutoConfig.for_model(**values), wanted
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"what model {name} is made of cannot be read: {one_line(error)}") from error
 
 
 def _config(name: str, source: str) -> Any:
@@ -93,12 +112,11 @@ def _require_supported(config: Any, name: str, image_size: int | None) -> None:
         raise ModelError(f"--image-size for {name} must be a multiple of its patch size {patch}, got {image_size}")
 
 
-def _wishes(source: str, config: Any, built: bool) -> dict[str, Any]:
+def _wishes(source: str, config: Any) -> dict[str, Any]:
     """The fields of Preprocessing, from the image processor's file beside the model, else the usual ones."""
     values: dict[str, Any] = {}
-    if not built:
-        with contextlib.suppress(Exception):  # many folders have none
-            values, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    with contextlib.suppress(Exception):  # many folders have none
+        values, _ = ImageProcessingMixin.get_image_processor_dict(source)
     own = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
     resized = _side(values.get("size")) or own
     cropped = (_side(values.get("crop_size")) if values.get("do_center_crop") else None) or resized

@@ -105,6 +105,8 @@ class Welcome:
     """The settings; to `describe`."""
     num_classes: int | None = None
     """Classes that the server wants; None where it takes what the client has."""
+    architecture: dict[str, Any] | None = None
+    """What a transformers model is made of, since a client need not have its folder; to `describe`."""
     incarnation: str = ""
     """Of the server's state; another one after a restart."""
     step: int = 0

@@ -70,6 +70,7 @@ class JoinTrainer(Trainer):
         session: a run's name for the server.
         open_connection: makes the connection, given what it asks of this side.
         server: what config.yaml keeps of the server.
+        architecture: what the server said that a transformers model is made of.
     """
 
     def __init__(
@@ -83,8 +84,9 @@ class JoinTrainer(Trainer):
         session: str,
         open_connection: Callable[..., Connection],
         server: Mapping[str, Any],
+        architecture: dict[str, Any] | None,
     ) -> None:
-        self._session, self._server = session, server
+        self._session, self._server, self._architecture = session, server, architecture
         self._evaluating = False
         self._ahead: Ahead | None = None
         self._evaluated: dict[str, Any] = {}
@@ -111,7 +113,7 @@ class JoinTrainer(Trainer):
     # --------------------------------------------------------------------------------------------------- beginning
 
     def _make_model(self) -> nn.Module:
-        model: nn.Module = meta_vit(self.config, len(self.splits.train.classes)).model
+        model: nn.Module = meta_vit(self.config, len(self.splits.train.classes), self._architecture).model
         return model
 
     def _make_learner(self, vit: ViT, resolved: dict[str, Any]) -> Remote:
@@ -353,7 +355,8 @@ class RemoteSession:
             config.address, config.certs, config.name, plaintext=plaintext, credentials=credentials
         )
         saved_config, saved = _saved(config)
-        recipe = _recipe(config, describe(endpoint, config.patience_seconds))
+        welcome = describe(endpoint, config.patience_seconds)
+        recipe = _recipe(config, welcome)
         run = RunFolder.of(recipe, "client-")
         if saved_config is not None:
             require_same_config(saved_config, recipe, run.path)
@@ -378,6 +381,7 @@ class RemoteSession:
             session=saved["server"]["session"] if saved else uuid.uuid4().hex,
             open_connection=open_connection,
             server={name: to_dict(config)[name] for name in ("address", "certs", "name")},
+            architecture=welcome.architecture,
         )
 
     def run(self, steps: int) -> dict[str, float]:

@@ -48,7 +48,7 @@ class Online(nn.Module):
     ) -> None:
         super().__init__()
         num_classes = len(resolved["classes"])
-        vit = meta_vit(config, num_classes)
+        vit = meta_vit(config, num_classes, resolved.get("architecture"))
         model = vit.model
         vit.set_attention_paths([resolved["attention"]] * vit.depth)
         codec = make_codec(config, resolved["codec"], vit.embed_dim).to(device)

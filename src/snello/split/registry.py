@@ -21,6 +21,7 @@ from snello.checkpoint import save_json
 from snello.config import ServeConfig
 from snello.devices import Precision, faster_attention, resolve_device, resolve_precision
 from snello.errors import CheckpointError
+from snello.models import architecture_of
 from snello.runs import RunFolder
 from snello.split.checkpoints import Checkpoints
 from snello.split.frames import Frame, Kind, control
@@ -61,6 +62,7 @@ class Registry:
 
     def _attention(self, path: str) -> AttentionPath:
         vit = make_vit(self.config, self.config.num_classes or 10)  # also shows that the settings work
+        self.architecture = architecture_of(vit.model)
         Upper(replace(self.config, weights="none"), self.config.num_classes or 10, **self._options("explicit"))
         if path == "auto":
             return faster_attention(vit, self.config.batch_size, self.device, self.precision)
@@ -82,7 +84,7 @@ class Registry:
     def describe(self) -> Frame:
         """What a client needs to prepare itself."""
         recipe = recipe_values(replace(self.config, precision=self.precision))
-        values = self._welcome(recipe=recipe, num_classes=self.config.num_classes)
+        values = self._welcome(recipe=recipe, num_classes=self.config.num_classes, architecture=self.architecture)
         return control(Kind.WELCOME, values)
 
     def open(self, client: str, hello: Hello) -> tuple[str, Session, Frame]:

@@ -41,10 +41,10 @@ def make_codec(config: Recipe, text: str, embed_dim: int) -> Codec:
     )
 
 
-def meta_vit(config: Recipe, num_classes: int) -> ViT:
-    """The whole model on the device `meta`: sizes and names, but no memory."""
+def meta_vit(config: Recipe, num_classes: int, architecture: Mapping[str, Any] | None = None) -> ViT:
+    """The whole model on the device `meta`: sizes and names, but no memory; of `architecture` where that is known."""
     with torch.device("meta"):
-        return ViT(create_model(config.model, "none", num_classes, config.image_size))
+        return ViT(create_model(config.model, "none", num_classes, config.image_size, architecture))
 
 
 def modules_of(model: nn.Module, codec: Codec) -> dict[str, nn.Module]:
