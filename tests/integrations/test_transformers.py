@@ -19,9 +19,9 @@ from snello.methods.alast import ALaST
 OPTIONS: dict[str, Any] = {"blocks": 2, "start_budget": 0.7, "alpha": 0.05}
 
 
-def vit(dropout: float = 0.1) -> ViTForImageClassification:
+def vit(dropout: float = 0.1, depth: int = 4) -> ViTForImageClassification:
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+    shape = {"hidden_size": 32, "num_hidden_layers": depth, "num_attention_heads": 2, "intermediate_size": 64}
     config = ViTConfig(**shape, image_size=16, patch_size=4, num_labels=5, hidden_dropout_prob=dropout)
     model = ViTForImageClassification(config)
     with torch.no_grad():
@@ -297,10 +297,12 @@ def test_torch_compile_traces_the_attached_model(tmp_path, monkeypatch):
     for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
         monkeypatch.delenv(name, raising=False)  # the Trainer sets them; this takes them away again
     torch._dynamo.reset()
-    plain, eager = train(tmp_path, ALaSTCallback(**OPTIONS), vit(dropout=0.0), max_steps=4)
-    compiled, spy = train(
-        tmp_path, ALaSTCallback(**OPTIONS), vit(dropout=0.0), max_steps=4, torch_compile_backend="eager"
-    )
+    results = []
+    for backend in (None, "eager"):
+        model, callback = vit(dropout=0.0, depth=2), ALaSTCallback(blocks=1, start_budget=0.7, alpha=0.05)
+        options = {"max_steps": 3, "gradient_accumulation_steps": 1, "torch_compile_backend": backend}
+        results.append(train(tmp_path, callback, model, **options))
+    (plain, eager), (compiled, spy) = results
     torch._dynamo.reset()
     assert hasattr(compiled.model_wrapped, "_orig_mod")
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
