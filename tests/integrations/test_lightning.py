@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_vit
+from ranks import run_ranks
 
 pytest.importorskip("lightning")
 
@@ -31,16 +32,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warn
 class Module(LightningModule):
     """A ViT beside something that is none, as users write them."""
 
-    def __init__(self, vit: nn.Module | None = None, **more: nn.Module) -> None:
+    def __init__(self, vit: nn.Module | None = None, seed: int = 0, **more: nn.Module) -> None:
         super().__init__()
         self.vit = tiny_vit() if vit is None else vit
         self.loss = nn.CrossEntropyLoss(label_smoothing=0.1)
         for name, module in more.items():
             self.add_module(name, module)
+        self.noise = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
         self.losses: list[float] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss: Tensor = self.loss(self.vit(batch[0]), batch[1])
+        loss: Tensor = self.loss(self.vit(batch[0] + self.noise), batch[1])
         self.losses.append(loss.item())
         return loss
 
@@ -288,16 +290,36 @@ def test_what_would_drift_apart_in_parallel_is_refused():
         _check_strategy(FSDPStrategy())
 
 
+def _rank(rank: int, folder: Path) -> dict[str, Any]:
+    parallel = {"devices": 2, "strategy": "ddp_find_unused_parameters_true", "use_distributed_sampler": False}
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole, spy, _ = fit(folder, ALaSTCallback(**OPTIONS), Module(seed=rank), more=[saving], **parallel)
+    rest, second, trainer = fit(folder, ALaSTCallback(**OPTIONS), Module(seed=rank), folder / "step=3.ckpt", **parallel)
+    assert second.rows == spy.rows[3:] and isinstance(trainer.strategy, DDPStrategy)
+    assert_same_weights(rest, whole)
+    return {"weights": whole.state_dict(), "rows": spy.rows, "losses": whole.losses}
+
+
+def test_two_processes_stay_equal_and_resume_exactly(tmp_path):
+    one, other = run_ranks(_rank, tmp_path)
+    assert one["rows"] == other["rows"] and len(one["rows"]) == 8
+    assert one["losses"] != other["losses"]  # their data differ
+    assert len({tuple(row["trained"]) for row in one["rows"]}) > 1
+    assert len({tuple(row["budgets"]) for row in one["rows"]}) == 7
+    for name, value in one["weights"].items():
+        assert torch.equal(value, other["weights"][name]), name
+
+
 def test_a_compiled_module_is_traced_with_alast(tmp_path):
     torch._dynamo.reset()
-    vit = tiny_vit(depth=2)
-    plain, eager, _ = fit(tmp_path, ALaSTCallback(blocks=1, start_budget=0.7), Module(vit), max_steps=2)
+    options = {"blocks": 1, "start_budget": 0.7, "alpha": 0.0, "draw": "lowest-first"}  # few things to trace
+    plain, eager, _ = fit(tmp_path, ALaSTCallback(**options), Module(tiny_vit(depth=2)), max_steps=2)
     module = Module(tiny_vit(depth=2))
     compiled = torch.compile(module, backend="eager")
-    _, spy, _ = fit(tmp_path, ALaSTCallback(blocks=1, start_budget=0.7), compiled, max_steps=2)
+    _, spy, _ = fit(tmp_path, ALaSTCallback(**options), compiled, max_steps=2)
     torch._dynamo.reset()
     assert module.losses == pytest.approx(plain.losses, rel=1e-4)
-    assert spy.rows[0]["trained"] == eager.rows[0]["trained"]
+    assert spy.rows[0]["grads"] == eager.rows[0]["grads"] and spy.rows[0]["trained"] == [1]
 
 
 def test_gradient_checkpointing_gives_the_same(tmp_path):

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 
 pytest.importorskip("transformers")
 
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from snello.errors import CheckpointError, ConfigError, ModelError
@@ -299,8 +301,9 @@ def test_torch_compile_traces_the_attached_model(tmp_path, monkeypatch):
     torch._dynamo.reset()
     results = []
     for backend in (None, "eager"):
-        model, callback = vit(dropout=0.0, depth=2), ALaSTCallback(blocks=1, start_budget=0.7, alpha=0.05)
-        options = {"max_steps": 3, "gradient_accumulation_steps": 1, "torch_compile_backend": backend}
+        model = vit(dropout=0.0, depth=2)
+        callback = ALaSTCallback(blocks=1, start_budget=0.7, alpha=0.0, draw="lowest-first")  # few things to trace
+        options = {"max_steps": 2, "gradient_accumulation_steps": 1, "torch_compile_backend": backend}
         results.append(train(tmp_path, callback, model, **options))
     (plain, eager), (compiled, spy) = results
     torch._dynamo.reset()
@@ -333,6 +336,26 @@ def test_what_would_drift_apart_in_parallel_is_refused(mode, options, message, t
         from snello.integrations.transformers import _check_parallelism
 
         _check_parallelism(good)
+
+
+def _rank(rank: int, folder: Path) -> dict[str, Any]:
+    parallel = {"ddp_find_unused_parameters": True, "ddp_backend": "gloo", "per_device_train_batch_size": 2}
+    whole, spy = train(folder / "whole", ALaSTCallback(**OPTIONS), **parallel)
+    _, first = train(folder / "run", ALaSTCallback(**OPTIONS), stop_at=3, **parallel)
+    checkpoint = folder / "run" / "checkpoint-3"
+    rest, second = train(folder / "run", ALaSTCallback(**OPTIONS), resume=checkpoint, **parallel)
+    assert_same_weights(rest.model, whole.model)
+    assert first.rows + second.rows == spy.rows and isinstance(whole.model_wrapped, DistributedDataParallel)
+    return {"weights": whole.model.state_dict(), "rows": spy.rows}
+
+
+def test_two_processes_stay_equal_and_resume_exactly(tmp_path):
+    one, other = run_ranks(_rank, tmp_path)
+    assert one["rows"] == other["rows"] and len(one["rows"]) == 8
+    assert len({tuple(row["trained"]) for row in one["rows"]}) > 1
+    assert len({tuple(row["budgets"]) for row in one["rows"]}) == 7
+    for name, value in one["weights"].items():
+        assert torch.equal(value, other["weights"][name]), name
 
 
 def test_only_the_adapters_of_drawn_blocks_train(tmp_path):
