@@ -14,6 +14,14 @@ import snello
 HEAVY = ("torch", "torchvision", "timm", "accelerate", "numpy", "matplotlib", "PIL", "safetensors")
 LOADED = f"import json, sys; print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
 
+EXTRAS = {
+    "snello.integrations.lightning": "lightning",
+    "snello.integrations.transformers": "transformers",
+    "snello.models.transformers_models": "transformers",
+    "snello.vit.transformers_family": "transformers",
+}
+"""Modules that cannot be imported without a package that snello does not require."""
+
 
 def loaded_after(code: str) -> list[str]:
     """The heavy modules that are loaded after `code`, in a process of its own."""
@@ -60,6 +68,8 @@ def test_version():
 
 @pytest.mark.parametrize("name", modules())
 def test_everything_public_has_a_docstring(name):
+    if name in EXTRAS:
+        pytest.importorskip(EXTRAS[name])
     module = importlib.import_module(name)
     assert module.__doc__
     for item, value in vars(module).items():
@@ -112,3 +122,11 @@ def test_micro_model_is_registered(imports):
 
 def test_package_says_that_it_is_typed():
     assert (Path(snello.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.parametrize(("host", "extra"), [("transformers", "hf"), ("lightning", "lightning")])
+def test_a_missing_host_is_one_line_with_the_command(host, extra):
+    code = f"import sys; sys.modules[{host!r}] = None; import snello.integrations.{host}"
+    last = run_python("-c", code).stderr.splitlines()[-1]
+    assert last.startswith(f"ImportError: snello.integrations.{host} needs {host} (")
+    assert last.endswith(f"is missing): pip install 'snello[{extra}]'")

@@ -1,13 +1,14 @@
 """ALaST in lightning.Trainer: every test is a real training on the CPU, of a ViT of 4 blocks."""
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_vit
+from conftest import tiny_vit, write_pictures
 from ranks import run_ranks
 
 pytest.importorskip("lightning")
@@ -329,3 +330,14 @@ def test_gradient_checkpointing_gives_the_same(tmp_path):
     _, recomputed, _ = fit(tmp_path, ALaSTCallback(**OPTIONS), module)
     assert module.losses == pytest.approx(plain.losses, rel=1e-4)
     assert [row["forwards"] for row in recomputed.rows] == [row["forwards"] for row in rows.rows]
+
+
+def test_the_code_in_the_docs_runs(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "photos" / "train", {"blue": 9, "green": 9, "red": 8}, size=32)
+    text = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", text, flags=re.S)[1]
+    assert "snello.integrations.lightning" in code
+    monkeypatch.chdir(tmp_path)
+    exec(code, names := {"__name__": "docs"})
+    assert names["trainer"].global_step == 3
+    assert not any("forward" in vars(block) for block in names["module"].vit.blocks)

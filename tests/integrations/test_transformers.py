@@ -2,17 +2,19 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import write_pictures
 from ranks import run_ranks
 
 pytest.importorskip("transformers")
 
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification, ViTModel
 
 from snello.errors import CheckpointError, ConfigError, ModelError
 from snello.integrations.transformers import ALaSTCallback
@@ -397,3 +399,18 @@ def test_adapters_resume_exactly(tmp_path):
     assert first.rows + second.rows == spy.rows
     assert losses(rest) == losses(whole)
     assert_same_weights(rest.model, whole.model)
+
+
+def test_the_code_in_the_docs_runs(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "photos" / "train", {"blue": 9, "green": 9, "red": 8})
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=12, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4
+    )
+    ViTModel(config).save_pretrained(tmp_path / "google" / "vit-base-patch16-224-in21k")
+    text = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", text, flags=re.S)[0]
+    assert "snello.integrations.transformers" in code
+    monkeypatch.chdir(tmp_path)
+    exec(code, names := {"__name__": "docs"})
+    assert names["trainer"].state.global_step == 12
+    assert (tmp_path / "runs" / "photos" / "final" / "model.safetensors").exists()
