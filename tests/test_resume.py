@@ -20,6 +20,7 @@ from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
 from snello.errors import CheckpointError, ConfigError
 from snello.models import create_model
 from snello.runs import RunFolder
+from snello.stopping import stopping
 from snello.training import Trainer, finetune
 
 
@@ -337,7 +338,7 @@ def test_asked_to_stop_without_a_name_for_the_run(small, tmp_path, monkeypatch, 
 @posix
 def test_second_ctrl_c_stops_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with training.stopping() as asked:
+    with stopping() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         assert asked == [signal.SIGINT]

@@ -42,7 +42,7 @@ INTERRUPTED = 130
 def finetune(args: Sequence[str]) -> int:
     """Fine-tune a Vision Transformer on a folder of pictures."""
     config = _parse(FinetuneConfig, args, "finetune", _default(args))
-    from snello.training import Interrupted
+    from snello.stopping import Interrupted
     from snello.training import finetune as run
 
     try:
@@ -112,7 +112,7 @@ def join(args: Sequence[str]) -> int:
     """Train with a server, on pictures that stay here."""
     config = _parse(JoinConfig, args, "join", _join_default(args))
     from snello.split.join import join as run
-    from snello.training import Interrupted
+    from snello.stopping import Interrupted
 
     try:
         run(config)

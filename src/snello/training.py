@@ -6,23 +6,16 @@ the learning rate of the step. So a checkpoint holds weights, optimizer state, t
 """
 
 import gc
-import os
 import shlex
-import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -30,22 +23,21 @@ from snello import checkpoint, comparison, report
 from snello.config import FinetuneConfig
 from snello.data import Splits, load_splits, mix
 from snello.devices import Precision, autocast, faster_attention, resolve_device, resolve_precision
-from snello.errors import ConfigError, SnelloWarning, TrainingError
+from snello.display import progress_bar, warnings_on
+from snello.errors import ConfigError, TrainingError
 from snello.inference import Normalize, score
 from snello.learners import Learner, MicroStep, Whole
 from snello.loading import Batch, batches, eval_loader, eval_transform, train_loader, train_transform
 from snello.methods.lora import merged_state
 from snello.models import Preprocessing, architecture_of, create_model, preprocessing
+from snello.parallel import make_accelerator, world_size
 from snello.runs import RunFolder, require_same_config
 from snello.schedule import Schedule
 from snello.split import costs
 from snello.split.cut import Cut
 from snello.split.sides import codec_text
+from snello.stopping import Interrupted, stopping
 from snello.vit import ViT
-
-
-class Interrupted(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM), has saved a checkpoint, and can be resumed."""
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
@@ -147,7 +139,7 @@ class Trainer:
 
     def _make_learner(self, vit: ViT, resolved: dict[str, Any]) -> Learner:
         if self.config.split.cut:
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if world_size() > 1:
                 raise ConfigError("--split.cut trains both halves in one process: start it without torchrun")
             vit.model.to(self.device)
             return Cut(
@@ -442,79 +434,15 @@ class Trainer:
             highlight=False,
             soft_wrap=True,
         )
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[said]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console) as bar:
-            task = bar.add_task("training", total=self.total_steps, completed=self.progressed.step, said="")
+        with progress_bar(self.console, total=self.total_steps, completed=self.progressed.step) as bar:
 
             def show(loss: float, seconds: float) -> None:
                 rate = self.config.batch_size * self.config.accumulate / seconds
-                said = f"loss {loss:.4f}  {rate:.0f} pictures/s{self.learner.said()}"
-                bar.update(task, completed=self.progressed.step, said=said)
+                bar(self.progressed.step, f"loss {loss:.4f}  {rate:.0f} pictures/s{self.learner.said()}")
 
             before, self._shown = self._shown, show
             yield
             self._shown = before
-
-
-def make_accelerator(device: torch.device, precision: Precision) -> Accelerator:
-    """An Accelerator on `device`; what an earlier run in this process set up is forgotten first."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    before = os.environ.get("ACCELERATE_TORCH_DEVICE")
-    os.environ["ACCELERATE_TORCH_DEVICE"] = str(
-        device
-    )  # the one way to name a device that it honours on every back end
-    try:
-        return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=device.type == "cpu")
-    finally:
-        del os.environ["ACCELERATE_TORCH_DEVICE"]
-        if before is not None:
-            os.environ["ACCELERATE_TORCH_DEVICE"] = before
-
-
-@contextmanager
-def warnings_on(console: Console) -> Iterator[None]:
-    """Prints snello's own warnings as one line on `console`."""
-    with warnings.catch_warnings():
-        shown = warnings.showwarning
-
-        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if issubclass(category, SnelloWarning):
-                console.print(f"warning: {message}", highlight=False, soft_wrap=True)
-            else:
-                shown(message, category, *where, **more)
-
-        warnings.showwarning = show
-        yield
-
-
-@contextmanager
-def stopping() -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C or SIGTERM asks to stop; a second Ctrl-C stops at once.
-
-    Outside the main thread signals cannot be caught: there the list stays empty.
-    """
-    asked: list[int] = []
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:
-        before = {}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ from snello import checkpoint, report
 from snello.config import FinetuneConfig, JoinConfig
 from snello.data import Splits, load_splits
 from snello.devices import resolve_device, resolve_precision
+from snello.display import warnings_on
 from snello.errors import CheckpointError, ConfigError, SnelloError
 from snello.learners import MicroStep
 from snello.runs import RunFolder, require_same_config
@@ -29,7 +30,7 @@ from snello.split.remote import Remote
 from snello.split.session import Side, run_counted
 from snello.split.sessions import weights_frame, weights_of
 from snello.split.sides import meta_vit, replace_weights
-from snello.training import Trainer, warnings_on
+from snello.training import Trainer
 from snello.vit import ViT
 
 LOCAL = ("data", "val_share", "skip_bad", "check_pictures", "workers", "device", "attention", "out", "resume")

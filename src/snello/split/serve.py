@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from snello.config import ServeConfig
+from snello.display import warnings_on
 from snello.errors import ConfigError
 from snello.runs import RunFolder, require_same_config
 from snello.split.auth import Anyone, Authenticator, Both, Certificates, Tokens
@@ -20,7 +21,7 @@ from snello.split.server import Limits, Server
 from snello.split.sessions import TrainingSession
 from snello.split.telemetry import Board, Telemetry, close_logger, make_logger
 from snello.split.tls import ServerFiles
-from snello.training import versions, warnings_on
+from snello.training import versions
 
 
 def serve(config: ServeConfig, console: Console | None = None) -> None:

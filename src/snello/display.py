@@ -1,0 +1,46 @@
+"""What a run shows on the console while it lasts: a progress bar, and snello's own warnings as one line."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from snello.errors import SnelloWarning
+
+
+@contextmanager
+def progress_bar(console: Console, *, total: int, completed: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar of `total` steps of which `completed` are done; yields what sets their number and the text beside it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[said]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("training", total=total, completed=completed, said="")
+
+        def show(done: int, said: str) -> None:
+            bar.update(task, completed=done, said=said)
+
+        yield show
+
+
+@contextmanager
+def warnings_on(console: Console) -> Iterator[None]:
+    """Prints snello's own warnings as one line on `console`."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, SnelloWarning):
+                console.print(f"warning: {message}", highlight=False, soft_wrap=True)
+            else:
+                shown(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield

@@ -1,0 +1,38 @@
+"""Ctrl-C and SIGTERM: the step under way ends, a checkpoint is saved, and the run says how it goes on."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (Ctrl-C, SIGTERM), has saved a checkpoint, and can be resumed."""
+
+
+@contextmanager
+def stopping(*, patient: bool = False) -> Iterator[list[int]]:
+    """A list that fills when Ctrl-C or SIGTERM asks to stop; a second Ctrl-C stops at once.
+
+    Outside the main thread signals cannot be caught: there the list stays empty.
+
+    Args:
+        patient: takes no notice of a second one. torchrun passes on to its processes the Ctrl-C that the terminal has
+            already sent them, and kills those that do not end in 30 s.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked and not patient:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        before = {}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
