@@ -74,7 +74,7 @@ class Keep:
         self.asked.append((index, num_patches))
         return max(1, int(self.share * num_patches)) if index in self.where else num_patches
 
-    def record(self, index, change):
+    def record(self, index, change, num_samples):
         self.changes.append((index, change))
 
 

@@ -133,7 +133,7 @@ def test_eval_mode_neither_records_nor_drops_nor_moves():
     assert lengths == [17, 2]
 
 
-def test_step_takes_the_mean_over_the_micro_batches_since_the_last():
+def test_step_takes_the_mean_over_the_samples_since_the_last():
     model = tiny_vit()
     rows = watch(model)
     alast = ALaST(model, alpha=0.1)
@@ -146,11 +146,27 @@ def test_step_takes_the_mean_over_the_micro_batches_since_the_last():
         assert [x for row in pending for x in row] == pytest.approx([x for row in rows for x in row], rel=1e-4)
     before, deltas = alast.budgets.copy(), alast.state_dict()["deltas"]
     alast.step()
-    now = [sum(column) / 2 for column in zip(*rows, strict=True)]
+    now = [(6 * one + 7 * other) / 13 for one, other in zip(*rows, strict=True)]
     assert alast.state_dict()["deltas"] == pytest.approx(now, rel=1e-4)
     moved = [min(1, max(0.5, b + 0.1 * (n - o))) for b, n, o in zip(before, now, deltas, strict=True)]
     assert alast.budgets == pytest.approx(moved, rel=1e-4)
     assert alast.state_dict()["pending"] == []
+
+
+def test_micro_batches_are_one_batch():
+    """Of different sizes too, and with one that counts for nothing."""
+    x, _ = batch(0, n=9)
+    deltas = []
+    for parts in ([x], x.split(7), [*x.split(2), x[:1]]):
+        alast = ALaST(tiny_vit())
+        alast.step()
+        for part in parts:
+            alast.vit.model(part)
+        if len(parts) == 6:
+            alast.discount()
+        alast.step()
+        deltas.append(alast.state_dict()["deltas"])
+    assert deltas[1] == pytest.approx(deltas[0], rel=1e-5) and deltas[2] == pytest.approx(deltas[0], rel=1e-5)
 
 
 @pytest.mark.parametrize(

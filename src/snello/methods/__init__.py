@@ -24,6 +24,9 @@ class Method(Protocol):
             progress: share of the steps that are done, in [0, 1).
         """
 
+    def discount(self) -> None:
+        """Called after a forward whose samples do not count: they are another rank's."""
+
     def metrics(self) -> dict[str, Any]:
         """What is logged of the step under way."""
 
@@ -47,6 +50,9 @@ class Fixed:
 
     def step(self, lr: float, optimizer: torch.optim.Optimizer, progress: float) -> None:
         """Changes nothing."""
+
+    def discount(self) -> None:
+        """Nothing."""
 
     def metrics(self) -> dict[str, Any]:
         """Nothing."""
@@ -82,6 +88,10 @@ class AdaptiveMethod:
         """Moves budgets, draws and freezes; drops tokens until the tail."""
         self.alast.dropping = progress < self._tail
         self.alast.step(lr, optimizer)
+
+    def discount(self) -> None:
+        """ALaST's."""
+        self.alast.discount()
 
     def metrics(self) -> dict[str, Any]:
         """Budgets and trained blocks."""

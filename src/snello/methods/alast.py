@@ -7,6 +7,7 @@ tokens are dropped between attention and MLP by default (`drop_at="block-end"` i
 """
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -96,6 +97,8 @@ class ALaST:
         self.trained = list(range(depth))  # the blocks of the current draw
         self._deltas: list[float] | None = None  # of the step before
         self._records: list[list[Tensor]] = [[] for _ in range(depth)]  # one () float32 per forward since the last step
+        self._samples: list[int] = []  # of each of those forwards
+        self._loaded: tuple[list[list[float]], list[int]] = ([], [])  # what `_pending` said where a run was cut off
         self._generator = torch.Generator().manual_seed(seed)
         self._parameters = [[p for p in block.parameters() if p.requires_grad] for block in self.vit.blocks]
         self._embeddings = [p for p in self.vit.embedding_parameters() if p.requires_grad]
@@ -113,13 +116,20 @@ class ALaST:
         keep = max(1, math.floor(exact + 1e-6))  # 0.58 * 50 is 28.999... and means 29
         return min(num_patches, math.ceil(keep / self.token_multiple) * self.token_multiple)
 
-    def record(self, index: int, change: Tensor) -> None:
-        """Remembers delta of block `index`, () float32 on the model's device, until the next `step`."""
+    def record(self, index: int, change: Tensor, num_samples: int = 1) -> None:
+        """Remembers delta of block `index`, () float32 on the model's device, a mean over samples, until `step`."""
         if index == 0:  # a forward begins: what one that broke off half-way left behind does not count
             forwards = min(map(len, self._records))
             for column in self._records:
                 del column[forwards:]
+            del self._samples[forwards:]
+            self._samples.append(num_samples)
         self._records[index].append(change)
+
+    def discount(self) -> None:
+        """Makes the last forward count for nothing: it was there to keep a rank without samples in step with others."""
+        if self._samples:
+            self._samples[-1] = 0
 
     def step(self, lr: float | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Moves the budgets, draws the blocks that train, freezes the others and drops their gradients.
@@ -173,7 +183,7 @@ class ALaST:
             "budgets": list(self.budgets),
             "trained": list(self.trained),
             "deltas": self._deltas,
-            "pending": self._pending(),
+            **dict(zip(("pending", "pending_samples"), self._pending(), strict=True)),
             "dropping": self.dropping,
             "generator": self._generator.get_state().tolist(),
         }
@@ -191,35 +201,42 @@ class ALaST:
         self.budgets = list(state["budgets"])
         self.trained = list(state["trained"])
         self._deltas = state["deltas"]
-        device = next(self.vit.model.parameters()).device  # where the next forwards of this step record theirs
-        pending = zip(*state["pending"], strict=True)
-        self._records = [[torch.tensor(value, device=device) for value in column] for column in pending]
-        self._records = self._records or [[] for _ in range(depth)]
+        self._loaded = state["pending"], state["pending_samples"]
+        self._records, self._samples = [[] for _ in range(depth)], []
         self.dropping = state["dropping"]
         self._generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
         for index, parameters in enumerate(self._parameters):
             _set_trainable(parameters, index in self.trained)
 
-    def _pending(self) -> list[list[float]]:
-        """The deltas recorded since the last step, forwards x blocks, averaged over ranks; waits for the device."""
-        forwards = min(map(len, self._records))
+    def _pending(self) -> tuple[list[list[float]], list[int]]:
+        """The deltas since the last step, forwards x blocks, means over all ranks, and the samples of each forward.
+
+        Waits for the device.
+        """
+        rows, samples = self._loaded
+        forwards = min(map(len, self._records))  # whole ones only
         if forwards == 0:
-            return []
-        deltas = torch.stack([torch.stack(column[:forwards]) for column in self._records], dim=1)  # whole forwards only
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            deltas = deltas.clone()
-            torch.distributed.all_reduce(deltas)
-            deltas /= torch.distributed.get_world_size()
-        rows: list[list[float]] = deltas.tolist()
-        return rows
+            return rows, samples
+        deltas = torch.stack([torch.stack(column[:forwards]) for column in self._records], dim=1)
+        counts = self._samples[:forwards]
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return rows + deltas.tolist(), samples + counts
+        weights = torch.tensor(counts, dtype=deltas.dtype, device=deltas.device)[:, None]
+        sums = torch.cat([deltas * weights, weights], dim=1)
+        torch.distributed.all_reduce(sums)
+        values = sums.tolist()
+        return (
+            rows + [[value / max(row[-1], 1.0) for value in row[:-1]] for row in values],
+            samples + [int(row[-1]) for row in values],
+        )
 
     def _move_budgets(self, lr: float | None) -> None:
         """b_l <- clip(b_l + alpha * (delta_l now - delta_l before), min_budget, 1); the first time only records."""
-        pending = self._pending()
-        self._records = [[] for _ in self.budgets]
-        if not pending:
+        rows, samples = self._pending()
+        self._records, self._samples, self._loaded = [[] for _ in self.budgets], [], ([], [])
+        if not any(samples):
             return
-        now = [sum(column) / len(pending) for column in zip(*pending, strict=True)]
+        now = [sum(map(operator.mul, samples, column)) / sum(samples) for column in zip(*rows, strict=True)]
         if not all(map(math.isfinite, now)):
             return  # an overflowing forward says nothing about the blocks
         if self._deltas is not None:

@@ -26,7 +26,7 @@ class BlockObserver(Protocol):
     def num_keep(self, index: int, num_patches: int) -> int:
         """How many of its patch tokens block `index` passes on, in 1..num_patches."""
 
-    def record(self, index: int, change: Tensor) -> None:
+    def record(self, index: int, change: Tensor, num_samples: int) -> None:
         """Told once per forward of block `index`: the mean squared change of its CLS token, () float32."""
 
 
@@ -160,7 +160,7 @@ class BlockAdapter(ABC):
         else:
             before = x if index is None else tokens.gather(x, index)
             before, after = before[:, self.num_prefix_tokens :], y[:, self.num_prefix_tokens :]
-        observer.record(self.index, (after.float() - before.float()).square().sum(-1).mean())
+        observer.record(self.index, (after.float() - before.float()).square().sum(-1).mean(), len(x))
 
     def take_attention(self, from_cls: bool) -> Tensor:
         """Attention that each token which the watched block passed on received, (B, K) float32; once per forward."""
