@@ -42,6 +42,8 @@ INTERRUPTED = 130
 def finetune(args: Sequence[str]) -> int:
     """Fine-tune a Vision Transformer on a folder of pictures."""
     config = _parse(FinetuneConfig, args, "finetune", _default(args))
+    if _processes() > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DDP warns of what ALaST needs
     from snello.stopping import Interrupted
     from snello.training import finetune as run
 
@@ -187,7 +189,7 @@ def main(args: Sequence[str] | None = None) -> int:
             raise ConfigError(f"unknown verb {verb!r}; known: {', '.join(VERBS)}")
         return VERBS[verb](rest)
     except SnelloError as error:
-        print(f"snello: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return USAGE
     except KeyboardInterrupt:
         return _interrupted("interrupted")
@@ -197,8 +199,22 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _interrupted(text: str) -> int:
-    print(f"snello: {text}", file=sys.stderr)
+    _say(text)
     return INTERRUPTED
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _say(text: str) -> None:
+    """One line, also where torchrun started several processes, which all come here: the first knows what to say."""
+    if _processes() == 1 or os.environ.get("RANK", "0") == "0":
+        print(f"snello: {text}", file=sys.stderr)
+    else:
+        from snello.parallel import wait_for_main
+
+        wait_for_main()
 
 
 def _help() -> str:

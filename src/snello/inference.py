@@ -1,6 +1,6 @@
 """Using a model: accuracy on labelled pictures, and classes with probabilities for others."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,18 +35,26 @@ class Normalize:
 
 @torch.no_grad()
 def score(
-    model: nn.Module, labelled: Iterable[Batch], normalize: Normalize, device: torch.device
+    model: nn.Module,
+    labelled: Iterable[Batch],
+    normalize: Normalize,
+    device: torch.device,
+    total: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> tuple[float, float]:
-    """Accuracy in [0, 1] and mean cross-entropy over labelled batches; leaves the model in eval mode."""
+    """Accuracy in [0, 1] and mean cross-entropy over labelled batches; leaves the model in eval mode.
+
+    `total` adds up what the ranks have counted, each over its share of the batches.
+    """
     model.eval()
-    right, loss, num = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    right, loss, num = torch.zeros((), device=device), torch.zeros((), device=device), torch.zeros((), device=device)
     for images, labels in labelled:
         labels = labels.to(device)
         logits = logits_of(model(normalize(images.to(device)))).float()
         right += (logits.argmax(1) == labels).sum()
         loss += cross_entropy(logits, labels, reduction="sum")
         num += len(labels)
-    return float(right) / num, float(loss) / num
+    all_right, all_loss, all_num = total(torch.stack([right, loss, num])).tolist()
+    return all_right / all_num, all_loss / all_num
 
 
 class Predictor:

@@ -6,6 +6,7 @@ an update.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,11 +39,12 @@ class MicroStep:
     num_samples: int
     """Pictures in the whole step."""
     number: int
-    """Of its first batch in the run: what is random in it depends on that and the run's seed alone."""
+    """Of its first batch in the run: what is random in it depends on that, the rank and the run's seed alone."""
+    rank: int = 0
 
     def noise_seed(self, seed: int) -> int:
         """Of the model's noise, in a run of this seed."""
-        return mix(seed, NOISE, self.number)
+        return mix(seed, NOISE, self.number, *([self.rank] if self.rank else []))
 
     def codec_seed(self, seed: int) -> int:
         """Of what is random in the codec."""
@@ -63,8 +65,13 @@ class Learner(Protocol):
     evaluator: nn.Module
     """Normalised pictures (B, 3, H, W) to logits (B, C), in eval mode."""
 
-    def begin(self, progress: float) -> None:
-        """Once per step, before its first micro-step; `progress` is the share of the run that is done, in [0, 1)."""
+    def begin(self, progress: float, num_micro: int = 1) -> None:
+        """Once per step, before the first of its micro-steps.
+
+        Args:
+            progress: share of the run that is done, in [0, 1).
+            num_micro: micro-steps in the step.
+        """
 
     def backward(self, batches: Sequence[Batch], *, step: int, micro: int, num_samples: int, seed: int) -> Tensor:
         """One micro-step: forward and backward over normalised pictures and labels on the device.
@@ -77,7 +84,7 @@ class Learner(Protocol):
             seed: of what is random outside the model.
 
         Returns:
-            The micro-step's part of the step's mean loss, () float32.
+            The micro-step's part of the step's mean loss, () float32, of this rank's pictures.
         """
 
     def clip(self, max_norm: float) -> dict[str, Tensor]:
@@ -109,7 +116,7 @@ class Learner(Protocol):
 
 
 class Whole:
-    """A model in one piece, on Accelerate."""
+    """A model in one piece, on Accelerate, the same in every process of the run."""
 
     buffer = 1
     max_steps: int | None = None
@@ -127,26 +134,34 @@ class Whole:
         self._model, self._optimizer = accelerator.prepare(vit.model, optimizer)
         self.modules: Mapping[str, nn.Module] = {"model": accelerator.unwrap_model(self._model)}
         self.optimizers: Mapping[str, torch.optim.Optimizer] = {"optimizer": self._optimizer}
-        self.evaluator: nn.Module = self._model
+        self.evaluator: nn.Module = self.modules["model"]  # not wrapped: ranks evaluate different numbers of batches
+        self._num_micro = 1
 
     def save_adapters(self, folder: Path) -> None:
         """Writes the adapters as peft's own files, where there are any."""
         if isinstance(self.method, Lora):
             self.method.adapters.save(folder)
 
-    def begin(self, progress: float) -> None:
+    def begin(self, progress: float, num_micro: int = 1) -> None:
         """See `Learner`."""
+        self._num_micro = num_micro
         self._model.train()
         self.method.step(self.config.lr, self._optimizer, progress)
 
     def backward(self, batches: Sequence[Batch], *, step: int, micro: int, num_samples: int, seed: int) -> Tensor:
-        """See `Learner`."""
+        """See `Learner`. A batch without labels keeps step with those of other ranks, and weighs nothing."""
         ((images, labels),) = batches
-        with self.accelerator.autocast():
-            logits = logits_of(self._model(images))
-        loss = cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
-        loss = loss * (len(labels) / num_samples)
-        self.accelerator.backward(loss)
+        last = micro == self._num_micro - 1  # only then are gradients averaged over the ranks
+        with nullcontext() if last else self.accelerator.no_sync(self._model):
+            with self.accelerator.autocast():
+                logits = logits_of(self._model(images))
+            if len(labels) == 0:
+                self.method.discount()
+                loss: Tensor = logits.float().sum() * 0
+            else:
+                loss = cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+                loss = loss * (len(labels) / num_samples)
+            self.accelerator.backward(loss * self.accelerator.num_processes)  # whose mean is then the sum
         return loss.detach()
 
     def clip(self, max_norm: float) -> dict[str, Tensor]:

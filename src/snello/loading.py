@@ -87,11 +87,23 @@ class HeldOutPictures(Dataset[tuple[torch.Tensor, int]]):
 
 
 class EpochBatches(Sampler[list[Key]]):
-    """The keys of every micro-batch of a run, from the `start`-th on; the last batch of an epoch may be smaller."""
+    """The keys of every micro-batch of a run, from the `start`-th on; the last batch of an epoch may be smaller.
 
-    def __init__(self, num_samples: int, batch_size: int, epochs: int, seed: int, start: int = 0) -> None:
+    `share` gives the part of a batch's positions that is this rank's. Where that is none, it gets the first key all the
+    same: it has to go through the model with the others.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        epochs: int,
+        seed: int,
+        start: int = 0,
+        share: Callable[[int], range] = range,
+    ) -> None:
         self.num_samples, self.batch_size, self.epochs = num_samples, batch_size, epochs
-        self.seed, self.start = seed, start
+        self.seed, self.start, self.share = seed, start, share
 
     @property
     def batches_per_epoch(self) -> int:
@@ -108,7 +120,8 @@ class EpochBatches(Sampler[list[Key]]):
         for epoch in range(first_epoch, self.epochs):
             order = permutation(self.num_samples, mix(self.seed, epoch))
             for begin in range(first_batch * self.batch_size, self.num_samples, self.batch_size):
-                yield [(epoch, index) for index in order[begin : begin + self.batch_size]]
+                batch = order[begin : begin + self.batch_size]
+                yield [(epoch, batch[position]) for position in self.share(len(batch)) or (0,)]
             first_batch = 0
 
 
@@ -126,13 +139,14 @@ def train_loader(
     epochs: int,
     seed: int,
     start: int = 0,
+    share: Callable[[int], range] = range,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[tuple[torch.Tensor, int]]:
-    """Loads the micro-batches of all epochs from the `start`-th on; go through it with `batches`."""
+    """Loads a rank's share of the micro-batches of all epochs from the `start`-th on; go through it with `batches`."""
     return DataLoader(
         TrainingPictures(pictures, transform, seed),
-        batch_sampler=EpochBatches(len(pictures), batch_size, epochs, seed, start),
+        batch_sampler=EpochBatches(len(pictures), batch_size, epochs, seed, start, share),
         num_workers=workers,
         multiprocessing_context=WORKER_CONTEXT if workers else None,
         pin_memory=pin_memory,
@@ -146,13 +160,15 @@ def eval_loader(
     transform: Transform,
     *,
     batch_size: int,
+    share: Callable[[int], range] = range,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[tuple[torch.Tensor, int]]:
-    """Loads the pictures once, in order; its workers stay for the next time. Go through it with `batches`."""
+    """Loads a rank's share of the pictures once, in order; its workers stay for the next time; see `batches`."""
     return DataLoader(
         HeldOutPictures(pictures, transform),
         batch_size=batch_size,
+        sampler=share(len(pictures)),
         num_workers=workers,
         multiprocessing_context=WORKER_CONTEXT if workers else None,
         persistent_workers=workers > 0,

@@ -16,6 +16,7 @@ class Schedule:
     num_train: int
     """Pictures in an epoch."""
     batch_size: int
+    """Pictures in a batch, over all ranks."""
     accumulate: int
     epochs: int
     buffer: int = 1
@@ -51,6 +52,10 @@ class Schedule:
         """Pictures in a step."""
         per_step = self.batch_size * self.accumulate
         return min(per_step, self.num_train - step % self.steps_per_epoch * per_step)
+
+    def batch_samples(self, number: int) -> int:
+        """Pictures in a batch, counted from the start of the run."""
+        return min(self.batch_size, self.num_train - number % self.batches_per_epoch * self.batch_size)
 
     def num_batches(self, step: int) -> int:
         """Batches in a step."""

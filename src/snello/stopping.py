@@ -17,8 +17,8 @@ def stopping(*, patient: bool = False) -> Iterator[list[int]]:
     Outside the main thread signals cannot be caught: there the list stays empty.
 
     Args:
-        patient: takes no notice of a second one. torchrun passes on to its processes the Ctrl-C that the terminal has
-            already sent them, and kills those that do not end in 30 s.
+        patient: takes no notice of a second one, not even when the block has ended. torchrun passes on to its processes
+            the Ctrl-C that the terminal has already sent them, and kills those that do not end in 30 s.
     """
     asked: list[int] = []
 
@@ -35,4 +35,4 @@ def stopping(*, patient: bool = False) -> Iterator[list[int]]:
         yield asked
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if patient and asked else handler)

@@ -6,7 +6,6 @@ the learning rate of the step. So a checkpoint holds weights, optimizer state, t
 """
 
 import gc
-import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,15 +21,15 @@ from torch.utils.data import DataLoader
 from snello import checkpoint, comparison, report
 from snello.config import FinetuneConfig
 from snello.data import Splits, load_splits, mix
-from snello.devices import Precision, autocast, faster_attention, resolve_device, resolve_precision
+from snello.devices import Precision, autocast, faster_attention, resolve_precision
 from snello.display import progress_bar, warnings_on
-from snello.errors import ConfigError, TrainingError
+from snello.errors import ConfigError, DataError, TrainingError
 from snello.inference import Normalize, score
 from snello.learners import Learner, MicroStep, Whole
 from snello.loading import Batch, batches, eval_loader, eval_transform, train_loader, train_transform
 from snello.methods.lora import merged_state
 from snello.models import Preprocessing, architecture_of, create_model, preprocessing
-from snello.parallel import make_accelerator, world_size
+from snello.parallel import ALONE, Ranks, connect, make_accelerator, world_size
 from snello.runs import RunFolder, require_same_config
 from snello.schedule import Schedule
 from snello.split import costs
@@ -48,43 +47,74 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
             finite, with the last good checkpoint kept.
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
-    console = console or Console(stderr=True)
-    run = RunFolder.of(config)
-    saved: dict[str, Any] = {}
-    if config.resume:
-        saved_config, saved = run.read_config()
-        require_same_config(saved_config, config, run.path)
-    splits = load_splits(
-        config.data,
-        val_share=config.val_share,
-        seed=config.seed,
-        skip_bad=config.skip_bad,
-        check=config.check_pictures,
-    )
-    with warnings_on(console):
-        trainer = Trainer(config, splits, run, saved, console)
-        try:
-            trainer.fit()
-        finally:
-            trainer.close()
-    summary = trainer.summary()
-    checkpoint.save_json(run.summary_file, summary)  # safe before the comparison, which may take long
-    report.print_result(console, summary, splits.num_skipped)
+    ranks = connect(config.device)
+    console = (console or Console(stderr=True)) if ranks.is_main else Console(quiet=True)
+    run, summary, state = _train(config, ranks, console)
+    if not ranks.is_main:
+        return summary
     if "alast" in config.method:
         report.plot_budgets(run)
     if config.split.cut:
         report.print_traffic(console, summary)
         report.plot_traffic(run)
     elif config.compare:
-        state = trainer.learner.state_dict()["method"]
-        del trainer  # its memory is the comparison's
-        gc.collect()
+        gc.collect()  # the trainer's memory is the comparison's
         costs = comparison.compare(config, summary, state)
         summary |= costs.summary()
         checkpoint.save_json(run.summary_file, summary)
         report.print_costs(console, costs)
     console.print(f"run folder: {run.path}", highlight=False, soft_wrap=True)
     return summary
+
+
+def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunFolder, dict[str, Any], dict[str, Any]]:
+    """The whole run but its costs; the run folder, the summary, and the method's state for what comes after."""
+    run, saved = ranks.from_main(lambda: _open(config))
+    splits = ranks.first_here(
+        lambda: load_splits(
+            config.data,
+            val_share=config.val_share,
+            seed=config.seed,
+            skip_bad=config.skip_bad,
+            # Once per machine is enough, unless what is left out has to be known to all.
+            check=config.check_pictures and (ranks.is_first_here or config.skip_bad),
+        )
+    )
+    _require_same_on_all(splits, ranks)
+    with warnings_on(console):
+        trainer = Trainer(config, splits, run, saved, console, ranks)
+        try:
+            trainer.fit()
+        finally:
+            trainer.close()
+    state = trainer.learner.state_dict()["method"]
+    summary = ranks.from_main(trainer.summary)
+    if ranks.is_main:
+        checkpoint.save_json(run.summary_file, summary)  # safe before the comparison, which may take long
+        report.print_result(console, summary, splits.num_skipped)
+    return run, summary, state
+
+
+def _open(config: FinetuneConfig) -> tuple[RunFolder, dict[str, Any]]:
+    """The run folder, and what was resolved where a run is gone on with."""
+    run = RunFolder.of(config)
+    if not config.resume:
+        return run, {}
+    saved_config, saved = run.read_config()
+    require_same_config(saved_config, config, run.path)
+    return run, saved
+
+
+def _require_same_on_all(splits: Splits, ranks: Ranks) -> None:
+    """Refuses pictures that are not the same in every process: the samples of a step would not be those meant."""
+
+    def described() -> tuple[object, ...]:
+        return splits.train.classes, splits.num_skipped, list(splits.train.labels), list(splits.val.labels)
+
+    those = ranks.from_main(described)
+    with ranks.together():
+        if ranks.size > 1 and those != described():
+            raise DataError(f"--data: other pictures than in process 0 ({splits.source}): give all machines the same")
 
 
 @dataclass
@@ -102,22 +132,31 @@ class Progressed:
 
 
 class Trainer:
-    """One run: model, method, data and where it stands."""
+    """One run: model, method, data and where it stands. With several processes, each of them has one."""
 
     def __init__(
-        self, config: FinetuneConfig, splits: Splits, run: RunFolder, saved: dict[str, Any], console: Console
+        self,
+        config: FinetuneConfig,
+        splits: Splits,
+        run: RunFolder,
+        saved: dict[str, Any],
+        console: Console,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.splits, self.run, self.console = config, splits, run, console
-        self.device = resolve_device(saved.get("device", config.device))
-        self.precision: Precision = resolve_precision(saved.get("precision", config.precision), self.device)
-        self.schedule = Schedule(len(splits.train), config.batch_size, config.accumulate, config.epochs)
+        self.config, self.splits, self.run, self.console, self.ranks = config, splits, run, console, ranks
+        with ranks.together():
+            self.device = ranks.device(saved.get("device", config.device))
+        self.precision: Precision = ranks.from_main(
+            lambda: resolve_precision(saved.get("precision", config.precision), self.device)
+        )
+        self.schedule = Schedule(len(splits.train), config.batch_size * ranks.size, config.accumulate, config.epochs)
         torch.manual_seed(mix(config.seed))  # the head's random start
-        vit = ViT(self._make_model())
+        vit = ViT(ranks.first_here(self._make_model))
         self.preprocessing = preprocessing(vit.model, config.image_size)
         self._architecture = architecture_of(vit.model)
         attention = saved.get("attention", config.attention)
         if attention == "auto":
-            attention = faster_attention(vit, config.batch_size, self.device, self.precision)
+            attention = ranks.from_main(lambda: faster_attention(vit, config.batch_size, self.device, self.precision))
         vit.set_attention_paths([attention] * vit.depth)
         self.normalize = Normalize(self.preprocessing, self.device)
         self.progressed = Progressed()
@@ -131,7 +170,7 @@ class Trainer:
         if saved:
             self._resume(saved, resolved)
         else:
-            run.write_config(config, resolved)
+            ranks.on_main(lambda: run.write_config(config, resolved))
 
     def _make_model(self) -> nn.Module:
         config = self.config
@@ -151,7 +190,7 @@ class Trainer:
                 codec_text=resolved["codec"],
                 step_samples=[self.schedule.num_samples(step) for step in range(self.schedule.steps_per_epoch)],
             )
-        return Whole(vit, self.config, make_accelerator(self.device, self.precision))
+        return Whole(vit, self.config, make_accelerator(self.device, self.precision, self.ranks))
 
     @property
     def total_steps(self) -> int:
@@ -163,10 +202,10 @@ class Trainer:
         if self.progressed.finished:
             self.console.print("the run was already complete")
             return
-        with stopping() as self._stop, self._progress_bar():
+        with stopping(patient=self.ranks.size > 1) as self._stop, self._progress_bar():
             while not self.progressed.finished:
                 self.advance(1)
-                if self._stop and not self.progressed.finished:
+                if self.ranks.any(bool(self._stop)) and not self.progressed.finished:
                     self._save_to_stop()
                     raise self.interrupted()
 
@@ -177,7 +216,7 @@ class Trainer:
         )
 
     def _resume_command(self) -> str:
-        return shlex.join(["snello", "finetune", "--out", str(self.run.path), "--resume"])
+        return self.ranks.command(["finetune", "--out", str(self.run.path), "--resume"])
 
     def close(self) -> None:
         """Ends the processes that load pictures, which the interpreter would otherwise meet at its exit."""
@@ -199,8 +238,9 @@ class Trainer:
 
     def evaluate(self) -> tuple[float, float]:
         """Accuracy in [0, 1] and mean loss on the held-out pictures."""
+        held_out = self.ranks.all_of(self._held_out)
         with autocast(self.device, self.precision):
-            return score(self.learner.evaluator, self._held_out, self.normalize, self.device)
+            return score(self.learner.evaluator, held_out, self.normalize, self.device, self.ranks.total)
 
     def summary(self) -> dict[str, Any]:
         """The run's result; the costs are None until they are measured."""
@@ -243,10 +283,14 @@ class Trainer:
         if self._stream is None:
             self._stream = self._micro_steps(step)
         started = time.perf_counter()
-        self.learner.begin(self.schedule.progress(step))
+        num_micro = self.schedule.num_micro(step)
+        self.learner.begin(self.schedule.progress(step), num_micro)
         total = torch.zeros((), device=self.device)
-        for _ in range(self.schedule.num_micro(step)):
-            total += self._backward(next(self._stream))
+        for _ in range(num_micro):
+            with self.ranks.together():
+                work = next(self._stream)
+            total += self._backward(work)
+        total = self.ranks.total(total)
         norms = self.learner.clip(config.clip_norm)
         self._require_finite(total, list(norms.values()))
         lr = self.schedule.lr(step, config.lr, config.warmup)
@@ -260,11 +304,17 @@ class Trainer:
             "lr": lr,
             **{name: float(norm) for name, norm in norms.items()},
         }
-        self.run.log(row | self.learner.metrics() | {"seconds": round(time.perf_counter() - started, 4)})
+        self._log(row | self.learner.metrics() | {"seconds": round(time.perf_counter() - started, 4)})
         return float(total)
 
-    def _to_device(self, batch: Batch) -> Batch:
+    def _log(self, row: dict[str, Any]) -> None:
+        """Writes down a step or an evaluation."""
+        self.ranks.on_main(lambda: self.run.log(row))
+
+    def _to_device(self, batch: Batch, number: int) -> Batch:
+        """A batch as the learner wants it; one that is only there to keep step with other ranks has no labels."""
         images, labels = batch
+        labels = labels[: len(self.ranks.share(self.schedule.batch_samples(number)))]
         return self.normalize(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
 
     def _micro_steps(self, start: int) -> Iterator[MicroStep]:
@@ -273,8 +323,8 @@ class Trainer:
         for step in range(start, self.total_steps):
             for micro in range(self.schedule.num_micro(step)):
                 numbers = self.schedule.batches_of(step, micro)
-                loaded = [self._to_device(next(stream)) for _ in numbers]
-                yield MicroStep(loaded, step, micro, self.schedule.num_samples(step), numbers.start)
+                loaded = [self._to_device(next(stream), number) for number in numbers]
+                yield MicroStep(loaded, step, micro, self.schedule.num_samples(step), numbers.start, self.ranks.rank)
 
     def _backward(self, work: MicroStep) -> Tensor:
         torch.manual_seed(work.noise_seed(self.config.seed))
@@ -326,22 +376,28 @@ class Trainer:
         at.last_accuracy, loss = self.evaluate()
         if at.last_accuracy > at.accuracy:
             at.accuracy, at.best_epoch = at.last_accuracy, at.epochs
-            for name, module in self.learner.modules.items():
-                checkpoint.save_tensors(self.run.weights_files[name], merged_state(module))
-            if isinstance(self.learner, Whole):
-                self.learner.save_adapters(self.run.adapter_folder)
+            self.ranks.on_main(self._save_best)
         row: dict[str, Any] = {"kind": "eval", "step": at.step, "epoch": at.epochs}
         row |= {"accuracy": at.last_accuracy, "loss": loss}
         row |= self.learner.eval_metrics()
-        self.run.log(row)
+        self._log(row)
         sent = f", {row['training_bytes'] / 1e6:.2f} MB" if "training_bytes" in row else ""
         text = f"epoch {at.epochs}: accuracy {at.last_accuracy:.2%}, loss {loss:.4f}{sent}"
         self.console.print(text, highlight=False)
 
     # ------------------------------------------------------------------------------------- saving and resuming
 
+    def _save_best(self) -> None:
+        for name, module in self.learner.modules.items():
+            checkpoint.save_tensors(self.run.weights_files[name], merged_state(module))
+        if isinstance(self.learner, Whole):
+            self.learner.save_adapters(self.run.adapter_folder)
+
     def _save(self) -> None:
-        state = self._state()
+        state = self._state()  # of all ranks
+        self.ranks.on_main(lambda: self._write_checkpoint(state))
+
+    def _write_checkpoint(self, state: dict[str, Any]) -> None:
         checkpoint.save_checkpoint(self.run.checkpoint_file, self.learner.modules, self.learner.optimizers, state)
         self._save_method(state)
 
@@ -357,20 +413,27 @@ class Trainer:
 
     def _resume(self, saved: dict[str, Any], resolved: dict[str, Any]) -> None:
         self._require_same_pictures(saved, resolved)
-        if not self.run.checkpoint_file.exists():
-            self.run.forget_after(0)
+        if not self.ranks.from_main(self.run.checkpoint_file.exists):
+            self.ranks.on_main(lambda: self.run.forget_after(0))
             return
         learner = self.learner
-        self._go_on(checkpoint.load_checkpoint(self.run.checkpoint_file, learner.modules, learner.optimizers))
+        with self.ranks.together():
+            state = checkpoint.load_checkpoint(self.run.checkpoint_file, learner.modules, learner.optimizers)
+        self._go_on(state)
         self.console.print(f"resuming after step {self.progressed.step} of {self.total_steps}", highlight=False)
 
     def _go_on(self, state: dict[str, Any]) -> None:
         """Stands where a checkpoint does that has just been loaded."""
         self.learner.load_state_dict(state["learner"])
         self.progressed = Progressed(**state["progressed"])
-        self.run.forget_after(self.progressed.step)
+        self.ranks.on_main(lambda: self.run.forget_after(self.progressed.step))
 
     def _require_same_pictures(self, saved: dict[str, Any], resolved: dict[str, Any]) -> None:
+        if saved["processes"] != self.ranks.size:
+            raise ConfigError(
+                f"--resume: the run was started with {saved['processes']} processes, now it has {self.ranks.size}: "
+                "its batches would be others; start as many"
+            )
         changed = [name for name in ("classes", "num_train", "num_val") if saved.get(name) != resolved[name]]
         if changed:
             raise ConfigError(f"--resume: the pictures are not those the run was started with ({', '.join(changed)})")
@@ -383,7 +446,8 @@ class Trainer:
     def _resolved(self, attention: str, codec: str | None) -> dict[str, Any]:
         """What was decided from model, data and machine; a resumed run takes it from its config.yaml."""
         return {
-            "device": str(self.device),
+            "device": str(self.device) if self.ranks.size == 1 else self.device.type,
+            "processes": self.ranks.size,
             "precision": self.precision,
             "attention": attention,
             "threads": torch.get_num_threads(),
@@ -403,10 +467,11 @@ class Trainer:
         loader = train_loader(
             self.splits.train,
             train_transform(pre.size, pre.interpolation, self.config.augment),
-            batch_size=self.config.batch_size,
+            batch_size=self.schedule.batch_size,
             epochs=self.schedule.total_epochs,
             seed=self.config.seed,
             start=start,
+            share=self.ranks.share,
             workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
         )
@@ -420,15 +485,22 @@ class Trainer:
                 self.splits.val,
                 eval_transform(pre.size, pre.interpolation, pre.crop_pct),
                 batch_size=self.config.batch_size,
+                share=self.ranks.share,
                 workers=self.config.workers,
                 pin_memory=self.device.type == "cuda",
             )
         return batches(self._eval_loader)
 
+    def _where(self) -> str:
+        if self.ranks.size == 1:
+            return str(self.device)
+        step = self.schedule.batch_size * self.config.accumulate
+        return f"{self.ranks.size} processes ({self.device.type}), {step} pictures a step together"
+
     @contextmanager
     def _progress_bar(self) -> Iterator[None]:
         self.console.print(
-            f"{self.config.model}, {self.config.method}, {self.precision} on {self.device}: "
+            f"{self.config.model}, {self.config.method}, {self.precision} on {self._where()}: "
             f"{len(self.splits.train)} pictures to train, {len(self.splits.val)} held out, "
             f"{len(self.splits.train.classes)} classes ({self.splits.source})",
             highlight=False,
@@ -437,7 +509,7 @@ class Trainer:
         with progress_bar(self.console, total=self.total_steps, completed=self.progressed.step) as bar:
 
             def show(loss: float, seconds: float) -> None:
-                rate = self.config.batch_size * self.config.accumulate / seconds
+                rate = self.schedule.batch_size * self.config.accumulate / seconds
                 bar(self.progressed.step, f"loss {loss:.4f}  {rate:.0f} pictures/s{self.learner.said()}")
 
             before, self._shown = self._shown, show

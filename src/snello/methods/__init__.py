@@ -123,6 +123,11 @@ class Lora:
         if self._inner is not None:
             self._inner.step(lr, optimizer, progress)
 
+    def discount(self) -> None:
+        """ALaST's."""
+        if self._inner is not None:
+            self._inner.discount()
+
     def metrics(self) -> dict[str, Any]:
         """ALaST's."""
         return {} if self._inner is None else self._inner.metrics()

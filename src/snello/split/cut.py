@@ -82,7 +82,7 @@ class Cut:
 
     # ------------------------------------------------------------------------------------------------- one step
 
-    def begin(self, progress: float) -> None:
+    def begin(self, progress: float, num_micro: int = 1) -> None:
         """See `Learner`."""
         self.ledger.begin()
         self.seconds = dict.fromkeys(self.seconds, 0.0)

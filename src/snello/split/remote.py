@@ -102,7 +102,7 @@ class Remote:
 
     # ------------------------------------------------------------------------------------------------- one step
 
-    def begin(self, progress: float) -> None:
+    def begin(self, progress: float, num_micro: int = 1) -> None:
         """See `Learner`."""
         self._at_begin = {"method": self.half.method.state_dict(), "ledger": self.ledger.state_dict()}
         self.ledger.begin()
