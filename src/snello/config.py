@@ -17,6 +17,7 @@ from snello.codecs import parse_codec
 from snello.errors import ConfigError, require
 from snello.split.link import Link, parse_address, parse_bytes
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 METHODS = ("auto", "alast", "full", "head", "last-k", "lora", "alast+lora")
 
 
@@ -248,9 +249,12 @@ class FinetuneConfig(Recipe):
     """Processes that load pictures; 0 loads in the main process."""
     compare: bool = True
     """After training, measure step time, FLOPs and memory against full fine-tuning on this machine."""
+    track: tuple[str, ...] = ()
+    """Show the run also in these trackers: tensorboard (in the run folder), wandb, mlflow."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_trackers(self.track)
         require(self.workers >= 0, "--workers", "0 or more", self.workers)
         require(0 < self.val_share < 1, "--val-share", "in (0, 1)", self.val_share)
 
@@ -329,6 +333,8 @@ class JoinConfig:
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     attention: Literal["auto", "fused", "explicit"] = "auto"
     """How attention is computed; `auto` measures once which is faster here."""
+    track: tuple[str, ...] = ()
+    """Show the run also in these trackers: tensorboard (in the run folder), wandb, mlflow."""
     reconnect_seconds: float = 600.0
     """How long to try again where the connection breaks or the server restarts."""
     patience_seconds: float = 60.0
@@ -342,6 +348,7 @@ class JoinConfig:
         require(0 < self.val_share < 1, "--val-share", "in (0, 1)", self.val_share)
         require(self.reconnect_seconds >= 0, "--reconnect-seconds", "0 or more", self.reconnect_seconds)
         require(self.patience_seconds > 0, "--patience-seconds", "above 0", self.patience_seconds)
+        _require_trackers(self.track)
 
 
 @dataclass(frozen=True)
@@ -470,6 +477,11 @@ class PredictConfig:
         require(len(self.paths) > 0, "PATHS", "at least one picture or folder", "none")
         require(self.top_k >= 1, "--top-k", "at least 1", self.top_k)
         require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
+
+
+def _require_trackers(names: tuple[str, ...]) -> None:
+    for name in names:
+        require(name in TRACKERS, "--track", f"some of {', '.join(TRACKERS)}", name)
 
 
 def flag(name: str) -> str:

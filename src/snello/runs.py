@@ -7,6 +7,8 @@ codec.safetensors   those of the codec at the cut, where it has any
 last.safetensors    the checkpoint to resume from
 alast.json          the final state of ALaST (with that method)
 summary.json        the result
+tensorboard/        what TensorBoard shows (with --track tensorboard)
+tracking.json       the run's names in other trackers
 budgets.png         budgets and trained blocks over the steps (with ALaST)
 traffic.png         accuracy against epochs, bytes and time (across a cut)
 adapter/            the adapters of those weights, as peft reads them (with LoRA; model.safetensors is merged)
@@ -36,6 +38,7 @@ FREE = frozenset(
         "out",
         "resume",
         "compare",
+        "track",
         "workers",
         "checkpoint_steps",
         "check_pictures",
@@ -70,6 +73,7 @@ class RunFolder:
         """By the name of the module."""
         self.checkpoint_file = path / "last.safetensors"
         self.alast_file = path / "alast.json"
+        self.tracking_file = path / "tracking.json"
         self.summary_file = path / "summary.json"
         self.plot_file = path / "budgets.png"
         self.traffic_file = path / "traffic.png"
@@ -164,15 +168,16 @@ def require_same_config(saved: Recipe, config: Recipe, path: Path) -> None:
     Raises:
         ConfigError: naming every setting that differs.
     """
-    old, new = _flat(to_dict(saved)), _flat(to_dict(config))
+    old, new = flat(to_dict(saved)), flat(to_dict(config))
     changed = [name for name in old if name.split(".")[0] not in FREE and old[name] != new[name]]
     if changed:
         differences = ", ".join(f"{name} was {old[name]}, now {new[name]}" for name in changed)
         raise ConfigError(f"--resume: {path} was made with another config: {differences}")
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under names with dots."""
+    result: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+        result |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return result

@@ -55,6 +55,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if value not in hint.__args__:
             raise ConfigError(f"{where} must be one of {', '.join(hint.__args__)}, got {value!r}")
         return value
+    if typing.get_origin(hint) is tuple and isinstance(value, str):
+        value = (value,)  # `name: one` for a list of one
     wrong = ConfigError(f"{where} must be of type {hint.__name__}, got {value!r}")
     if value is None:
         raise wrong

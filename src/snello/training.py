@@ -30,12 +30,14 @@ from snello.loading import Batch, batches, eval_loader, eval_transform, train_lo
 from snello.methods.lora import merged_state
 from snello.models import Preprocessing, architecture_of, create_model, preprocessing
 from snello.parallel import ALONE, Ranks, connect, make_accelerator, world_size
-from snello.runs import RunFolder, require_same_config
+from snello.runs import RunFolder, flat, require_same_config
 from snello.schedule import Schedule
+from snello.settings import to_dict
 from snello.split import costs
 from snello.split.cut import Cut
 from snello.split.sides import codec_text
 from snello.stopping import Interrupted, stopping
+from snello.tracking import Trackers, require_trackers
 from snello.vit import ViT
 
 
@@ -97,6 +99,7 @@ def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunF
 
 def _open(config: FinetuneConfig) -> tuple[RunFolder, dict[str, Any]]:
     """The run folder, and what was resolved where a run is gone on with."""
+    require_trackers(config.track)
     run = RunFolder.of(config)
     if not config.resume:
         return run, {}
@@ -159,6 +162,7 @@ class Trainer:
             attention = ranks.from_main(lambda: faster_attention(vit, config.batch_size, self.device, self.precision))
         vit.set_attention_paths([attention] * vit.depth)
         self.normalize = Normalize(self.preprocessing, self.device)
+        self.trackers = Trackers(config.track if ranks.is_main else (), run, flat(to_dict(config)))
         self.progressed = Progressed()
         self._stream: Iterator[MicroStep] | None = None
         self._eval_loader: DataLoader[tuple[Tensor, int]] | None = None
@@ -219,7 +223,8 @@ class Trainer:
         return self.ranks.command(["finetune", "--out", str(self.run.path), "--resume"])
 
     def close(self) -> None:
-        """Ends the processes that load pictures, which the interpreter would otherwise meet at its exit."""
+        """Ends trackers, and the processes that load pictures, which the interpreter would else meet at its exit."""
+        self.trackers.close()
         self._stream = None
         self._eval_loader = None
 
@@ -309,7 +314,12 @@ class Trainer:
 
     def _log(self, row: dict[str, Any]) -> None:
         """Writes down a step or an evaluation."""
-        self.ranks.on_main(lambda: self.run.log(row))
+
+        def log() -> None:
+            self.run.log(row)
+            self.trackers.log(row, self.schedule.num_samples(row["step"] - 1))
+
+        self.ranks.on_main(log)
 
     def _to_device(self, batch: Batch, number: int) -> Batch:
         """A batch as the learner wants it; one that is only there to keep step with other ranks has no labels."""
@@ -424,6 +434,7 @@ class Trainer:
 
     def _go_on(self, state: dict[str, Any]) -> None:
         """Stands where a checkpoint does that has just been loaded."""
+        self.trackers.close()  # they begin anew where the run does
         self.learner.load_state_dict(state["learner"])
         self.progressed = Progressed(**state["progressed"])
         self.ranks.on_main(lambda: self.run.forget_after(self.progressed.step))

@@ -30,10 +30,11 @@ from snello.split.remote import Remote
 from snello.split.session import Side, run_counted
 from snello.split.sessions import weights_frame, weights_of
 from snello.split.sides import meta_vit, replace_weights
+from snello.tracking import require_trackers
 from snello.training import Trainer
 from snello.vit import ViT
 
-LOCAL = ("data", "val_share", "skip_bad", "check_pictures", "workers", "device", "attention", "out", "resume")
+LOCAL = ("data", "val_share", "skip_bad", "check_pictures", "workers", "device", "attention", "out", "track", "resume")
 
 
 def join(config: JoinConfig, console: Console | None = None) -> dict[str, Any]:
@@ -351,6 +352,7 @@ class RemoteSession:
         self, config: JoinConfig, credentials: Credentials | None = None, console: Console | None = None
     ) -> None:
         console = console or Console(stderr=True)
+        require_trackers(config.track)
         plaintext = config.insecure_plaintext_for_everyone_on_the_network_to_read
         endpoint = make_endpoint(
             config.address, config.certs, config.name, plaintext=plaintext, credentials=credentials
