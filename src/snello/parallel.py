@@ -21,6 +21,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from snello.config import FinetuneConfig
 from snello.devices import Precision, resolve_device
 from snello.errors import ConfigError, Elsewhere, SnelloError
 
@@ -28,6 +29,21 @@ T = TypeVar("T")
 
 # Set by `accelerate launch` for plugins that would change what is computed, or how, behind the loop's back.
 PLUGINS = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+
+
+def world_size() -> int:
+    """As how many processes torchrun or `accelerate launch` started this."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def require_alone(config: FinetuneConfig) -> None:
+    """Refuses a cut where several processes were started.
+
+    Raises:
+        ConfigError: saying so.
+    """
+    if config.split.cut and world_size() > 1:
+        raise ConfigError("--split.cut: a cut model trains in one process: start it without torchrun")
 
 
 @dataclass(frozen=True)
@@ -162,11 +178,6 @@ ALONE = Ranks()
 
 def _said(error: Exception) -> str:
     return str(error) if isinstance(error, SnelloError) else f"{type(error).__name__}: {error}"
-
-
-def world_size() -> int:
-    """As how many processes torchrun or `accelerate launch` started this."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def connect(device: str) -> Ranks:

@@ -29,7 +29,7 @@ from snello.learners import Learner, MicroStep, Whole
 from snello.loading import Batch, batches, eval_loader, eval_transform, train_loader, train_transform
 from snello.methods.lora import merged_state
 from snello.models import Preprocessing, architecture_of, create_model, preprocessing
-from snello.parallel import ALONE, Ranks, connect, make_accelerator, world_size
+from snello.parallel import ALONE, Ranks, connect, make_accelerator, require_alone
 from snello.runs import RunFolder, flat, require_same_config
 from snello.schedule import Schedule
 from snello.settings import to_dict
@@ -49,6 +49,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
             finite, with the last good checkpoint kept.
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
+    require_alone(config)
     ranks = connect(config.device)
     console = (console or Console(stderr=True)) if ranks.is_main else Console(quiet=True)
     run, summary, state = _train(config, ranks, console)
@@ -146,6 +147,7 @@ class Trainer:
         console: Console,
         ranks: Ranks = ALONE,
     ) -> None:
+        require_alone(config)
         self.config, self.splits, self.run, self.console, self.ranks = config, splits, run, console, ranks
         with ranks.together():
             self.device = ranks.device(saved.get("device", config.device))
@@ -182,8 +184,6 @@ class Trainer:
 
     def _make_learner(self, vit: ViT, resolved: dict[str, Any]) -> Learner:
         if self.config.split.cut:
-            if world_size() > 1:
-                raise ConfigError("--split.cut trains both halves in one process: start it without torchrun")
             vit.model.to(self.device)
             return Cut(
                 vit,

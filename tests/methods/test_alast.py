@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from conftest import tiny_deit, tiny_vit
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -680,8 +682,31 @@ def _rank(rank: int, folder: str) -> None:
             backward(parallel, 100 * rank + 2 * step + micro)
         log[-1]["own"] = [sum(column) / 2 for column in zip(*rows, strict=True)]
         optimizer.step()
-    torch.save({"log": log, "weights": model.state_dict()}, f"{folder}/{rank}.pt")
+    sharded = [_sharded(rank, shard) for shard in (False, True)]
+    torch.save({"log": log, "weights": model.state_dict(), "sharded": sharded}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def _sharded(rank: int, shard: bool) -> tuple[dict[str, torch.Tensor], list]:
+    """A few steps under FSDP2, attached before the blocks are sharded, or else under DDP."""
+    model = tiny_vit(depth=3)
+    alast, log = ALaST(model, blocks=1, alpha=0.05), []
+    forward = model if shard else DistributedDataParallel(model, find_unused_parameters=True)
+    if shard:
+        mesh = init_device_mesh("cpu", (2,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
+    for step in range(5):
+        alast.step(optimizer=optimizer)
+        optimizer.zero_grad()
+        backward(forward, 100 * rank + step)
+        moving = [i for i, block in enumerate(model.blocks) if any(p.grad is not None for p in block.parameters())]
+        log.append((alast.trained, moving, alast.budgets.copy()))
+        optimizer.step()
+    state = {name: value.full_tensor() if shard else value for name, value in model.state_dict().items()}
+    return state, log
 
 
 def test_ranks_stay_equal_and_average_their_deltas(tmp_path):
@@ -689,6 +714,12 @@ def test_ranks_stay_equal_and_average_their_deltas(tmp_path):
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, value in one["weights"].items():
         assert torch.equal(value, other["weights"][name]), name
+    for rank in (one, other):  # FSDP2 gives what DDP does
+        (weights, log), (sharded, its_log) = rank["sharded"]
+        for (trained, _, budgets), (its_trained, moving, its_budgets) in zip(log, its_log, strict=True):
+            assert trained == its_trained == moving and its_budgets == pytest.approx(budgets, abs=1e-4)
+        for name, value in weights.items():
+            torch.testing.assert_close(sharded[name], value, rtol=1e-4, atol=1e-6)
     for step, (a, b) in enumerate(zip(one["log"], other["log"], strict=True)):
         assert (a["budgets"], a["trained"], a["deltas"]) == (b["budgets"], b["trained"], b["deltas"])
         assert a["own"] != b["own"]  # their data differ

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from snello.errors import ConfigError
 from snello.vit import DropAt, ViT
@@ -100,8 +99,8 @@ class ALaST:
         self._samples: list[int] = []  # of each of those forwards
         self._loaded: tuple[list[list[float]], list[int]] = ([], [])  # what `_pending` said where a run was cut off
         self._generator = torch.Generator().manual_seed(seed)
-        self._parameters = [[p for p in block.parameters() if p.requires_grad] for block in self.vit.blocks]
-        self._embeddings = [p for p in self.vit.embedding_parameters() if p.requires_grad]
+        self._parameters = [_places(block) for block in self.vit.blocks]
+        self._embeddings = _places(self.vit.model, {id(p) for p in self.vit.embedding_parameters()})
         self.vit.attach(self)
         if not train_embeddings:
             _set_trainable(self._embeddings, False)
@@ -154,7 +153,8 @@ class ALaST:
             frozen = index not in self.trained
             _set_trainable(parameters, not frozen)
             if frozen and optimizer is not None and self.optimizer_state == "release":
-                for parameter in parameters:
+                for module, name in parameters:
+                    parameter = getattr(module, name)
                     optimizer.state.pop(parameter, None)
 
     def detach(self) -> None:
@@ -258,7 +258,11 @@ class ALaST:
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        lacking = [i for i, parameters in enumerate(self._parameters) if any(id(p) not in held for p in parameters)]
+        lacking = [
+            index
+            for index, parameters in enumerate(self._parameters)
+            if any(id(getattr(module, name)) not in held for module, name in parameters)
+        ]
         if lacking:
             raise ConfigError(
                 f"the optimizer lacks parameters of blocks {lacking}, which would never train: "
@@ -266,9 +270,20 @@ class ALaST:
             )
 
 
-def _set_trainable(parameters: Iterable[Parameter], trainable: bool) -> None:
+def _places(root: nn.Module, among: set[int] | None = None) -> list[tuple[nn.Module, str]]:
+    """Where the parameters that train stand; not they themselves, which FSDP replaces."""
+    return [
+        (module, name)
+        for module in root.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad and (among is None or id(parameter) in among)
+    ]
+
+
+def _set_trainable(places: Iterable[tuple[nn.Module, str]], trainable: bool) -> None:
     """Switches gradients; a frozen parameter loses its gradient, or the next optimizer step would still move it."""
-    for parameter in parameters:
+    for module, name in places:
+        parameter = getattr(module, name)
         parameter.requires_grad_(trainable)
         if not trainable:
             parameter.grad = None
