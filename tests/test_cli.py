@@ -118,7 +118,7 @@ def test_data_that_cannot_be_used(small, refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "empty: empty; put the pictures" in error("empty")
     write_pictures(tmp_path / "one", {"cat": 3})
-    assert "only one class folder (cat)" in error("one")
+    assert "only one class (cat)" in error("one")
     (tmp_path / "none" / "cat").mkdir(parents=True)
     (tmp_path / "none" / "dog").mkdir()
     assert "no pictures in its class folders" in error("none")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from snello import data, loading
 from snello.config import AugmentConfig
+from snello.data.checking import failures
 from snello.errors import DataError
 
 BLUE, RED = (0, 0, 255), (255, 0, 0)
@@ -300,9 +301,14 @@ def test_folder_errors(tmp_path):
     def error(name):
         return error_of(load, tmp_path / name)
 
-    assert error("none") == f"--data {tmp_path / 'none'}: no such folder"
+    assert error("none").startswith(
+        f"--data {tmp_path / 'none'}: no such folder or file; a source is a folder, a table"
+    )
     save(tmp_path / "file.png")
-    assert error("file.png") == f"--data {tmp_path / 'file.png'}: is a file; a folder is needed"
+    assert (
+        error("file.png")
+        == f"--data {tmp_path / 'file.png'}: is a file; a folder or a table (.csv .tsv .parquet) is needed"
+    )
     (tmp_path / "empty").mkdir()
     assert "empty: empty; put the pictures of each class in a folder of its own" in error("empty")
     spoil(tmp_path / "text" / "readme.txt")
@@ -312,7 +318,7 @@ def test_folder_errors(tmp_path):
     save(tmp_path / "flat_train" / "train" / "1.png")
     assert "flat_train/train: pictures but no class folders" in error("flat_train")
     make_classes(tmp_path / "one", {"cat": 3})
-    assert "one: only one class folder (cat); two or more are needed" in error("one")
+    assert "one: only one class (cat); two or more are needed" in error("one")
     make_classes(tmp_path / "single", {"cat": 3, "dog": 1})
     assert "single: class dog has only one picture" in error("single")
 
@@ -415,7 +421,8 @@ def test_skip_bad_before_the_split(tmp_path):
 
 def test_check_goes_beyond_one_part(tmp_path):
     good, bad = save(tmp_path / "good.png", size=(1, 1)), spoil(tmp_path / "bad.png")
-    assert list(data._failures([good] * 1500 + [bad])) == [bad]
+    pictures = data.FilePictures([good] * 1500 + [bad], [0] * 1501, ["a"])
+    assert failures(pictures) == {1500: f"{bad}: cannot be read as a picture: not a known picture format"}
 
 
 # ------------------------------------------------------------------------------------------------------- transforms

@@ -30,9 +30,9 @@ def run(tmp_path_factory, pictures) -> Path:
     accuracies: list[float] = []
 
     def evaluate(self):
-        accuracy, loss = evaluated(self)
-        accuracies.append(accuracy)
-        return next(values), loss
+        result = evaluated(self)
+        accuracies.append(result.accuracy)
+        return replace(result, accuracy=next(values))
 
     config = FinetuneConfig(
         data=pictures,
@@ -124,10 +124,18 @@ def test_evaluate_bad_picture(run, pictures, tmp_path):
 def test_evaluate_on_the_command_line(run, capsys):
     assert cli.main(["evaluate", str(run), "--device", "cpu", "--workers", "0", "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result.keys() == {"accuracy", "loss", "pictures", "skipped"}
+    assert result.keys() == {"accuracy", "balanced_accuracy", "loss", "pictures", "skipped", "per_class"}
+    rows = result["per_class"]
+    assert [(row["class"], row["pictures"]) for row in rows] == [("blue", 3), ("green", 3), ("red", 3)]
+    assert sum(row["accuracy"] for row in rows) / 3 == pytest.approx(result["balanced_accuracy"])
+    assert result["balanced_accuracy"] == pytest.approx(result["accuracy"])
     assert cli.main(["evaluate", str(run), "--device", "cpu", "--workers", "0"]) == 0
-    text = f"accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f} on 9 pictures\n"
+    text = f"accuracy {result['accuracy']:.2%}, balanced accuracy {result['balanced_accuracy']:.2%}, "
+    text += f"loss {result['loss']:.4f} on 9 pictures\n"
     assert capsys.readouterr() == (text, "")
+    assert cli.main(["evaluate", str(run), "--device", "cpu", "--workers", "0", "--per-class"]) == 0
+    out = capsys.readouterr().out.removeprefix(text)
+    assert out.splitlines()[0] == f"  blue   {rows[0]['accuracy']:>7.2%} of 3" and out.count("\n") == 3
 
 
 # ---------------------------------------------------------------------------------------------------------- predict

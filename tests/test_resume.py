@@ -352,7 +352,7 @@ def test_ctrl_c_before_training(small, monkeypatch, capfd):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "load_splits", interrupted)
+    monkeypatch.setattr(training, "splits_of", interrupted)
     assert cli.main(["finetune", *flags(small)]) == 130
     assert capfd.readouterr().err == "snello: interrupted\n"
     assert not small.out.exists()

@@ -22,6 +22,7 @@ from snello.data import load_splits, mix, permutation
 from snello.errors import TrainingError
 from snello.models import create_model, preprocessing
 from snello.runs import RunFolder
+from snello.scores import Score
 from snello.training import Trainer, finetune
 
 PLAIN = AugmentConfig(flip=False, crop_scale=1.0, rand_ops=0)
@@ -61,7 +62,7 @@ def test_learns_an_easy_data_set(small, method):
 
 def test_learns_the_shipped_pictures_with_the_shipped_model(tmp_path, monkeypatch):
     """A few steps on the 10 classes of Fashion-MNIST, from random weights: above chance."""
-    load = training.load_splits
+    load = training.splits_of
 
     def fewer(*args, **kwargs):
         splits = load(*args, **kwargs)
@@ -70,7 +71,7 @@ def test_learns_the_shipped_pictures_with_the_shipped_model(tmp_path, monkeypatc
             pictures.images, pictures.labels = pictures.images[order], [pictures.labels[i] for i in order]
         return splits
 
-    monkeypatch.setattr(training, "load_splits", fewer)
+    monkeypatch.setattr(training, "splits_of", fewer)
     config = FinetuneConfig(
         weights="none",
         epochs=2,
@@ -277,7 +278,7 @@ def with_accuracies(monkeypatch, *values: float) -> list[dict[str, torch.Tensor]
 
     def evaluate(self):
         seen.append({name: value.clone() for name, value in self.learner.modules["model"].state_dict().items()})
-        return values[len(seen) - 1], 1.0
+        return Score(values[len(seen) - 1], 1.0, (3, 3, 0), (3, 3, 3))
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     return seen
@@ -292,6 +293,8 @@ def test_best_and_last(small, monkeypatch):
         0.25,
         4,
     )
+    assert summary["balanced_accuracy"] == pytest.approx(2 / 3)
+    assert summary["per_class"][2] == {"class": "red", "pictures": 3, "accuracy": 0.0}
     best = load_file(small.out / "model.safetensors")
     assert all(torch.equal(value, seen[1][name]) for name, value in best.items())
     assert all(torch.equal(value, seen[3][name]) for name, value in weights_of(small).items())
@@ -379,6 +382,8 @@ def test_learning_rate_that_is_far_too_high(small):
 
 SUMMARY = {
     "accuracy",
+    "balanced_accuracy",
+    "per_class",
     "last_accuracy",
     "best_epoch",
     "epochs",
@@ -430,7 +435,7 @@ def test_run_folder_of_alast(small, capsys):
         assert len(row["trained"]) == 4 and row["trained"] == sorted(set(row["trained"]))
         assert row["loss"] > 0 and row["grad_norm"] > 0 and row["seconds"] > 0
     for row in evaluated:
-        assert row.keys() == {"kind", "step", "epoch", "accuracy", "loss"}
+        assert row.keys() == {"kind", "step", "epoch", "accuracy", "balanced_accuracy", "loss"}
     assert rows[0]["budgets"] == [0.9] * 6 != rows[-1]["budgets"]
 
     alast = json.loads((small.out / "alast.json").read_text())

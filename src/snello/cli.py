@@ -40,7 +40,7 @@ INTERRUPTED = 130
 
 
 def finetune(args: Sequence[str]) -> int:
-    """Fine-tune a Vision Transformer on a folder of pictures."""
+    """Fine-tune a Vision Transformer on labelled pictures."""
     config = _parse(FinetuneConfig, args, "finetune", _default(args))
     if _processes() > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DDP warns of what ALaST needs
@@ -64,7 +64,14 @@ def evaluate(args: Sequence[str]) -> int:
         print(json.dumps(result))
     else:
         skipped = f", {result['skipped']} bad ones left out" if result["skipped"] else ""
-        print(f"accuracy {result['accuracy']:.2%}, loss {result['loss']:.4f} on {result['pictures']} pictures{skipped}")
+        print(
+            f"accuracy {result['accuracy']:.2%}, balanced accuracy {result['balanced_accuracy']:.2%}, "
+            f"loss {result['loss']:.4f} on {result['pictures']} pictures{skipped}"
+        )
+        if config.per_class:
+            from snello.report import print_per_class
+
+            print_per_class(result["per_class"])
     return 0
 
 

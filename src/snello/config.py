@@ -148,6 +148,18 @@ class SplitConfig:
 
 
 @dataclass(frozen=True)
+class ColumnsConfig:
+    """Columns of a table or Hugging Face dataset, where their names are not the usual ones."""
+
+    image: str | None = None
+    """Column of the pictures: of paths in a table; default: path, file, filename, image, image_path, ..."""
+    label: str | None = None
+    """Column of the classes; default: label, class, target, ..."""
+    split: str | None = None
+    """Column of a table that says train, val or test; default: split, where there is one."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What a run computes: model, method and optimization, whoever has the pictures."""
 
@@ -234,13 +246,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class FinetuneConfig(Recipe):
-    """Fine-tune a Vision Transformer on a folder of pictures."""
+    """Fine-tune a Vision Transformer on labelled pictures."""
 
-    data: Path | None = None
-    """Folder of pictures: train/ and val/ (or test/) with a folder per class, or one folder per class; default: the
-    2 500 Fashion-MNIST pictures that ship with snello."""
+    data: str | None = None
+    """Pictures: a folder with train/ and val/ (or test/), each with a folder per class, or with one folder per class; a
+    .csv, .tsv or .parquet file of paths and labels; hf:PATH_OR_NAME[:CONFIG] for a Hugging Face dataset; or a
+    torchvision set, as cifar100 (docs/data.md); default: the 2 500 Fashion-MNIST pictures that ship with snello."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    data_root: Path | None = None
+    """Folder that holds torchvision sets; default: ~/.cache/snello/torchvision. Nothing is downloaded."""
     val_share: float = 0.2
-    """Share of each class that is held out where the folder has no val/ or test/, in (0, 1)."""
+    """Share of each class that is held out where the pictures come without val or test, in (0, 1)."""
     skip_bad: bool = False
     """Leave out pictures that cannot be read, and count them, instead of stopping."""
     check_pictures: bool = True
@@ -255,6 +271,7 @@ class FinetuneConfig(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_trackers(self.track)
+        object.__setattr__(self, "data", _source(self.data))
         require(self.workers >= 0, "--workers", "0 or more", self.workers)
         require(0 < self.val_share < 1, "--val-share", "in (0, 1)", self.val_share)
 
@@ -311,8 +328,11 @@ class JoinConfig:
 
     address: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ADDRESS")]
     """The server, as server.example:7443."""
-    data: Path | None = None
-    """Folder of pictures, as for `snello finetune`; default: the 2 500 pictures that ship with snello."""
+    data: str | None = None
+    """Pictures, as for `snello finetune`; default: the 2 500 pictures that ship with snello."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    data_root: Path | None = None
+    """Folder that holds torchvision sets; default: ~/.cache/snello/torchvision."""
     certs: Path | None = None
     """Folder that `snello certs` made, or the clients/NAME folder handed to you; not needed on loopback."""
     name: str | None = None
@@ -322,7 +342,7 @@ class JoinConfig:
     resume: bool = False
     """Go on with the run in --out where it was cut off."""
     val_share: float = 0.2
-    """Share of each class that is held out where the folder has no val/ or test/, in (0, 1)."""
+    """Share of each class that is held out where the pictures come without val or test, in (0, 1)."""
     skip_bad: bool = False
     """Leave out pictures that cannot be read, and count them, instead of stopping."""
     check_pictures: bool = True
@@ -344,6 +364,7 @@ class JoinConfig:
 
     def __post_init__(self) -> None:
         parse_address(self.address, "ADDRESS")
+        object.__setattr__(self, "data", _source(self.data))
         require(self.workers >= 0, "--workers", "0 or more", self.workers)
         require(0 < self.val_share < 1, "--val-share", "in (0, 1)", self.val_share)
         require(self.reconnect_seconds >= 0, "--reconnect-seconds", "0 or more", self.reconnect_seconds)
@@ -436,8 +457,15 @@ class EvaluateConfig:
 
     run: tyro.conf.Positional[Path]
     """Run folder of `snello finetune`."""
-    data: Path | None = None
-    """Folder of pictures; default: the held-out pictures of the run."""
+    data: str | None = None
+    """Pictures, as for `snello finetune`; default: the held-out pictures of the run."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    data_root: Path | None = None
+    """Folder that holds torchvision sets; default: the run's, else ~/.cache/snello/torchvision."""
+    part: Literal["auto", "train", "val", "test"] = "auto"
+    """Part of the pictures; `auto`: val, else test, else all there are."""
+    per_class: bool = False
+    """Print the accuracy of every class (JSON always has it)."""
     batch_size: int = 64
     """Pictures in one forward pass."""
     workers: int = 2
@@ -450,6 +478,7 @@ class EvaluateConfig:
     """How the result is printed."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", _source(self.data))
         require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
         require(self.workers >= 0, "--workers", "0 or more", self.workers)
 
@@ -482,6 +511,13 @@ class PredictConfig:
 def _require_trackers(names: tuple[str, ...]) -> None:
     for name in names:
         require(name in TRACKERS, "--track", f"some of {', '.join(TRACKERS)}", name)
+
+
+def _source(data: str | Path | None) -> str | None:
+    """The text of a source of pictures; `photos/` and `photos` are one, as a run that is resumed must know."""
+    if data is None or str(data).startswith("hf:"):
+        return None if data is None else str(data).rstrip("/")
+    return str(Path(data))
 
 
 def flag(name: str) -> str:

@@ -11,12 +11,13 @@ from torch.nn.functional import cross_entropy
 
 from snello.checkpoint import load_tensors
 from snello.config import EvaluateConfig, PredictConfig
-from snello.data import find_pictures, load_pictures, load_splits, open_picture
+from snello.data import PictureSet, find_pictures, load_pictures, open_picture, splits_of
 from snello.devices import autocast, resolve_device, resolve_precision
 from snello.errors import CheckpointError, DataError
 from snello.loading import Batch, batches, eval_loader, eval_transform
 from snello.models import Preprocessing, create_model
 from snello.runs import RunFolder
+from snello.scores import Score
 from snello.split.cut import Cut
 from snello.vit import ViT, logits_of
 
@@ -37,24 +38,27 @@ class Normalize:
 def score(
     model: nn.Module,
     labelled: Iterable[Batch],
+    num_classes: int,
     normalize: Normalize,
     device: torch.device,
     total: Callable[[Tensor], Tensor] = lambda counts: counts,
-) -> tuple[float, float]:
-    """Accuracy in [0, 1] and mean cross-entropy over labelled batches; leaves the model in eval mode.
+) -> Score:
+    """Accuracy, overall and by class, and mean cross-entropy over labelled batches; leaves the model in eval mode.
 
     `total` adds up what the ranks have counted, each over its share of the batches.
     """
     model.eval()
-    right, loss, num = torch.zeros((), device=device), torch.zeros((), device=device), torch.zeros((), device=device)
+    loss = torch.zeros((), device=device)
+    right = pictures = torch.zeros(num_classes, dtype=torch.int64, device=device)
     for images, labels in labelled:
         labels = labels.to(device)
         logits = logits_of(model(normalize(images.to(device)))).float()
-        right += (logits.argmax(1) == labels).sum()
+        pictures = pictures + torch.bincount(labels, minlength=num_classes)
+        right = right + torch.bincount(labels[logits.argmax(1) == labels], minlength=num_classes)
         loss += cross_entropy(logits, labels, reduction="sum")
-        num += len(labels)
-    all_right, all_loss, all_num = total(torch.stack([right, loss, num])).tolist()
-    return all_right / all_num, all_loss / all_num
+    loss, right, pictures = total(loss), total(right), total(pictures)
+    num = int(pictures.sum())
+    return Score(int(right.sum()) / num, float(loss) / num, tuple(right.tolist()), tuple(pictures.tolist()))
 
 
 class Predictor:
@@ -124,10 +128,10 @@ class Predictor:
             cut.modules["codec"].load_state_dict(load_tensors(run.codec_file)[0])
         return cut.evaluator
 
-    def score(self, labelled: Iterable[Batch]) -> tuple[float, float]:
-        """Accuracy in [0, 1] and mean cross-entropy over labelled batches."""
+    def score(self, labelled: Iterable[Batch]) -> Score:
+        """Accuracy, overall and by class, and mean cross-entropy over labelled batches."""
         with autocast(self.device, self.precision):
-            return score(self.model, labelled, self.normalize, self.device)
+            return score(self.model, labelled, len(self.classes), self.normalize, self.device)
 
     @torch.no_grad()
     def probabilities(self, images: Tensor) -> Tensor:
@@ -141,20 +145,40 @@ class Predictor:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Accuracy and loss of a run's model on its held-out pictures, or on those in `config.data`."""
     predictor = Predictor(config.run, config.device)
-    if config.data is None:
-        made = predictor.config
-        splits = load_splits(
-            made.data, val_share=made.val_share, seed=made.seed, skip_bad=made.skip_bad or config.skip_bad, check=False
-        )
-        pictures, num_skipped = splits.val, splits.num_skipped
-    else:
-        pictures, num_skipped = load_pictures(config.data, predictor.classes, skip_bad=config.skip_bad, check=False)
-    loader = eval_loader(pictures, predictor.transform, batch_size=config.batch_size, workers=config.workers)
     try:
-        accuracy, loss = predictor.score(batches(loader))
+        pictures, num_skipped = _pictures_of(config, predictor)
+        loader = eval_loader(pictures, predictor.transform, batch_size=config.batch_size, workers=config.workers)
+        result = predictor.score(batches(loader))
     finally:
         predictor.close()
-    return {"accuracy": accuracy, "loss": loss, "pictures": len(pictures), "skipped": num_skipped}
+    return {
+        "accuracy": result.accuracy,
+        "balanced_accuracy": result.balanced_accuracy,
+        "loss": result.loss,
+        "pictures": len(pictures),
+        "skipped": num_skipped,
+        "per_class": result.per_class(predictor.classes),
+    }
+
+
+def _pictures_of(config: EvaluateConfig, predictor: Predictor) -> tuple[PictureSet, int]:
+    """The pictures to evaluate on, and how many were left out."""
+    made = predictor.config
+    skip_bad = config.skip_bad or (config.data is None and made.skip_bad)
+    part = None if config.part == "auto" else config.part
+    if config.data is None and part is None:
+        moved = replace(made, data_root=config.data_root or made.data_root)
+        splits = splits_of(moved, skip_bad=skip_bad, check=False)
+        return splits.val, splits.num_skipped
+    return load_pictures(
+        made.data if config.data is None else config.data,
+        predictor.classes,
+        skip_bad=skip_bad,
+        check=False,
+        part=part,
+        columns=made.columns if config.data is None else config.columns,
+        data_root=config.data_root or made.data_root,
+    )
 
 
 def predict(config: PredictConfig) -> Iterator[dict[str, Any]]:

@@ -22,15 +22,29 @@ COST_ROWS = (
 
 
 def print_result(console: Console, summary: dict[str, Any], num_skipped: int) -> None:
-    """Prints accuracy and length of a run in one line."""
+    """Prints accuracy and length of a run in one line, and in another which classes are recognised least."""
     skipped = f", {num_skipped} bad pictures left out" if num_skipped else ""
+    rows = summary["per_class"] or []
+    balanced = f", balanced {summary['balanced_accuracy']:.2%}" if rows else ""
     console.print(
-        f"accuracy {summary['accuracy']:.2%} (epoch {summary['best_epoch']} of {summary['epochs']}; "
+        f"accuracy {summary['accuracy']:.2%}{balanced} (epoch {summary['best_epoch']} of {summary['epochs']}; "
         f"last epoch {summary['last_accuracy']:.2%}), {summary['steps']} steps in "
         f"{summary['train_time_s']:.0f} s{skipped}",
         highlight=False,
         soft_wrap=True,
     )
+    found = sorted((row for row in rows if row["pictures"]), key=lambda row: float(row["accuracy"]))
+    least = ", ".join(f"{row['class']} {row['accuracy']:.1%} of {row['pictures']}" for row in found[:3])
+    if found and found[0]["accuracy"] < 1:
+        console.print(f"least accurate: {least} (all in summary.json)", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_per_class(rows: list[dict[str, Any]]) -> None:
+    """Prints accuracy and number of pictures of each class."""
+    width = max(len(row["class"]) for row in rows)
+    for row in rows:
+        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.2%}"
+        print(f"  {row['class']:{width}}  {accuracy:>7} of {row['pictures']}")
 
 
 def print_costs(console: Console, costs: Comparison) -> None:

@@ -35,6 +35,7 @@ from snello.settings import from_dict, read_yaml, to_dict
 FREE = frozenset(
     (
         "config",
+        "data_root",
         "out",
         "resume",
         "compare",

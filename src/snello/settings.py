@@ -64,7 +64,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if type(value) is not hint:
             raise wrong
         return value
-    if hint is int and isinstance(value, float):
+    if (hint is int and isinstance(value, float)) or (hint is str and not isinstance(value, (str, int, float))):
         raise wrong
     try:
         return hint(value)

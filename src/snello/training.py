@@ -6,10 +6,11 @@ the learning rate of the step. So a checkpoint holds weights, optimizer state, t
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from snello import checkpoint, comparison, report
 from snello.config import FinetuneConfig
-from snello.data import Splits, load_splits, mix
+from snello.data import Splits, imbalance, mix, splits_of
 from snello.devices import Precision, autocast, faster_attention, resolve_precision
 from snello.display import progress_bar, warnings_on
 from snello.errors import ConfigError, DataError, TrainingError
@@ -32,6 +33,7 @@ from snello.models import Preprocessing, architecture_of, create_model, preproce
 from snello.parallel import ALONE, Ranks, connect, make_accelerator, require_alone
 from snello.runs import RunFolder, flat, require_same_config
 from snello.schedule import Schedule
+from snello.scores import Score
 from snello.settings import to_dict
 from snello.split import costs
 from snello.split.cut import Cut
@@ -74,14 +76,8 @@ def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunF
     """The whole run but its costs; the run folder, the summary, and the method's state for what comes after."""
     run, saved = ranks.from_main(lambda: _open(config))
     splits = ranks.first_here(
-        lambda: load_splits(
-            config.data,
-            val_share=config.val_share,
-            seed=config.seed,
-            skip_bad=config.skip_bad,
-            # Once per machine is enough, unless what is left out has to be known to all.
-            check=config.check_pictures and (ranks.is_first_here or config.skip_bad),
-        )
+        # Checked once per machine is enough, unless what is left out has to be known to all.
+        lambda: splits_of(config, check=config.check_pictures and (ranks.is_first_here or config.skip_bad))
     )
     _require_same_on_all(splits, ranks)
     with warnings_on(console):
@@ -133,6 +129,8 @@ class Progressed:
     epochs: int = 0
     """Epochs trained."""
     finished: bool = False
+    right: list[int] = field(default_factory=list)
+    """Of each class, the held-out pictures that the weights in model.safetensors recognise."""
 
 
 class Trainer:
@@ -241,17 +239,25 @@ class Trainer:
             self._after_step()
         return losses
 
-    def evaluate(self) -> tuple[float, float]:
-        """Accuracy in [0, 1] and mean loss on the held-out pictures."""
+    def evaluate(self) -> Score:
+        """Accuracy and mean loss on the held-out pictures."""
         held_out = self.ranks.all_of(self._held_out)
         with autocast(self.device, self.precision):
-            return score(self.learner.evaluator, held_out, self.normalize, self.device, self.ranks.total)
+            return score(
+                self.learner.evaluator,
+                held_out,
+                len(self.splits.train.classes),
+                self.normalize,
+                self.device,
+                self.ranks.total,
+            )
 
     def summary(self) -> dict[str, Any]:
         """The run's result; the costs are None until they are measured."""
         rows = list(self.run.rows("step"))
         return {
             "accuracy": self.progressed.accuracy,
+            **self._by_class(),
             "last_accuracy": self.progressed.last_accuracy,
             "best_epoch": self.progressed.best_epoch,
             "epochs": self.progressed.epochs,
@@ -267,6 +273,14 @@ class Trainer:
             "attention": self.run.read_config()[1]["attention"],
             "versions": versions(),
         }
+
+    def _by_class(self) -> dict[str, Any]:
+        """What a class contributes to the accuracy of the weights that are kept."""
+        counts, at = self.splits.val.counts(), self.progressed
+        if not at.right:  # of a run that an older version has begun
+            return {"balanced_accuracy": None, "per_class": None}
+        kept = Score(at.accuracy, math.nan, tuple(at.right), tuple(counts.values()))
+        return {"balanced_accuracy": kept.balanced_accuracy, "per_class": kept.per_class(list(counts))}
 
     def _traffic(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """What a cut adds to the result: bytes, seconds of each side and of the link, FLOPs of each side."""
@@ -383,16 +397,17 @@ class Trainer:
     def _evaluate_epoch(self) -> None:
         """Evaluates on the held-out pictures, and keeps the weights where they are the best so far."""
         at = self.progressed
-        at.last_accuracy, loss = self.evaluate()
+        result = self.evaluate()
+        at.last_accuracy = result.accuracy
         if at.last_accuracy > at.accuracy:
-            at.accuracy, at.best_epoch = at.last_accuracy, at.epochs
+            at.accuracy, at.best_epoch, at.right = at.last_accuracy, at.epochs, list(result.right)
             self.ranks.on_main(self._save_best)
         row: dict[str, Any] = {"kind": "eval", "step": at.step, "epoch": at.epochs}
-        row |= {"accuracy": at.last_accuracy, "loss": loss}
+        row |= {"accuracy": result.accuracy, "balanced_accuracy": result.balanced_accuracy, "loss": result.loss}
         row |= self.learner.eval_metrics()
         self._log(row)
         sent = f", {row['training_bytes'] / 1e6:.2f} MB" if "training_bytes" in row else ""
-        text = f"epoch {at.epochs}: accuracy {at.last_accuracy:.2%}, loss {loss:.4f}{sent}"
+        text = f"epoch {at.epochs}: accuracy {at.last_accuracy:.2%}, loss {result.loss:.4f}{sent}"
         self.console.print(text, highlight=False)
 
     # ------------------------------------------------------------------------------------- saving and resuming
@@ -517,6 +532,8 @@ class Trainer:
             highlight=False,
             soft_wrap=True,
         )
+        if line := imbalance(self.splits.train):
+            self.console.print(line, highlight=False, soft_wrap=True)
         with progress_bar(self.console, total=self.total_steps, completed=self.progressed.step) as bar:
 
             def show(loss: float, seconds: float) -> None:

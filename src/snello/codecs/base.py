@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from snello.codecs import build, codec_class, parse_codec
-from snello.data import mix
 from snello.errors import ConfigError, TrainingError, require
+from snello.seeds import mix
 from snello.vit import Score
 
 Arrays = dict[str, Tensor]

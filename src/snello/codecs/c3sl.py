@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from snello.codecs.base import Arrays, Context, Reduced, Reducer, integer
-from snello.data import mix
+from snello.seeds import mix
 
 
 class C3SL(Reducer):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from snello import checkpoint, report
 from snello.config import FinetuneConfig, JoinConfig
-from snello.data import Splits, load_splits
+from snello.data import Splits, splits_of
 from snello.devices import resolve_device, resolve_precision
 from snello.display import warnings_on
 from snello.errors import CheckpointError, ConfigError, SnelloError
@@ -34,7 +34,20 @@ from snello.tracking import require_trackers
 from snello.training import Trainer
 from snello.vit import ViT
 
-LOCAL = ("data", "val_share", "skip_bad", "check_pictures", "workers", "device", "attention", "out", "track", "resume")
+LOCAL = (
+    "data",
+    "columns",
+    "data_root",
+    "val_share",
+    "skip_bad",
+    "check_pictures",
+    "workers",
+    "device",
+    "attention",
+    "out",
+    "track",
+    "resume",
+)
 
 
 def join(config: JoinConfig, console: Console | None = None) -> dict[str, Any]:
@@ -363,8 +376,7 @@ class RemoteSession:
         run = RunFolder.of(recipe, "client-")
         if saved_config is not None:
             require_same_config(saved_config, recipe, run.path)
-        options: dict[str, Any] = {"skip_bad": recipe.skip_bad, "check": recipe.check_pictures}
-        splits = load_splits(recipe.data, val_share=recipe.val_share, seed=recipe.seed, **options)
+        splits = splits_of(recipe)
 
         def open_connection(hello: Callable[[], Hello], **callbacks: Any) -> Connection:
             return Connection(

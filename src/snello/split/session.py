@@ -4,13 +4,13 @@ That is what rounds of federated learning call: run some steps, take a half's we
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from rich.console import Console
 from torch import Tensor
 
 from snello.config import FinetuneConfig
-from snello.data import load_splits
+from snello.data import splits_of
 from snello.errors import AuthenticationError, ConfigError
 from snello.runs import RunFolder
 from snello.split.auth import Anyone, Authenticator, Credentials
@@ -62,9 +62,7 @@ class LocalSession:
             raise ConfigError("a session needs a cut: set --split.cut")
         if (authenticator or Anyone()).identify((credentials or Anyone()).credentials()) is None:
             raise AuthenticationError("the server did not admit this client: check its token")
-        options: dict[str, Any] = {"skip_bad": config.skip_bad, "check": config.check_pictures}
-        splits = load_splits(config.data, val_share=config.val_share, seed=config.seed, **options)
-        self._trainer = Trainer(config, splits, RunFolder.of(config), {}, console or Console(stderr=True))
+        self._trainer = Trainer(config, splits_of(config), RunFolder.of(config), {}, console or Console(stderr=True))
         assert isinstance(self._trainer.learner, Cut)
         self._cut = self._trainer.learner
 

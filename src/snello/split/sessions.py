@@ -15,11 +15,11 @@ from torch import Tensor
 
 from snello import checkpoint
 from snello.config import ServeConfig
-from snello.data import mix
 from snello.errors import CheckpointError, ProtocolError, TrainingError
 from snello.learners import SERVER_NOISE
 from snello.runs import RunFolder
 from snello.schedule import Schedule
+from snello.seeds import mix
 from snello.split import frames, wire
 from snello.split.checkpoints import Checkpoints
 from snello.split.frames import Flags, Frame, Kind, control, control_values

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from snello.config import ServeConfig
-from snello.data import mix
 from snello.devices import Precision
 from snello.models import create_model
 from snello.optim import set_lr
+from snello.seeds import mix
 from snello.split.frames import Frame
 from snello.split.halves import ServerHalf
 from snello.split.handshake import Terms, make_terms

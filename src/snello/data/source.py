@@ -1,0 +1,70 @@
+"""What every source of pictures answers: which parts it has, and the pictures of one."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from snello.data.reading import some
+from snello.data.sets import P, PictureSet
+from snello.errors import DataError
+
+PARTS = ("train", "val", "test")
+# What others call them.
+PART_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+class Source(ABC):
+    """Where pictures come from."""
+
+    where: str
+    """What messages begin with, as `--data photos`."""
+    title: str
+    """The source in words."""
+    parts: tuple[str, ...] = ()
+    """Which of train, val and test there are; none where all pictures are in one."""
+    same_classes = False
+    """Whether a class that is in train but not held out is a mistake."""
+
+    @abstractmethod
+    def read(self, part: str | None, known: Sequence[str] | None = None) -> PictureSet:
+        """The pictures of a part, or all where it is None.
+
+        Labels are indices into the `known` classes, else into those of the part.
+
+        Raises:
+            DataError: where they cannot be found, or a class is not known.
+        """
+
+    def called(self, part: str) -> str:
+        """A part as messages call it."""
+        return part
+
+    def training_part(self) -> str | None:
+        """The part to train on; None where all pictures are in one.
+
+        Raises:
+            DataError: where there are parts, but none to train on.
+        """
+        if self.parts and "train" not in self.parts:
+            raise DataError(f"{self.where}: nothing to train on: only {', '.join(self.parts)} and no train")
+        return "train" if self.parts else None
+
+    def held_out_part(self) -> str | None:
+        """The part to evaluate on: val, else test, else None."""
+        return next((part for part in ("val", "test") if part in self.parts), None)
+
+
+def known_as(pictures: P, known: Sequence[str] | None, where: str) -> P:
+    """The pictures with labels that are indices into `known`, where that is given.
+
+    Raises:
+        DataError: for a class that is in use and not known.
+    """
+    if known is None:
+        return pictures
+    if unknown := [name for name, count in pictures.counts().items() if count and name not in known]:
+        raise DataError(f"{where}: classes unknown to the model: {some(unknown)}; known: {some(known)}")
+    return pictures.relabelled(known)
