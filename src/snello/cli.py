@@ -19,6 +19,7 @@ import tyro
 
 from snello.config import (
     CertsConfig,
+    CheckDataConfig,
     CodecsConfig,
     DoctorConfig,
     EvaluateConfig,
@@ -73,6 +74,20 @@ def evaluate(args: Sequence[str]) -> int:
 
             print_per_class(result["per_class"])
     return 0
+
+
+def check_data(args: Sequence[str]) -> int:
+    """Read every picture once, and list what is broken."""
+    config = _parse(CheckDataConfig, args, "check-data")
+    from snello.data.examining import check_data as run
+    from snello.data.examining import print_findings
+
+    findings = run(config)
+    if config.format == "json":
+        print(json.dumps(findings.to_dict(), indent=2))
+    else:
+        print_findings(findings)
+    return 1 if findings.broken else 0
 
 
 def predict(args: Sequence[str]) -> int:
@@ -171,6 +186,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "finetune": finetune,
     "evaluate": evaluate,
     "predict": predict,
+    "check-data": check_data,
     "export": export,
     "codecs": codecs,
     "certs": certs,
@@ -181,7 +197,10 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs a verb; returns the exit code: 0, 2 for input that cannot be used, 130 where the user interrupted."""
+    """Runs a verb; returns the exit code.
+
+    0, 1 where a check found something, 2 for input that cannot be used, 130 where the user interrupted.
+    """
     verb, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
     if verb in ("-h", "--help"):
         print(_help())

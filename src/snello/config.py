@@ -484,6 +484,22 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class CheckDataConfig:
+    """Read every picture of a source once, and list what is broken."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """Pictures, as --data of `snello finetune`."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    data_root: Path | None = None
+    """Folder that holds torchvision sets; default: ~/.cache/snello/torchvision."""
+    format: Literal["text", "json"] = "text"
+    """How the result is printed."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", _source(self.source))
+
+
+@dataclass(frozen=True)
 class PredictConfig:
     """Say what is on pictures, with the model of a run."""
 
