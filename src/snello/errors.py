@@ -8,8 +8,7 @@ SnelloError
 ├── TrainingError      training cannot go on (the loss is not finite)
 ├── ProtocolError      what came over the wire is not what the other side may send
 ├── NetworkError       the other side cannot be reached
-├── AuthenticationError  the other side did not admit this client
-└── Elsewhere          another process of the run failed, and says why
+└── AuthenticationError  the other side did not admit this client
 """
 
 
@@ -51,10 +50,6 @@ class NetworkError(SnelloError):
 
 class AuthenticationError(SnelloError):
     """The other side did not admit this client."""
-
-
-class Elsewhere(SnelloError):
-    """Another process of the run failed; the main one says why, so this one says nothing."""
 
 
 def require(ok: bool, name: str, rule: str, got: object) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from snello.config import FinetuneConfig
 from snello.devices import Precision, resolve_device
-from snello.errors import ConfigError, Elsewhere, SnelloError
+from snello.errors import ConfigError, SnelloError
 
 T = TypeVar("T")
 
@@ -44,6 +44,10 @@ def require_alone(config: FinetuneConfig) -> None:
     """
     if config.split.cut and world_size() > 1:
         raise ConfigError("--split.cut: a cut model trains in one process: start it without torchrun")
+
+
+class Elsewhere(SnelloError):
+    """Another process of the run failed; the main one says why, so this one says nothing."""
 
 
 @dataclass(frozen=True)
