@@ -147,6 +147,14 @@ class Ranks:
             dist.broadcast_object_list(made, device=torch.device("cpu"))
         return made[0]  # type: ignore[return-value]
 
+    def require_same(self, value: object, otherwise: SnelloError) -> None:
+        """Raises `otherwise` where a rank has another value than the main one: the steps would not be those meant."""
+        if self.size > 1:
+            those = self.from_main(lambda: value)
+            with self.together():
+                if those != value:
+                    raise otherwise
+
     def on_main(self, act: Callable[[], object]) -> None:
         """Does this on the main rank only."""
         with self.together():

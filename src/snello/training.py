@@ -79,7 +79,8 @@ def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunF
         # Checked once per machine is enough, unless what is left out has to be known to all.
         lambda: splits_of(config, check=config.check_pictures and (ranks.is_first_here or config.skip_bad))
     )
-    _require_same_on_all(splits, ranks)
+    found = (splits.train.classes, splits.num_skipped, list(splits.train.labels), list(splits.val.labels))
+    ranks.require_same(found, DataError(f"--data: other pictures than in process 0 ({splits.source})"))
     with warnings_on(console):
         trainer = Trainer(config, splits, run, saved, console, ranks)
         try:
@@ -103,18 +104,6 @@ def _open(config: FinetuneConfig) -> tuple[RunFolder, dict[str, Any]]:
     saved_config, saved = run.read_config()
     require_same_config(saved_config, config, run.path)
     return run, saved
-
-
-def _require_same_on_all(splits: Splits, ranks: Ranks) -> None:
-    """Refuses pictures that are not the same in every process: the samples of a step would not be those meant."""
-
-    def described() -> tuple[object, ...]:
-        return splits.train.classes, splits.num_skipped, list(splits.train.labels), list(splits.val.labels)
-
-    those = ranks.from_main(described)
-    with ranks.together():
-        if ranks.size > 1 and those != described():
-            raise DataError(f"--data: other pictures than in process 0 ({splits.source}): give all machines the same")
 
 
 @dataclass
