@@ -42,7 +42,7 @@ def create(
     if not source:
         raise ModelError(f"the name of a model is missing in {name!r}: give hf:NAME, or a folder")
     offline = not Path(source).is_dir() and hub_is_out_of_reach()
-    with _quiet(offline):
+    with quiet(offline):
         if architecture is None:
             config = _config(name, source)
             _require_supported(config, name, image_size)
@@ -202,7 +202,7 @@ def _resized(model: Any, size: int) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(offline: bool) -> Iterator[None]:
+def quiet(offline: bool) -> Iterator[None]:
     """transformers without its warnings and bars: what they say here is said by the errors above."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
