@@ -171,14 +171,13 @@ def doctor(args: Sequence[str]) -> int:
 
 
 def export(args: Sequence[str]) -> int:
-    """Write a run's model as a file that other software loads."""
+    """Write a run's model for other software: timm, transformers, ONNX."""
     config = _parse(ExportConfig, args, "export")
     from snello.export import export as run
-    from snello.export import loading_line
     from snello.split.online import fetch_server_half
 
-    path = run(config, fetch_server_half)
-    print(f"{path}\n{loading_line(path)}")
+    done = run(config, fetch_server_half)
+    print(f"{done.path}\n{done.card}\n{done.line}")
     return 0
 
 

@@ -19,6 +19,7 @@ from snello.split.link import Link, parse_address, parse_bytes
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 METHODS = ("auto", "alast", "full", "head", "last-k", "lora", "alast+lora")
+EXPORTS = ("timm", "transformers", "onnx")
 
 
 @dataclass(frozen=True)
@@ -411,16 +412,22 @@ class DoctorConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a run's model as a file that other software loads."""
+    """Write a run's model for other software, with a model card."""
 
     run: tyro.conf.Positional[Path]
     """Run folder of `snello finetune`, or of `snello join`."""
-    format: Literal["timm"] = "timm"
-    """`timm`: a safetensors file for `timm.create_model(..., checkpoint_path=...)`."""
+    format: Literal["timm", "transformers", "onnx"] = "timm"
+    """`timm`: a safetensors file for `timm.create_model(..., checkpoint_path=...)`; `transformers`: a folder for
+    `from_pretrained` and the hub, which timm loads too where the model is timm's; `onnx`: a file that takes any batch,
+    checked with onnxruntime: pip install 'snello[onnx]'."""
     server_half: Path | None = None
     """For a run of `snello join`: the server's session folder or weights file; default: the server is asked for it."""
     out: Path | None = None
-    """File to write; default: export.safetensors in the run folder."""
+    """File to write, or folder for `transformers`; default: export.safetensors, export/ or export.onnx in the run
+    folder. The model card is README.md in the folder, or beside the file under its name and .md."""
+
+    def __post_init__(self) -> None:
+        require(self.format in EXPORTS, "--format", f"one of {', '.join(EXPORTS)}", self.format)
 
 
 @dataclass(frozen=True)

@@ -78,12 +78,13 @@ class Predictor:
         self.device = resolve_device(device)
         fp16_on_cpu = resolved["precision"] == "fp16" and self.device.type == "cpu"
         self.precision = resolve_precision("fp32" if fp16_on_cpu else resolved["precision"], self.device)
-        if "server" in resolved and not run.export_file.is_file():
+        weights = run.exported_weights() if "server" in resolved else run.model_file
+        if weights is None:
             from snello.split.online import Online  # gRPC is only needed here
 
             self.model: nn.Module = Online(run, self.config, resolved, self.device, self.precision)
         else:
-            self.model = self._whole(run, resolved, run.export_file if "server" in resolved else run.model_file)
+            self.model = self._whole(run, resolved, weights)
         self.model.eval()
         pre = resolved["preprocessing"]
         self.preprocessing = Preprocessing(**pre | {"mean": tuple(pre["mean"]), "std": tuple(pre["std"])})
@@ -93,13 +94,19 @@ class Predictor:
         )
 
     def _whole(self, run: RunFolder, resolved: dict[str, Any], weights: Path) -> nn.Module:
+        own_names = weights.parent == run.path  # a folder for transformers has the hub's names
         model = create_model(
-            self.config.model, "none", len(self.classes), self.config.image_size, resolved.get("architecture")
+            self.config.model,
+            "none" if own_names else str(weights),
+            len(self.classes),
+            self.config.image_size,
+            resolved.get("architecture"),
         )
         vit = ViT(model)
         vit.set_attention_paths([resolved["attention"]] * vit.depth)
         try:
-            model.load_state_dict(load_tensors(weights)[0])
+            if own_names:
+                model.load_state_dict(load_tensors(weights)[0])
         except RuntimeError as error:
             text = " ".join(str(error).split())
             raise CheckpointError(f"{weights} does not fit {self.config.model}: {text}") from error

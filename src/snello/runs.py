@@ -11,8 +11,13 @@ tensorboard/        what TensorBoard shows (with --track tensorboard)
 tracking.json       the run's names in other trackers
 budgets.png         budgets and trained blocks over the steps (with ALaST)
 traffic.png         accuracy against epochs, bytes and time (across a cut)
+<<<<<<< HEAD
 adapter/            the adapters of those weights, as peft reads them (with LoRA; model.safetensors is merged)
 export.safetensors  the whole model for other software, once `snello export` has written it
+=======
+export.safetensors  the whole model for timm, once `snello export` has written it; export/ for transformers and
+                    export.onnx likewise, each with a model card
+>>>>>>> e8bf5da (wip)
 checkpoints/        the last two, where the other half is on a server, instead of last.safetensors
 """
 
@@ -78,8 +83,18 @@ class RunFolder:
         self.summary_file = path / "summary.json"
         self.plot_file = path / "budgets.png"
         self.traffic_file = path / "traffic.png"
-        self.export_file = path / "export.safetensors"
         self.adapter_folder = path / "adapter"
+        self.exports = {
+            "timm": path / "export.safetensors",
+            "transformers": path / "export",
+            "onnx": path / "export.onnx",
+        }
+        """By their formats."""
+
+    def exported_weights(self) -> Path | None:
+        """The whole model's weights, where timm or transformers has been exported to."""
+        files = (self.exports["timm"], self.exports["transformers"] / "model.safetensors")
+        return next((file for file in files if file.is_file()), None)
 
     @classmethod
     def of(cls, config: Recipe, label: str = "") -> "RunFolder":

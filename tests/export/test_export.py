@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import timm
 import torch
-import yaml
 from conftest import QUIET
+from run_folders import blocks_of, edit, expected, make_run, picture, write_run
 from safetensors import safe_open
 from torch import Tensor
 
 from snello.checkpoint import load_tensors, save_tensors
-from snello.config import AlastConfig, ExportConfig, FinetuneConfig, SplitConfig
+from snello.config import ExportConfig, SplitConfig
 from snello.errors import CheckpointError, ConfigError, ModelError, SnelloError
-from snello.export import METADATA, export, loading_line
+from snello.export import METADATA, export
 from snello.inference import Predictor
 from snello.models import create_model
 from snello.runs import RunFolder
@@ -28,37 +28,12 @@ from snello.vit import ViT
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, pictures) -> Path:
     """A run of `small` (see conftest), with the fused attention that timm has by itself."""
-    config = FinetuneConfig(
-        data=pictures, model="test_vit", weights="none", image_size=48, method="full", alast=AlastConfig(alpha=5.0),
-        epochs=2, batch_size=4, workers=0, device="cpu", precision="fp32", attention="fused", checkpoint_steps=0,
-        compare=False, out=tmp_path_factory.mktemp("runs") / "run",
-    )  # fmt: skip
-    finetune(config, QUIET)
-    return config.out
+    return make_run(pictures, tmp_path_factory.mktemp("runs") / "run", model="test_vit", image_size=48)
 
 
 @pytest.fixture
 def run(made, tmp_path) -> Path:
     return shutil.copytree(made, tmp_path / "run")
-
-
-def edit(run: Path, changes: dict[str, Any], **settings: Any) -> None:
-    """Changes what was resolved, and settings."""
-    file = run / "config.yaml"
-    values = yaml.safe_load(file.read_text())
-    values["resolved"] |= changes
-    file.write_text(yaml.safe_dump(values | settings))
-
-
-def write_run(path: Path, model: str, image_size: int | None = None, num_classes: int = 3) -> dict[str, Tensor]:
-    """A run folder of a model with random weights, which are returned."""
-    config = FinetuneConfig(model=model, image_size=image_size, device="cpu", precision="fp32")
-    pre = {"size": image_size or 32, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"}
-    resolved = {"classes": [f"class {i}" for i in range(num_classes)], "attention": "fused", "precision": "fp32"}
-    RunFolder(path).write_config(config, resolved | {"preprocessing": pre | {"crop_pct": 0.75}})
-    state = create_model(model, "none", num_classes, image_size).state_dict()
-    save_tensors(path / "model.safetensors", state)
-    return state
 
 
 def part(run: Path, cut: int = 2, labels: str = "server") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -104,17 +79,33 @@ def logits(model: torch.nn.Module, size: int = 48) -> Tensor:
 
 
 def test_timm_computes_what_the_run_does(run):
-    path = export(ExportConfig(run))
-    assert path == run / "export.safetensors" and not list(run.glob(".*"))
-    expected = logits(Predictor(run, "cpu").model)
-    assert expected.shape == (2, 3)
-    for model in (load(loading_line(path)), overlaid(path)):
-        assert torch.equal(logits(model), expected)
+    before = set(run.iterdir())
+    done = export(ExportConfig(run))
+    assert (done.path, done.card) == (run / "export.safetensors", run / "export.safetensors.md")
+    assert set(run.iterdir()) == before | {done.path, done.card}
+    computed = logits(Predictor(run, "cpu").model)
+    assert computed.shape == (2, 3)
+    for model in (load(done.line), overlaid(done.path)):
+        assert torch.equal(logits(model), computed)
+
+
+@pytest.mark.parametrize("crop_pct", [0.9, 0.94, 0.875, 1.0, 48 / 53])
+def test_the_card_prepares_a_picture_as_the_run_does(run, monkeypatch, crop_pct):
+    """Whatever timm rounds: it brings pictures to floor(size / crop_pct), the run to the nearest."""
+    edit(run, {"preprocessing": Predictor(run, "cpu").preprocessing.__dict__ | {"crop_pct": crop_pct}})
+    done = export(ExportConfig(run))
+    monkeypatch.chdir(run)
+    (block,) = blocks_of(done.card)
+    names: dict[str, Any] = {}
+    path = picture(run)
+    exec(block, names)
+    assert (names["logits"] - expected(run, path)).abs().max() <= 1e-6
 
 
 def test_the_file_says_what_the_model_wants(tmp_path):
     write_run(tmp_path / "run", "test_vit", 32, 2)
-    path = export(ExportConfig(tmp_path / "run", out=tmp_path / "it's.safetensors"))
+    done = export(ExportConfig(tmp_path / "run", out=tmp_path / "it's.safetensors"))
+    path = done.path
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata.keys() == {"format", METADATA}
@@ -123,20 +114,21 @@ def test_the_file_says_what_the_model_wants(tmp_path):
         "num_classes": 2,
         "classes": ["class 0", "class 1"],
         "image_size": 32,
+        "resize": 43,
         "mean": [0.1, 0.2, 0.3],
         "std": [0.4, 0.5, 0.6],
         "interpolation": "bilinear",
         "crop_pct": 0.75,
     }
-    assert loading_line(path) == (
+    assert done.line == (
         "import timm; model = timm.create_model('test_vit', num_classes=2, img_size=32, "
         f'checkpoint_path="{path}").eval()'
     )
-    load(loading_line(path))
+    load(done.line)
 
 
 def test_what_is_exported_can_be_fine_tuned_and_is_no_checkpoint(run):
-    path = export(ExportConfig(run))
+    path = export(ExportConfig(run)).path
     tensors, state = load_tensors(path)
     assert state == {}
     model = create_model("test_vit", str(path), 3, 48)
@@ -145,14 +137,14 @@ def test_what_is_exported_can_be_fine_tuned_and_is_no_checkpoint(run):
 
 def test_the_shipped_model_is_loaded_with_snello(tmp_path):
     write_run(tmp_path / "run", "vit_micro_patch4_32.cifar5")
-    line = loading_line(export(ExportConfig(tmp_path / "run")))
+    line = export(ExportConfig(tmp_path / "run")).line
     assert line.startswith("import snello, timm; ")
     assert torch.equal(logits(load(line), 32), logits(Predictor(tmp_path / "run", "cpu").model, 32))
 
 
 def test_a_run_cut_in_one_process_has_the_whole_model(run):
     edit(run, {"codec": "int8"}, split={"cut": 2, "codec": "int8"})
-    tensors = load_tensors(export(ExportConfig(run)))[0]
+    tensors = load_tensors(export(ExportConfig(run)).path)[0]
     assert tensors.keys() == load_tensors(run / "model.safetensors")[0].keys()
 
 
@@ -162,7 +154,7 @@ def test_a_run_cut_in_one_process_has_the_whole_model(run):
 @pytest.mark.parametrize("how", ["file", "folder", "fetch"])
 @pytest.mark.parametrize("cut, labels", [(1, "server"), (5, "server"), (1, "client")])
 def test_halves_are_joined(run, tmp_path, cut, labels, how):
-    expected = logits(Predictor(run, "cpu").model)
+    computed = logits(Predictor(run, "cpu").model)
     _, server = part(run, cut, labels)
     assert ("head.weight" in server) == (labels == "server")
     save_tensors(tmp_path / "model.safetensors", server)
@@ -173,19 +165,20 @@ def test_halves_are_joined(run, tmp_path, cut, labels, how):
         asked.append(path)
         return server
 
-    path = export(ExportConfig(run, server_half=half), fetch)
+    done = export(ExportConfig(run, server_half=half), fetch)
     assert asked == ([run] if how == "fetch" else [])
-    assert torch.equal(logits(load(loading_line(path))), expected)
+    assert torch.equal(logits(load(done.line)), computed)
+    assert torch.equal(logits(Predictor(run, "cpu").model), computed)  # the run no longer needs its server
 
 
 def test_weights_that_came_in_one_message_are_joined(run):
-    expected = load_tensors(run / "model.safetensors")[0]
+    whole = load_tensors(run / "model.safetensors")[0]
     _, server = part(run)
     buffer = torch.cat([value.flatten() for value in server.values()])
     sizes = [value.numel() for value in server.values()]
     views = {n: v.view(server[n].shape) for n, v in zip(server, buffer.split(sizes), strict=True)}
-    got = load_tensors(export(ExportConfig(run), lambda path: views))[0]
-    assert got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in got)
+    got = load_tensors(export(ExportConfig(run), lambda path: views).path)[0]
+    assert got.keys() == whole.keys() and all(torch.equal(got[name], whole[name]) for name in got)
 
 
 @pytest.mark.parametrize("labels", [None, "server", "client"])
@@ -194,8 +187,8 @@ def test_a_distillation_model(tmp_path, labels):
     model = create_model("deit_tiny_distilled_patch16_224", "none", 3, 32)
     model.load_state_dict(state)
     server = part(tmp_path / "run", 1, labels)[1] if labels else {}
-    path = export(ExportConfig(tmp_path / "run"), lambda path: server)
-    for loaded in (load(loading_line(path)), overlaid(path)):
+    done = export(ExportConfig(tmp_path / "run"), lambda path: server)
+    for loaded in (load(done.line), overlaid(done.path)):
         assert torch.equal(logits(loaded, 32), logits(model.eval(), 32))
 
 
@@ -258,7 +251,7 @@ def test_what_cannot_be_written_leaves_nothing(run, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("snello.export.save_file", full)
+    monkeypatch.setattr("snello.export.timm_file.save_file", full)
     refused(ExportConfig(run), CheckpointError, "No space left", "nothing was written")
 
 
@@ -316,7 +309,11 @@ def test_halves_of_another_cut_are_refused(run):
     refused(ExportConfig(run), CheckpointError, "the client's half", "lacks", server=server)
 
 
-def test_a_line_is_made_of_exported_files_only(run, tmp_path):
-    for path, text in ((run / "model.safetensors", "was not made by `snello export`"), (tmp_path / "no", "could not")):
-        with pytest.raises(CheckpointError, match=text):
-            loading_line(path)
+def test_a_card_that_is_there_is_not_overwritten(run):
+    (run / "export.safetensors.md").write_text("mine")
+    refused(ExportConfig(run), ConfigError, "--out", "export.safetensors.md", "there already")
+
+
+def test_an_unknown_format_is_refused(run):
+    with pytest.raises(ConfigError, match="--format must be one of timm, transformers, onnx, got pickle"):
+        ExportConfig(run, format="pickle")
