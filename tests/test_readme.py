@@ -62,7 +62,7 @@ def test_the_snello_commands_run_as_they_stand(tmp_path: Path) -> None:
     write_pictures(tmp_path / "some", {"x": 1}, size=32)
     (tmp_path / "some" / "x" / "000.png").rename(tmp_path / "some" / "picture.jpg")
     run = [command for command in commands() if command.startswith("snello ")]
-    assert len(run) == 12
+    assert len(run) == 13
     servers: list[subprocess.Popen[str]] = []
     port = ""
     try:
