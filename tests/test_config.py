@@ -43,6 +43,8 @@ WRONG = [
     (AlastConfig, "temperature", 0.0, "--alast.temperature"),
     (AlastConfig, "full_tail", -0.1, "--alast.full-tail"),
     (AlastConfig, "full_tail", 1.1, "--alast.full-tail"),
+    (AlastConfig, "flops", 0.0, "--alast.flops"),
+    (AlastConfig, "flops", 1.01, "--alast.flops"),
     (AlastConfig, "token_multiple", 0, "--alast.token-multiple"),
     (AugmentConfig, "crop_scale", 0.0, "--augment.crop-scale"),
     (AugmentConfig, "crop_scale", 1.1, "--augment.crop-scale"),

@@ -76,6 +76,7 @@ CASES = {
         "alast": AlastConfig(blocks=2, optimizer_state="release"),
     },
     "alast, tail": {"method": "alast", "checkpoint_steps": 3, "alast": AlastConfig(alpha=5.0, full_tail=0.4)},
+    "alast, flops": {"method": "alast", "checkpoint_steps": 3, "alast": AlastConfig(alpha=5.0, flops=0.5)},
     "alast, embeddings": {"method": "alast", "alast": AlastConfig(alpha=5.0, train_embeddings=False)},
     "rare evaluation": {"eval_epochs": 2},  # the checkpoint after the first epoch is one without an evaluation
     "fused attention": {"method": "alast", "attention": "fused", "checkpoint_steps": 3},

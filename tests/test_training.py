@@ -19,7 +19,7 @@ from snello.assets.micro import WEIGHTS
 from snello.checkpoint import load_tensors
 from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
 from snello.data import load_splits, mix, permutation
-from snello.errors import TrainingError
+from snello.errors import ConfigError, TrainingError
 from snello.models import create_model, preprocessing
 from snello.runs import RunFolder
 from snello.scores import Score
@@ -233,6 +233,14 @@ def test_full_tail_drops_no_tokens(small, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------- determinism
+
+
+def test_a_run_with_a_flop_target_logs_what_its_steps_drop_by(small):
+    finetune(replace(small, method="alast", alast=AlastConfig(flops=0.5)), QUIET)
+    rows = rows_of(small.out, "step")
+    assert all(max(row["step_budgets"]) < min(row["budgets"]) for row in rows)
+    with pytest.raises(ConfigError, match=r"^--alast.flops must be in 0\.\d+..0\.\d+ for this model with 2 of 6"):
+        finetune(replace(small, method="alast", out=None, alast=AlastConfig(flops=0.9, blocks=2)), QUIET)
 
 
 @pytest.mark.parametrize("method", ["alast", "full"])

@@ -43,6 +43,9 @@ class AlastConfig:
     """Where tokens are dropped: between attention and MLP (`mid`) or after the block (`block-end`, as published)."""
     train_embeddings: bool = True
     """Train the patch, position and prefix embeddings too."""
+    flops: float | None = None
+    """What a step that drops tokens costs, as a share of full fine-tuning's FLOPs, in (0, 1]: all budgets are scaled by
+    a common factor to meet it."""
     full_tail: float = 0.0
     """Last share of the training steps that drops no tokens, in [0, 1]."""
     token_multiple: int = 1
@@ -62,6 +65,7 @@ class AlastConfig:
         )
         require(self.alpha is None or self.alpha >= 0, "--alast.alpha", "0 or more", self.alpha)
         require(self.temperature > 0, "--alast.temperature", "above 0", self.temperature)
+        require(self.flops is None or 0 < self.flops <= 1, "--alast.flops", "in (0, 1]", self.flops)
         require(0 <= self.full_tail <= 1, "--alast.full-tail", "in [0, 1]", self.full_tail)
         require(self.token_multiple >= 1, "--alast.token-multiple", "at least 1", self.token_multiple)
 
@@ -241,6 +245,10 @@ class Recipe:
             "without LoRA where --split.cut cuts",
             self.method,
         )
+        if self.split.cut and self.alast.flops is not None:  # what full fine-tuning of a half costs is no target
+            raise ConfigError(
+                "--alast.flops does not go with --split.cut: the other half and the codec change the cost"
+            )
         if self.method == "auto":
             object.__setattr__(self, "method", "full" if self.split.cut else "alast")
 

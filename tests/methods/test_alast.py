@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -14,9 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from snello.errors import ConfigError
 from snello.methods.alast import PAPER_LR, ALaST
+from snello.vit import ViT
 
 
 def batch(seed: int, n: int = 4, size: int = 16):
@@ -614,6 +617,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(draw):
     assert len({tuple(row[1]) for row in expected}) == 4 and len({tuple(row[2]) for row in expected}) > 1
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_resumed_run_meets_the_flop_target_by_the_same_tokens(micro_batches):
+    model, options = tiny_vit(dynamic_img_size=True), {"blocks": 2, "alpha": 0.05, "flops": 0.6}
+    alast = ALaST(model, **options)
+    for step in range(3):
+        alast.step()
+        for micro in range(micro_batches):
+            model(batch(2 * step + micro, size=24)[0])
+    other = tiny_vit(dynamic_img_size=True)
+    resumed = ALaST(other, **options)
+    resumed.load_state_dict(json.loads(json.dumps(alast.state_dict())))
+    assert resumed.step_budgets == alast.step_budgets != alast.budgets
+    for one in (alast, resumed):
+        one.step()
+    assert resumed.state_dict() == alast.state_dict() and alast.target.num_patches == 36
+
+
 def test_resuming_between_two_micro_batches_keeps_the_first_ones_deltas():
     model = tiny_vit()
     alast = ALaST(model, alpha=0.05)
@@ -635,6 +655,64 @@ def test_a_state_of_another_depth_is_refused():
     state = ALaST(tiny_vit(depth=2)).state_dict()
     with pytest.raises(ConfigError, match="of a model of 4 blocks, got 2"):
         ALaST(tiny_vit()).load_state_dict(state)
+
+
+# A FLOP target
+
+
+def counted(model, seed: int = 0) -> float:
+    """FLOPs of a forward and backward pass, by torch's counter."""
+    with FlopCounterMode(display=False) as counter:
+        backward(model, seed)
+    model.zero_grad()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("share", [0.4, 0.55, 0.7])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"blocks": 4},
+        {"blocks": 3, "draw": "softmax", "drop_at": "block-end"},
+        {"blocks": 3, "draw": "lowest-first", "train_embeddings": False},
+        {"blocks": 4, "token_multiple": 2},
+    ],
+)
+def test_a_flop_target_is_held_while_the_budgets_move(share, options):
+    model = tiny_vit()
+    ViT(model).set_attention_paths(["explicit"] * 4)  # torch's counter knows no fused kernel on a CPU
+    full = counted(model)
+    alast = ALaST(model, flops=share, alpha=0.05, **options)
+    costs, budgets = [], set()
+    for step in range(12):
+        alast.step()
+        costs.append(counted(model, step) / full)
+        budgets.add(tuple(alast.budgets))
+        factors = [s / b for s, b in zip(alast.step_budgets, alast.budgets, strict=True) if s < 1]
+        assert max(factors) == pytest.approx(min(factors))
+    assert sum(costs) / len(costs) == pytest.approx(share, rel=0.03)
+    assert len(budgets) > 5
+
+
+def test_steps_with_all_tokens_leave_the_flop_target_alone():
+    model = tiny_vit()
+    alast = ALaST(model, flops=0.5, blocks=4)
+    alast.dropping = False
+    alast.step()
+    assert alast.step_budgets == alast.budgets == [0.9] * 4 and alast.num_keep(0, 16) == 16
+
+
+@pytest.mark.parametrize("share", [0.01, 0.95, 1.0])
+def test_a_flop_target_out_of_reach_names_what_is_within_it(share):
+    model = tiny_vit()
+    with pytest.raises(ConfigError) as error:
+        ALaST(model, flops=share, blocks=3)
+    low, high = map(float, re.findall(r"0\.\d+", str(error.value))[:2])
+    assert f"flops must be in {low}..{high} for this model with 3 of 4 blocks trained, got {share}" == str(error.value)
+    assert not ViT(model).attached
+    for reachable in (low, high):
+        ALaST(model, flops=reachable, blocks=3).detach()
+    ALaST(model, flops=1.0, blocks=4)
 
 
 # Settings

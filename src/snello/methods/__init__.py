@@ -94,9 +94,10 @@ class AdaptiveMethod:
         self.alast.discount()
 
     def metrics(self) -> dict[str, Any]:
-        """Budgets and trained blocks."""
+        """Budgets, trained blocks, and where a FLOP target scales the budgets, what the step dropped tokens by."""
         summary = self.alast.summary()
-        return {"budgets": summary["budgets"], "trained": summary["trained"]}
+        row = {"budgets": summary["budgets"], "trained": summary["trained"]}
+        return row if self.alast.target is None else row | {"step_budgets": self.alast.step_budgets}
 
     def state_dict(self) -> dict[str, Any]:
         """ALaST's."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from snello.errors import ConfigError
+from snello.methods.flop_target import FlopTarget
 from snello.vit import DropAt, ViT
 
 Draw = Literal["proportional", "softmax", "lowest-first"]
@@ -50,6 +51,8 @@ class ALaST:
         temperature: of the softmax draw, > 0.
         drop_at: `mid` drops tokens between attention and MLP, `block-end` after the block (published).
         train_embeddings: whether patch, position and prefix embeddings train.
+        flops: what a step that drops tokens costs, as a share of full fine-tuning's FLOPs, in (0, 1]: the budgets
+            are scaled by a common factor to meet it, while they adapt underneath. None leaves them as they are.
         token_multiple: rounds the number of kept patch tokens up to a multiple, for few shapes
             under `torch.compile`.
         optimizer_state: `keep` leaves the optimizer's moments of frozen blocks alone; `release` deletes them at each
@@ -73,6 +76,7 @@ class ALaST:
         temperature: float = 1.0,
         drop_at: DropAt = "mid",
         train_embeddings: bool = True,
+        flops: float | None = None,
         token_multiple: int = 1,
         optimizer_state: Literal["keep", "release"] = "keep",
         seed: int = 0,
@@ -101,18 +105,36 @@ class ALaST:
         self._generator = torch.Generator().manual_seed(seed)
         self._parameters = [_places(block) for block in self.vit.blocks]
         self._embeddings = _places(self.vit.model, {id(p) for p in self.vit.embedding_parameters()})
+        self.target: FlopTarget | None = None
+        if flops is not None:
+            self.target = FlopTarget(
+                flops,
+                self.vit,
+                num_blocks=self.num_blocks,
+                drop_at=drop_at,
+                train_embeddings=train_embeddings and len(self._embeddings) > 0,
+                keep=self._keep,
+            )
         self.vit.attach(self)
         if not train_embeddings:
             _set_trainable(self._embeddings, False)
+
+    @property
+    def step_budgets(self) -> list[float]:
+        """What this step drops tokens by: the budgets, or those scaled to meet `flops`."""
+        scaled = None if self.target is None else self.target.scaled
+        return list(self.budgets if scaled is None else scaled)
 
     # What the blocks ask and tell (snello.vit.BlockObserver): they only record, `step` alone moves budgets.
 
     def num_keep(self, index: int, num_patches: int) -> int:
         """Patch tokens that block `index` passes on: its budget's share, rounded down, at least one."""
-        if not self.dropping:
-            return num_patches
-        exact = self.budgets[index] * num_patches
-        keep = max(1, math.floor(exact + 1e-6))  # 0.58 * 50 is 28.999... and means 29
+        if self.target is not None and index == 0:
+            self.target.num_patches = num_patches
+        return self._keep(self.step_budgets[index], num_patches) if self.dropping else num_patches
+
+    def _keep(self, budget: float, num_patches: int) -> int:
+        keep = max(1, math.floor(budget * num_patches + 1e-6))  # 0.58 * 50 is 28.999... and means 29
         return min(num_patches, math.ceil(keep / self.token_multiple) * self.token_multiple)
 
     def record(self, index: int, change: Tensor, num_samples: int = 1) -> None:
@@ -149,6 +171,8 @@ class ALaST:
         self.vit.require_intact()
         self._move_budgets(lr)
         self.trained = self._draw()
+        if self.target is not None and self.dropping:
+            self.target.scale(self.budgets, self.trained)
         for index, parameters in enumerate(self._parameters):
             frozen = index not in self.trained
             _set_trainable(parameters, not frozen)
@@ -181,6 +205,7 @@ class ALaST:
         """
         return {
             "budgets": list(self.budgets),
+            "target": None if self.target is None else self.target.state_dict(),
             "trained": list(self.trained),
             "deltas": self._deltas,
             **dict(zip(("pending", "pending_samples"), self._pending(), strict=True)),
@@ -199,6 +224,8 @@ class ALaST:
         depth = self.vit.depth
         _check(len(state["budgets"]) == depth, f"the state must be of a model of {depth} blocks", len(state["budgets"]))
         self.budgets = list(state["budgets"])
+        if self.target is not None and state["target"] is not None:
+            self.target.load_state_dict(state["target"])
         self.trained = list(state["trained"])
         self._deltas = state["deltas"]
         self._loaded = state["pending"], state["pending_samples"]

@@ -1,0 +1,91 @@
+"""Budgets scaled so that a step costs a given share of full fine-tuning."""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from snello.errors import ConfigError
+from snello.vit import DropAt, ViT
+from snello.vit.flops import StepFlops, Tokens
+
+
+class FlopTarget:
+    """One factor on all budgets, found by bisection; what a step misses, since tokens are whole, the next makes up for.
+
+    Args:
+        share: of full fine-tuning's FLOPs.
+        vit: a model as ALaST finds it: what requires gradients may train.
+        num_blocks: blocks that train at each step.
+        drop_at: where tokens are dropped.
+        train_embeddings: whether embeddings train.
+        keep: how many of so many patch tokens a budget keeps.
+
+    Raises:
+        ConfigError: where a step with some of the draws cannot cost that share.
+    """
+
+    def __init__(
+        self,
+        share: float,
+        vit: ViT,
+        *,
+        num_blocks: int,
+        drop_at: DropAt,
+        train_embeddings: bool,
+        keep: Callable[[float, int], int],
+    ) -> None:
+        self.share, self.drop_at, self.train_embeddings, self._keep = share, drop_at, train_embeddings, keep
+        self.num_prefix_tokens, self.flops = vit.num_prefix_tokens, StepFlops(vit)
+        self.num_patches = vit.num_patches  # of the forward before
+        self.scaled: list[float] | None = None
+        """The budgets of the step under way, or of the last that dropped tokens; None before the first."""
+        self._owed = 0.0  # FLOPs of a picture by which the steps so far stayed below the target
+        self._require_reachable(num_blocks, vit.depth)
+
+    def scale(self, budgets: Sequence[float], trained: Collection[int]) -> None:
+        """Chooses `scaled` for a step that trains the blocks `trained`."""
+        target = self.share * self.flops.full(self.num_patches) + self._owed
+        low, high = 0.0, 1 / min(budgets)
+        for _ in range(20):
+            factor = (low + high) / 2
+            if self.cost(_times(budgets, factor), trained) <= target:
+                low = factor
+            else:
+                high = factor
+        candidates = [_times(budgets, factor) for factor in (low, high)]
+        costs = [self.cost(candidate, trained) for candidate in candidates]
+        cost, self.scaled = min(zip(costs, candidates, strict=True), key=lambda pair: abs(pair[0] - target))
+        self._owed = target - cost
+
+    def cost(self, budgets: Sequence[float], trained: Collection[int]) -> float:
+        """FLOPs of a picture in a step by these budgets."""
+        prefix, patches, tokens = self.num_prefix_tokens, self.num_patches, []
+        for budget in budgets:
+            keep = self._keep(budget, patches)
+            in_mlp = keep if self.drop_at == "mid" else patches
+            tokens.append(Tokens(prefix + patches, prefix + in_mlp, scored=keep < patches))
+            patches = keep
+        return self.flops.step(tokens, self.num_patches, trained, self.train_embeddings)
+
+    def _require_reachable(self, num_blocks: int, depth: int) -> None:
+        full = self.flops.full(self.num_patches)
+        least = self.cost([0.0] * depth, range(num_blocks)) / full  # with the dearest draw
+        most = self.cost([1.0] * depth, range(depth - num_blocks, depth)) / full  # with the cheapest
+        low, high = math.ceil(100 * least - 1e-9) / 100, math.floor(100 * most + 1e-9) / 100
+        if not low <= self.share <= high:
+            raise ConfigError(
+                f"flops must be in {low}..{high} for this model with {num_blocks} of {depth} blocks trained, "
+                f"got {self.share}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"scaled": self.scaled, "owed": self._owed, "num_patches": self.num_patches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a `state_dict()`."""
+        self.scaled, self._owed, self.num_patches = state["scaled"], state["owed"], state["num_patches"]
+
+
+def _times(budgets: Sequence[float], factor: float) -> list[float]:
+    return [min(1.0, factor * budget) for budget in budgets]
