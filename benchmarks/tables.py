@@ -59,6 +59,25 @@ def alast_quality(result: dict[str, Any]) -> str:
     )
 
 
+def target(result: dict[str, Any]) -> str:
+    """Every method: accuracy beside time, FLOPs and memory."""
+    heads = ["", "epochs", "lr", "seeds", "accuracy, %", "time", "GFLOPs", "saved, MiB", "optimizer, MiB", "peak, MiB"]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for row in result["rows"]:
+        saved, flops = row["saved_bytes_per_sample"] / 2**20, row["flops_per_sample"] / 1e9
+        cells = [row["setting"], row["epochs"], f"{row['lr']:g}", len(row["seeds"]), _accuracy(row)]
+        cells += [f"{row['relative_time']:.2f}", f"{flops:.2f}", f"{saved:.1f}"]
+        lines.append(_line(cells + [f"{row[key] / 2**20:.1f}" for key in ("optimizer_bytes", "peak_memory_bytes")]))
+    config, env = result["config"], result["environment"]
+    note = (
+        f"Micro ViT, {5 * config['per_class']} pictures of five unseen CIFAR-10 classes, 5 000 to test, batch "
+        f"{config['batch_size']}, last epoch, mean ± standard deviation over seeds. Time is that of the whole run, "
+        f"relative to *full*: step time, taken in turn, times steps. FLOPs and saved bytes are those of a picture in a "
+        f"step, peak memory is of a process of its own. {env['device']}, {config['threads']} thread."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def codecs(result: dict[str, Any]) -> str:
     """Every codec: bytes, accuracy, seconds of each side and under a link."""
     links = list(result["rows"][0]["link_seconds"])
@@ -159,12 +178,13 @@ def _codecs_note(result: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_cost": ("step_cost", step_cost),
     "alast_quality": ("alast_quality", alast_quality),
+    "target": ("target", target),
     "codecs": ("codecs", codecs),
     "codecs_short": ("codecs", codecs_short),
     "codec_cost": ("codec_cost", codec_cost),
     "network": ("network", network),
 }
-TEXTS = (ROOT / "README.md", ROOT / "docs" / "adc.md", ROOT / "docs" / "split.md")
+TEXTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("adc", "alast", "split")))
 
 
 def render(text: str) -> str:

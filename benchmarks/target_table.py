@@ -1,0 +1,206 @@
+#!/usr/bin/env python3
+"""The target table: every method on the micro ViT and the five CIFAR-10 classes it has never seen.
+
+    python get_cifar10.py cifar10 --classes automobile,cat,dog,horse,truck
+    python benchmarks/target_table.py train cifar10 work/          # accuracy
+    python benchmarks/target_table.py table cifar10 work/ --out results/target.json
+
+Accuracy is that of the last epoch on all test pictures, over seeds. Where a method has several learning rates, seed 0
+runs with each, the best of them goes on with the other seeds, and the others stay in the results. Costs are measured
+apart, each method in a process of its own, their steps taken in turn; a run's time is its step time times its steps. A
+tail of steps with all tokens counts at full cost, in memory too. Finished runs stay in the work folder: the script goes
+on where it was cut off, and several may share the folder.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import environment
+from rich.console import Console
+from target import CLASSES, link_data
+
+from snello.comparison import Process
+from snello.config import AlastConfig, FinetuneConfig
+from snello.devices import resolve_device, resolve_precision
+from snello.settings import to_dict
+from snello.training import finetune
+
+LR, SEEDS, EPOCHS, PER_CLASS, BATCH = 1e-3, (0, 1, 2), 5, 1000, 64
+WARMUP, STEPS = 2, 15
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table."""
+
+    name: str
+    method: str
+    epochs: int = EPOCHS
+    lrs: tuple[float, ...] = (LR,)
+    alast: AlastConfig = field(default_factory=AlastConfig)
+
+
+TUNED = (1e-3, 3e-3, 1e-2)
+PUBLISHED = AlastConfig(drop_at="block-end", draw="softmax")
+BEST = AlastConfig(blocks=12)  # of what docs/alast.md lists as tried
+SETTINGS = (
+    Setting("full", "full", lrs=(2.5e-4, 1e-3, 2e-3)),
+    Setting("full, 3 epochs", "full", epochs=3),
+    Setting("head", "head", lrs=TUNED),
+    Setting("last 4 blocks", "last-k"),
+    Setting("LoRA", "lora", lrs=TUNED),
+    Setting("ALaST (published)", "alast", alast=PUBLISHED),
+    Setting("ALaST (best)", "alast", alast=BEST),
+    Setting("ALaST (best), last 0.2 with all tokens", "alast", alast=replace(BEST, full_tail=0.2)),
+    Setting("ALaST (best), equal time", "alast", epochs=9, alast=BEST),
+    Setting("ALaST + LoRA", "alast+lora", lrs=TUNED, alast=BEST),
+)
+
+
+def configure(setting: Setting, data: Path | None, lr: float, seed: int) -> FinetuneConfig:
+    return FinetuneConfig(
+        data=data,
+        method=setting.method,
+        last_k=4,
+        alast=setting.alast,
+        epochs=setting.epochs,
+        batch_size=BATCH,
+        lr=lr,
+        seed=seed,
+        device="cpu",
+        attention="explicit",
+        workers=1,
+        check_pictures=False,
+        eval_epochs=setting.epochs,  # only the last counts
+        compare=False,
+    )
+
+
+def folder(setting: Setting, work: Path, lr: float, seed: int) -> Path:
+    """The run folder of one training."""
+    name = "".join(c if c.isalnum() or c in ".-" else "_" for c in setting.name)
+    return work / f"{name}--{PER_CLASS}-{lr:g}-{setting.epochs}-{seed}"
+
+
+def accuracy(setting: Setting, work: Path, lr: float, seed: int) -> float | None:
+    """Of a finished run; None without one."""
+    file = folder(setting, work, lr, seed) / "summary.json"
+    return json.loads(file.read_text())["last_accuracy"] if file.exists() else None
+
+
+def train(setting: Setting, data: Path, work: Path, lr: float, seed: int) -> None:
+    """One run, unless it is finished or under way in another process."""
+    out = folder(setting, work, lr, seed)
+    claim = work / f"{out.name}.claim"
+    if accuracy(setting, work, lr, seed) is not None:
+        return
+    try:
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    try:
+        config = configure(setting, link_data(data, work, PER_CLASS), lr, seed)
+        config = replace(config, out=out, resume=(out / "config.yaml").exists())
+        with (work / "console.log").open("a") as log:
+            summary = finetune(config, Console(file=log))
+        print(f"{setting.name:30} lr {lr:g} seed {seed}: {summary['last_accuracy']:.2%}", flush=True)
+    finally:
+        claim.unlink()
+
+
+def best_lr(setting: Setting, work: Path) -> float | None:
+    """The learning rate with the best seed 0; None while one of them is missing."""
+    found = [(accuracy(setting, work, lr, 0), lr) for lr in setting.lrs]
+    return None if any(a is None for a, _ in found) else max(found, key=lambda pair: pair[0] or 0.0)[1]
+
+
+def train_all(data: Path, work: Path, only: list[str]) -> None:
+    wanted = [s for s in SETTINGS if not only or s.name in only]
+    for setting in wanted:
+        for lr in setting.lrs:
+            train(setting, data, work, lr, 0)
+    for seed in SEEDS[1:]:
+        for setting in wanted:
+            lr = best_lr(setting, work)
+            if lr is not None:
+                train(setting, data, work, lr, seed)
+
+
+def costs() -> dict[str, dict[str, float]]:
+    """Step time, FLOPs, saved bytes, optimizer bytes and peak memory of every setting."""
+    common = {"num_classes": len(CLASSES), "device": "cpu", "attention": "explicit", "state": None}
+    common |= {"precision": resolve_precision("auto", resolve_device("cpu")), "memory_limit": None}
+    common |= {"threads": torch.get_num_threads(), "batch_size": BATCH}
+    with contextlib.ExitStack() as stack:
+        processes = {}
+        for setting in SETTINGS:
+            config = replace(configure(setting, None, LR, 0), config=None)
+            request = common | {"config": to_dict(config), "method": setting.method}
+            processes[setting.name] = stack.enter_context(Process(request))
+        seconds: dict[str, list[float]] = {name: [] for name in processes}
+        for _ in range(WARMUP + STEPS):
+            for name, process in processes.items():
+                seconds[name].append(process.ask("step")["seconds"])
+        return {
+            name: {"step_time_s": statistics.median(seconds[name][WARMUP:]), **process.ask("costs")}
+            for name, process in processes.items()
+        }
+
+
+def row(setting: Setting, work: Path, measured: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """A setting's row of the results."""
+    lr = best_lr(setting, work) or setting.lrs[0]
+    found = {seed: accuracy(setting, work, lr, seed) for seed in SEEDS}
+    accuracies = [a for a in found.values() if a is not None]
+    own, full = measured[setting.name], measured["full"]
+    tail = setting.alast.full_tail if setting.method.startswith("alast") else 0.0
+    spent = {key: (1 - tail) * own[key] + tail * full[key] for key in ("step_time_s", "flops_per_sample")}
+    if tail:
+        spent |= {key: full[key] for key in ("saved_bytes_per_sample", "peak_memory_bytes")}
+    return {
+        "setting": setting.name,
+        "method": setting.method,
+        "alast": asdict(setting.alast) if setting.method.startswith("alast") else None,
+        "epochs": setting.epochs,
+        "lr": lr,
+        "seeds": [seed for seed, a in found.items() if a is not None],
+        "accuracies": accuracies,
+        "accuracy": statistics.mean(accuracies) if accuracies else None,
+        "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "relative_time": spent["step_time_s"] * setting.epochs / (full["step_time_s"] * EPOCHS),
+        "tried": [{"lr": lr, "seed": 0, "accuracy": accuracy(setting, work, lr, 0)} for lr in setting.lrs],
+        **own,
+        **spent,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("do", choices=["train", "table"])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("results/target.json"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="train these settings only, separated by semicolons")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    if args.do == "train":
+        train_all(args.data, args.work, [name for name in args.only.split(";") if name])
+        return
+    measured = costs()
+    config = {"per_class": PER_CLASS, "batch_size": BATCH, "epochs": EPOCHS, "threads": args.threads}
+    rows = [row(setting, args.work, measured) for setting in SETTINGS]
+    result = {"config": config, "environment": environment(resolve_device("cpu")), "rows": rows}
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
