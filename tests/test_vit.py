@@ -67,7 +67,7 @@ class Keep:
     """An observer that passes on `share` of the patch tokens in the blocks `where`, and writes down what it is told."""
 
     def __init__(self, share=0.5, drop_at="mid", where=range(99)):
-        self.share, self.drop_at, self.where = share, drop_at, where
+        self.share, self.drop_at, self.where, self.rule = share, drop_at, where, "drop"
         self.asked, self.changes = [], []
 
     def num_keep(self, index, num_patches):

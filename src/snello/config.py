@@ -41,6 +41,9 @@ class AlastConfig:
     """Temperature of the softmax draw, > 0; small values favour high budgets."""
     drop_at: Literal["mid", "block-end"] = "mid"
     """Where tokens are dropped: between attention and MLP (`mid`) or after the block (`block-end`, as published)."""
+    rule: Literal["drop", "merge"] = "drop"
+    """What happens to the tokens that a block does not pass on: discarded, those with the least attention (`drop`, as
+    published), or averaged with the token that is most like them (`merge`)."""
     train_embeddings: bool = True
     """Train the patch, position and prefix embeddings too."""
     flops: float | None = None

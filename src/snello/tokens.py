@@ -39,6 +39,56 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return x.reshape(B * N, D).index_select(0, rows.view(-1)).view(B, -1, D)
 
 
+def merge_alike(x: Tensor, sizes: Tensor | None, num_keep: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    """Averages patch tokens that are alike until `num_keep` are left: a soft form of dropping them.
+
+    Every second patch token has a partner, the most similar (cosine) of the others; the most similar pairs are merged.
+    A mean is weighted by size, the number of patches that a token stands for (idea: Token Merging, arXiv:2210.09461).
+
+    Args:
+        x: (B, N, D); gradient flows through, not through the choice.
+        sizes: (B, N) float32, > 0; None: one each.
+        num_keep: patch tokens left, k in n - n // 2..n - 1 for n = N - P.
+        num_prefix_tokens: P, the leading tokens that stay as they are.
+
+    Returns:
+        The tokens (B, P + k, D), in their original order, and their sizes (B, P + k) float32.
+
+    Raises:
+        ValueError: where `num_keep` is not in that range.
+    """
+    num_patches = x.shape[1] - num_prefix_tokens
+    if not num_patches - num_patches // 2 <= num_keep < num_patches:
+        raise ValueError(f"num_keep must be in {num_patches - num_patches // 2}..{num_patches - 1}, got {num_keep}")
+    with torch.no_grad():
+        keep, gone, into = _pairs(x.detach(), num_patches - num_keep, num_prefix_tokens)
+        if sizes is None:
+            sizes = torch.ones(x.shape[:2], device=x.device)
+        weights = torch.zeros(len(x), keep.shape[1], gone.shape[1], device=x.device)
+        weights.scatter_(1, into.unsqueeze(1), sizes.gather(1, gone).unsqueeze(1))
+        merged = sizes.gather(1, keep) + weights.sum(dim=2)
+        own = (sizes.gather(1, keep) / merged).unsqueeze(2)
+        weights /= merged.unsqueeze(2)
+    with torch.autocast(x.device.type, enabled=False):  # what is not merged passes with all its digits
+        y = gather(x, keep) * own.to(x.dtype) + weights.to(x.dtype) @ gather(x, gone)
+    return y, merged
+
+
+def _pairs(x: Tensor, num_merge: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the tokens that stay (B, K) and go (B, r), and where among those that stay each goes (B, r)."""
+    N = x.shape[1]
+    unit = torch.nn.functional.normalize(x[:, num_prefix_tokens:].float(), dim=2)
+    best, partner = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).max(dim=2)
+    first = best.topk(num_merge, dim=1, sorted=False).indices
+    gone = 2 * first + num_prefix_tokens
+    stays = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, gone, False)
+    index = torch.arange(N, device=x.device)
+    keep = torch.where(stays, index, N).sort(dim=1).values[:, : N - num_merge]
+    place = stays.cumsum(dim=1) - 1
+    into = place.gather(1, 2 * partner.gather(1, first) + 1 + num_prefix_tokens)
+    return keep, gone, into
+
+
 def merge(z: Tensor, assignment: Tensor, num_groups: int) -> Tensor:
     """The mean of each group's members; the gradient of a mean is shared equally by its members.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from snello.errors import ConfigError
 from snello.methods.flop_target import FlopTarget
-from snello.vit import DropAt, ViT
+from snello.vit import DropAt, TokenRule, ViT
 
 Draw = Literal["proportional", "softmax", "lowest-first"]
 
@@ -50,6 +50,8 @@ class ALaST:
             `lowest-first` (always freezes the lowest blocks, where the backward pass costs most to reach).
         temperature: of the softmax draw, > 0.
         drop_at: `mid` drops tokens between attention and MLP, `block-end` after the block (published).
+        rule: `drop` discards the tokens with the least attention (published), `merge` averages pairs of tokens that are
+            most alike; at most half of a block's, and not in models whose classifier averages patch tokens.
         train_embeddings: whether patch, position and prefix embeddings train.
         flops: what a step that drops tokens costs, as a share of full fine-tuning's FLOPs, in (0, 1]: the budgets
             are scaled by a common factor to meet it, while they adapt underneath. None leaves them as they are.
@@ -75,6 +77,7 @@ class ALaST:
         draw: Draw = "proportional",
         temperature: float = 1.0,
         drop_at: DropAt = "mid",
+        rule: TokenRule = "drop",
         train_embeddings: bool = True,
         flops: float | None = None,
         token_multiple: int = 1,
@@ -91,10 +94,14 @@ class ALaST:
         _check(draw in ("proportional", "softmax", "lowest-first"), "draw must be a known one", draw)
         _check(temperature > 0, "temperature must be above 0", temperature)
         _check(drop_at in ("mid", "block-end"), "drop_at must be mid or block-end", drop_at)
+        _check(rule in ("drop", "merge"), "rule must be drop or merge", rule)
+        if rule == "merge" and self.vit.family.pools_patches:
+            raise ConfigError("rule must be drop for this model: its classifier averages patch tokens, got 'merge'")
         _check(token_multiple >= 1, "token_multiple must be at least 1", token_multiple)
         _check(optimizer_state in ("keep", "release"), "optimizer_state must be keep or release", optimizer_state)
         self.min_budget, self.alpha, self.draw, self.temperature = min_budget, alpha, draw, temperature
         self.drop_at, self.token_multiple, self.optimizer_state = drop_at, token_multiple, optimizer_state
+        self.rule: TokenRule = rule
         self.dropping = True  # False passes on every token, for a full-token tail
         self.budgets = [start_budget] * depth
         self.trained = list(range(depth))  # the blocks of the current draw
@@ -112,6 +119,7 @@ class ALaST:
                 self.vit,
                 num_blocks=self.num_blocks,
                 drop_at=drop_at,
+                rule=rule,
                 train_embeddings=train_embeddings and len(self._embeddings) > 0,
                 keep=self._keep,
             )
@@ -135,6 +143,8 @@ class ALaST:
 
     def _keep(self, budget: float, num_patches: int) -> int:
         keep = max(1, math.floor(budget * num_patches + 1e-6))  # 0.58 * 50 is 28.999... and means 29
+        if self.rule == "merge":
+            keep = max(keep, num_patches - num_patches // 2)  # in pairs
         return min(num_patches, math.ceil(keep / self.token_multiple) * self.token_multiple)
 
     def record(self, index: int, change: Tensor, num_samples: int = 1) -> None:

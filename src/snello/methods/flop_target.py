@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from snello.errors import ConfigError
-from snello.vit import DropAt, ViT
+from snello.vit import DropAt, TokenRule, ViT
 from snello.vit.flops import StepFlops, Tokens
 
 
@@ -17,6 +17,7 @@ class FlopTarget:
         vit: a model as ALaST finds it: what requires gradients may train.
         num_blocks: blocks that train at each step.
         drop_at: where tokens are dropped.
+        rule: what happens to them.
         train_embeddings: whether embeddings train.
         keep: how many of so many patch tokens a budget keeps.
 
@@ -31,10 +32,12 @@ class FlopTarget:
         *,
         num_blocks: int,
         drop_at: DropAt,
+        rule: TokenRule,
         train_embeddings: bool,
         keep: Callable[[float, int], int],
     ) -> None:
-        self.share, self.drop_at, self.train_embeddings, self._keep = share, drop_at, train_embeddings, keep
+        self.share, self.drop_at, self.rule = share, drop_at, rule
+        self.train_embeddings, self._keep = train_embeddings, keep
         self.num_prefix_tokens, self.flops = vit.num_prefix_tokens, StepFlops(vit)
         self.num_patches = vit.num_patches  # of the forward before
         self.scaled: list[float] | None = None
@@ -63,7 +66,9 @@ class FlopTarget:
         for budget in budgets:
             keep = self._keep(budget, patches)
             in_mlp = keep if self.drop_at == "mid" else patches
-            tokens.append(Tokens(prefix + patches, prefix + in_mlp, scored=keep < patches))
+            merged = patches - keep if self.rule == "merge" else 0
+            scored = keep < patches and not merged
+            tokens.append(Tokens(prefix + patches, prefix + in_mlp, scored, merged))
             patches = keep
         return self.flops.step(tokens, self.num_patches, trained, self.train_embeddings)
 

@@ -9,8 +9,18 @@ model.py                `ViT`: all of the above as one interface
 B: samples, N: tokens including prefix tokens, D: embed dim, H: heads, K: kept tokens.
 """
 
-from snello.vit.blocks import AttentionPath, BlockObserver, DropAt, Score, recomputing
+from snello.vit.blocks import AttentionPath, BlockObserver, DropAt, Score, TokenRule, recomputing
 from snello.vit.family import SUPPORTED
 from snello.vit.model import ViT, logits_of
 
-__all__ = ["SUPPORTED", "AttentionPath", "BlockObserver", "DropAt", "Score", "ViT", "logits_of", "recomputing"]
+__all__ = [
+    "SUPPORTED",
+    "AttentionPath",
+    "BlockObserver",
+    "DropAt",
+    "Score",
+    "TokenRule",
+    "ViT",
+    "logits_of",
+    "recomputing",
+]

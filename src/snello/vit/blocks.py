@@ -15,6 +15,7 @@ from snello.errors import ModelError
 
 AttentionPath = Literal["fused", "explicit"]
 DropAt = Literal["mid", "block-end"]
+TokenRule = Literal["drop", "merge"]
 Score = Literal["auto", "cls", "received"]
 
 
@@ -22,6 +23,8 @@ class BlockObserver(Protocol):
     """What decides over the tokens of a block and is told what the block did. Asked in training mode only."""
 
     drop_at: DropAt
+    rule: TokenRule
+    """`drop` discards the tokens that are not passed on, `merge` averages them into those that are most alike."""
 
     def num_keep(self, index: int, num_patches: int) -> int:
         """How many of its patch tokens block `index` passes on, in 1..num_patches."""
@@ -48,6 +51,10 @@ class BlockAdapter(ABC):
         self.observer: BlockObserver | None = None
         self.kept: Tensor | None = None
         """Indices (B, K) of the tokens that the last forward kept; None where it dropped none."""
+        self.previous: BlockAdapter | None = None
+        """The block below."""
+        self.sizes: Tensor | None = None
+        """Patches that each token of the last forward's output stands for, (B, K) float32; None: one each."""
         self._capturing = False
         self._watched = False
 
@@ -57,8 +64,8 @@ class BlockAdapter(ABC):
     """How the block computes attention."""
 
     @abstractmethod
-    def attend(self, x: Tensor) -> Tensor:
-        """Attention and its residual, (B, N, D)."""
+    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Attention and its residual, (B, N, D); `bias` (B, 1, 1, N) is added to the logits of every key."""
 
     @abstractmethod
     def feed(self, h: Tensor) -> Tensor:
@@ -110,13 +117,13 @@ class BlockAdapter(ABC):
         """Restores the block's forward; does nothing where nothing is attached."""
         if self.observer is None:
             return
-        self.observer = None
+        self.observer = self.sizes = None
         del self.block.forward
         if not self._watched:
             self.release()
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """The block on x (B, N, D); returns (B, K, D), where K = N unless the observer drops tokens."""
+        """The block on x (B, N, D); returns (B, K, D), where K = N unless the observer drops or merges tokens."""
         block, observer = self.block, self.observer
         original = type(block).forward
         if observer is None or not block.training:
@@ -125,13 +132,16 @@ class BlockAdapter(ABC):
         if self.masked(args, options):
             raise ModelError("attention masks are not supported while tokens are dropped: detach first")
         self.kept = None
+        self.sizes = sizes = None if self.previous is None else self.previous.sizes
         num_patches = x.shape[1] - self.num_prefix_tokens
         num_keep = observer.num_keep(self.index, num_patches)
-        if num_keep >= num_patches:
-            y: Tensor = original(block, x)
-            self._record(observer, x, y)
-            return y
-        return self._forward_dropping(observer, x, num_keep)
+        if num_keep < num_patches and observer.rule == "drop":
+            return self._forward_dropping(observer, x, num_keep)
+        if num_keep < num_patches or sizes is not None:
+            return self._forward_merging(observer, x, num_keep, sizes)
+        y: Tensor = original(block, x)
+        self._record(observer, x, y)
+        return y
 
     def _forward_dropping(self, observer: BlockObserver, x: Tensor, num_keep: int) -> Tensor:
         self._capturing = True
@@ -149,6 +159,18 @@ class BlockAdapter(ABC):
             return y
         self._record(observer, x, y)
         return tokens.gather(y, index)
+
+    def _forward_merging(self, observer: BlockObserver, x: Tensor, num_keep: int, sizes: Tensor | None) -> Tensor:
+        # A token that stands for n patches counts n times in the softmax.
+        z = self.attend(x, None if sizes is None else sizes.log()[:, None, None].to(x.dtype))
+        if observer.drop_at == "block-end":
+            z = self.feed(z)
+        if num_keep < x.shape[1] - self.num_prefix_tokens:
+            z, self.sizes = tokens.merge_alike(z, sizes, num_keep, self.num_prefix_tokens)
+        if observer.drop_at == "mid":
+            z = self.feed(z)
+        self._record(observer, x, z)
+        return z
 
     @torch.no_grad()
     def _record(self, observer: BlockObserver, x: Tensor, y: Tensor, index: Tensor | None = None) -> None:

@@ -24,6 +24,8 @@ class Family(ABC):
     blocks: list[Any]
     num_prefix_tokens: int
     has_cls: bool
+    pools_patches: bool
+    """Whether the classifier reads an average or maximum of the patch tokens."""
     num_patches: int
     """Patch tokens of one picture at the model's own size."""
     patch_size: int

@@ -20,6 +20,8 @@ class Tokens:
     mlp: int
     scored: bool
     """Whether attention is computed once more to rank them: the CLS token's row, or without one the whole matrix."""
+    merged: int = 0
+    """Those that are merged into others."""
 
 
 class StepFlops:
@@ -30,7 +32,7 @@ class StepFlops:
     """
 
     def __init__(self, vit: ViT) -> None:
-        self.prefix, self.has_cls = vit.num_prefix_tokens, vit.has_cls
+        self.prefix, self.has_cls, self.dim = vit.num_prefix_tokens, vit.has_cls, vit.embed_dim
         attention = vit.family.attention_modules
         self._blocks = [_Block(dict(block.named_parameters()), attention) for block in vit.blocks]
         self._embedding = _sum(p for p in vit.embedding_parameters() if p.ndim == 4)  # the convolution
@@ -61,8 +63,12 @@ class StepFlops:
             total += linear + products
             if n.scored:
                 total += 2.0 * n.attention * block.width * (1 if self.has_cls else n.attention)
+            merging = 2.0 * (n.attention - n.merged) * n.merged * self.dim
+            if n.merged:
+                patches = n.attention - self.prefix
+                total += merging + 2.0 * (patches - patches // 2) * (patches // 2) * self.dim
             if index >= lowest:
-                total += linear + 2 * products
+                total += linear + 2 * products + merging
             if index == lowest and block.inputs and not train_embeddings:
                 total -= 2.0 * n.attention * block.inputs
             if index in trained:

@@ -1,6 +1,7 @@
 """A Vision Transformer of timm or transformers, seen as prefix tokens, patch tokens and blocks."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ class ViT:
         """The longer side of a patch in pixels."""
         self.embed_dim = family.embed_dim
         self._adapters = [family.adapter(block, index) for index, block in enumerate(self.blocks)]
+        for below, above in pairwise(self._adapters):
+            above.previous = below
 
     @property
     def depth(self) -> int:

@@ -31,6 +31,7 @@ class TimmFamily(Family):
         self.blocks = list(model.blocks)
         self.num_prefix_tokens = model.num_prefix_tokens
         self.has_cls = model.has_class_token
+        self.pools_patches = model.global_pool != "token"
         if not isinstance(model.patch_embed, nn.Identity):  # an upper part has none
             self.num_patches = int(model.patch_embed.num_patches)
             self.patch_size = max(model.patch_embed.patch_size)
@@ -121,10 +122,10 @@ class TimmBlock(BlockAdapter):
     def path(self, path: AttentionPath) -> None:
         self.block.attn.fused_attn = path == "fused"
 
-    def attend(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `BlockAdapter`."""
         block = self.block
-        h: Tensor = x + block.drop_path1(block.ls1(block.attn(block.norm1(x))))
+        h: Tensor = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=bias)))
         return h
 
     def feed(self, h: Tensor) -> Tensor:

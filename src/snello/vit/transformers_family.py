@@ -61,6 +61,7 @@ class TransformersFamily(Family):
         config: Any = model.config
         self.num_prefix_tokens = 1 + getattr(config, "num_register_tokens", 0) + (self._name == "deit")
         self.has_cls = True
+        self.pools_patches = self._name.startswith("dinov2")
         if not isinstance(base.embeddings, nn.Identity):  # an upper part has none
             patches = base.embeddings.patch_embeddings
             self.num_patches, self.patch_size = int(patches.num_patches), max(patches.patch_size)
@@ -215,10 +216,10 @@ class TransformersBlock(BlockAdapter):
 class ViTBlock(TransformersBlock):
     """ViT's and DeiT's layer."""
 
-    def attend(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `BlockAdapter`."""
         block = self.block
-        h: Tensor = block.dropout(block.attention(block.layernorm_before(x))[0]) + x
+        h: Tensor = block.dropout(block.attention(block.layernorm_before(x), attention_mask=bias)[0]) + x
         return h
 
     def feed(self, h: Tensor) -> Tensor:
@@ -231,10 +232,10 @@ class ViTBlock(TransformersBlock):
 class Dinov2Block(TransformersBlock):
     """DINOv2's layer, with LayerScale and drop path."""
 
-    def attend(self, x: Tensor) -> Tensor:
+    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `BlockAdapter`."""
         block = self.block
-        h: Tensor = block.drop_path(block.layer_scale1(block.attention(block.norm1(x))[0])) + x
+        h: Tensor = block.drop_path(block.layer_scale1(block.attention(block.norm1(x), attention_mask=bias)[0])) + x
         return h
 
     def feed(self, h: Tensor) -> Tensor:
