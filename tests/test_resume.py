@@ -77,6 +77,7 @@ CASES = {
     },
     "alast, tail": {"method": "alast", "checkpoint_steps": 3, "alast": AlastConfig(alpha=5.0, full_tail=0.4)},
     "alast, flops": {"method": "alast", "checkpoint_steps": 3, "alast": AlastConfig(alpha=5.0, flops=0.5)},
+    "alast, merge": {"method": "alast", "checkpoint_steps": 3, "alast": AlastConfig(alpha=5.0, rule="merge")},
     "alast, embeddings": {"method": "alast", "alast": AlastConfig(alpha=5.0, train_embeddings=False)},
     "rare evaluation": {"eval_epochs": 2},  # the checkpoint after the first epoch is one without an evaluation
     "fused attention": {"method": "alast", "attention": "fused", "checkpoint_steps": 3},

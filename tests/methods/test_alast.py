@@ -530,13 +530,14 @@ def test_forward_features_and_forward_head_are_the_forward():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("rule", ["drop", "merge"])
 @pytest.mark.parametrize("drop_at", ["mid", "block-end"])
-def test_gradient_checkpointing_keeps_the_same_tokens_and_records_once(drop_at, reentrant, monkeypatch):
+def test_gradient_checkpointing_keeps_the_same_tokens_and_records_once(drop_at, rule, reentrant, monkeypatch):
     monkeypatch.setattr("timm.models._manipulate.use_reentrant_ckpt", lambda: reentrant)
     results, calls = [], Counter()
     for checkpointing in (False, True):
         model = tiny_vit(proj_drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2)
-        alast = ALaST(model, start_budget=0.6, drop_at=drop_at, blocks=2, alpha=0.1)
+        alast = ALaST(model, start_budget=0.6, drop_at=drop_at, rule=rule, blocks=2, alpha=0.1)
         model.set_grad_checkpointing(checkpointing)
         model.blocks[1].mlp.register_forward_hook(lambda m, a, y, key=checkpointing: calls.update([key]))
         optimizer = adamw(model)
@@ -668,15 +669,19 @@ def counted(model, seed: int = 0) -> float:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("share", [0.4, 0.55, 0.7])
+TARGETED = [
+    {"blocks": 4},
+    {"blocks": 3, "draw": "softmax", "drop_at": "block-end"},
+    {"blocks": 3, "draw": "lowest-first", "train_embeddings": False},
+    {"blocks": 4, "token_multiple": 2},
+    {"blocks": 4, "rule": "merge"},
+    {"blocks": 3, "rule": "merge", "drop_at": "block-end"},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"blocks": 4},
-        {"blocks": 3, "draw": "softmax", "drop_at": "block-end"},
-        {"blocks": 3, "draw": "lowest-first", "train_embeddings": False},
-        {"blocks": 4, "token_multiple": 2},
-    ],
+    ("share", "options"),  # merging halves the tokens of a block at most, so that 0.4 is out of its reach
+    [(share, options) for share in (0.4, 0.6, 0.7) for options in TARGETED if share > 0.5 or "rule" not in options],
 )
 def test_a_flop_target_is_held_while_the_budgets_move(share, options):
     model = tiny_vit()
@@ -727,7 +732,7 @@ def test_a_flop_target_out_of_reach_names_what_is_within_it(share):
         *[("alpha", value) for value in (-1e-9, math.nan)],
         *[("temperature", value) for value in (0, -1.0, math.nan)],
         *[("token_multiple", value) for value in (0, -8)],
-        *[("draw", "uniform"), ("drop_at", "start"), ("optimizer_state", "offload")],
+        *[("draw", "uniform"), ("drop_at", "start"), ("rule", "mix"), ("optimizer_state", "offload")],
     ],
 )
 def test_a_setting_out_of_range_is_refused_and_the_model_left_alone(name, value):

@@ -209,6 +209,7 @@ BAD = {
     ],
     "--split.link must be a link as 10mbit/20ms": ["--split.link", "fast"],
     "--split.max-bytes must be an amount": ["--split.max-bytes", "much"],
+    "--alast.rule merge does not go with --split.cut": ["--alast.rule", "merge"],
     "--alast.flops does not go with --split.cut": ["--alast.flops", "0.5"],
 }
 

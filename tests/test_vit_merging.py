@@ -1,0 +1,159 @@
+"""Tokens that are merged instead of dropped: which, into what, how often they count, and where that is refused."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_deit, tiny_vit
+from torch.nn.functional import cosine_similarity
+
+from snello import tokens
+from snello.errors import ConfigError
+from snello.methods.alast import ALaST
+from snello.vit import ViT, logits_of
+
+VARIANTS = {
+    "plain": {},
+    "registers": {"reg_tokens": 2},
+    "qk-norm": {"qk_norm": True, "init_values": 0.5},
+    "distilled": {"cls": "deit"},
+}
+
+
+def merged_by_hand(x, sizes, num_keep, prefix):
+    """One picture at a time, one pair after the other."""
+    result = []
+    for row, row_sizes in zip(x, sizes.tolist(), strict=True):
+        own, others = range(prefix, len(row), 2), range(prefix + 1, len(row), 2)
+        pairs = []
+        for i in own:
+            alike = [cosine_similarity(row[i], row[j], dim=0).item() for j in others]
+            pairs.append((max(alike), i, others[alike.index(max(alike))]))
+        pairs = sorted(pairs, reverse=True)[: len(row) - prefix - num_keep]
+        groups = {i: [i] for i in range(len(row)) if i not in [i for _, i, _ in pairs]}
+        for _, i, j in pairs:
+            groups[j].append(i)
+        total = [sum(row_sizes[i] for i in group) for group in groups.values()]
+        means = [sum(row[i] * row_sizes[i] for i in g) / n for g, n in zip(groups.values(), total, strict=True)]
+        result.append((torch.stack(means), torch.tensor(total)))
+    return torch.stack([means for means, _ in result]), torch.stack([total for _, total in result])
+
+
+@pytest.mark.parametrize(("num_patches", "num_keep"), [(2, 1), (9, 5), (9, 8), (16, 8), (16, 12)])
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_the_most_similar_pairs_become_their_mean(num_patches, num_keep, prefix):
+    x, sizes = torch.randn(3, prefix + num_patches, 8), torch.randint(1, 5, (3, prefix + num_patches)).float()
+    ours, reference = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, merged = tokens.merge_alike(ours, sizes, num_keep, prefix)
+    expected, its_sizes = merged_by_hand(reference, sizes, num_keep, prefix)
+    assert y.shape == (3, prefix + num_keep, 8)
+    assert (y - expected).abs().max() < 1e-5 and torch.equal(merged, its_sizes)
+    assert torch.equal(y[:, :prefix], x[:, :prefix])
+    weight = torch.randn_like(y)
+    (y * weight).sum().backward()
+    (expected * weight).sum().backward()
+    assert (ours.grad - reference.grad).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("num_keep", [0, 3, 8])
+def test_more_than_half_cannot_be_merged(num_keep):
+    with pytest.raises(ValueError, match=r"num_keep must be in 4\.\.7, got"):
+        tokens.merge_alike(torch.randn(2, 9, 4), None, num_keep, 1)
+
+
+class Merge:
+    """An observer that merges half of the patch tokens in the blocks `where`."""
+
+    rule = "merge"
+
+    def __init__(self, where, drop_at="mid"):
+        self.where, self.drop_at = where, drop_at
+
+    def num_keep(self, index, num_patches):
+        return num_patches // 2 if index in self.where else num_patches
+
+    def record(self, index, change, num_samples=1):
+        pass
+
+
+def in_pairs(n=3):
+    """Pictures whose patches (of 4 x 4 pixels) are equal in pairs, left and right."""
+    half = torch.randn(n, 3, 4, 4, 2, 1, 4, generator=torch.Generator().manual_seed(3)).expand(
+        -1, -1, -1, -1, -1, 2, -1
+    )
+    return half.reshape(n, 3, 16, 16)
+
+
+@pytest.mark.parametrize("path", ["fused", "explicit"])
+@pytest.mark.parametrize("drop_at", ["mid", "block-end"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merging_equal_tokens_changes_nothing(variant, drop_at, path):
+    options = {**VARIANTS[variant]}
+    model = (tiny_deit if options.pop("cls", None) else tiny_vit)(**options)
+    with torch.no_grad():
+        model.pos_embed.zero_()
+    untouched, vit = copy.deepcopy(model), ViT(model)
+    vit.set_attention_paths([path] * 4)
+    vit.attach(Merge((1,), drop_at))
+    x, lengths = in_pairs(), []
+    model.norm.register_forward_hook(lambda m, a, y: lengths.append(y.shape[1]))
+    out, expected = model(x), untouched(x)
+    assert lengths == [vit.num_prefix_tokens + 8]
+    assert (out - expected).abs().max() < 1e-4  # each counts twice in the softmax of the blocks above
+    assert vit._adapters[3].sizes.sum(1).tolist() == [vit.num_prefix_tokens + 16] * 3
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for (name, p), q in zip(model.named_parameters(), untouched.parameters(), strict=True):
+        assert (p.grad - q.grad).abs().max() <= 1e-3 * q.grad.abs().max() + 1e-5, name
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_merging_equal_tokens_changes_nothing_in_a_transformers_model(implementation):
+    transformers = pytest.importorskip("transformers")
+    shape = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    config = transformers.ViTConfig(**shape, attn_implementation=implementation)
+    model = transformers.ViTForImageClassification(config).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.vit.embeddings.position_embeddings.zero_()
+    untouched, vit = copy.deepcopy(model), ViT(model)
+    vit.attach(Merge((1,)))
+    out, expected = logits_of(model(in_pairs())), logits_of(untouched(in_pairs()))
+    assert vit._adapters[3].sizes.shape == (3, 9)
+    assert (out - expected).abs().max() < 1e-4
+
+
+def test_in_eval_mode_and_after_a_step_with_all_tokens_nothing_is_left_of_it():
+    model = tiny_vit()
+    untouched = copy.deepcopy(model)
+    alast = ALaST(model, start_budget=0.6, rule="merge", blocks=4)
+    alast.step()
+    x = torch.randn(2, 3, 16, 16)
+    assert (model(x) - untouched(x)).abs().max() > 1e-3
+    model.eval(), untouched.eval()
+    assert torch.equal(model(x), untouched(x))
+    model.train(), untouched.train()
+    alast.dropping = False
+    assert torch.equal(model(x), untouched(x))
+    alast.detach()
+    assert all(adapter.sizes is None for adapter in alast.vit._adapters)
+
+
+@pytest.mark.parametrize("rule", ["drop", "merge"])
+def test_autocast_leaves_what_is_passed_on_its_digits(rule):
+    model = tiny_vit()
+    ALaST(model, start_budget=0.6, rule=rule)
+    dtypes = []
+    model.blocks[3].register_forward_hook(lambda m, args, y: dtypes.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(2, 3, 16, 16)).float().sum().backward()
+    assert dtypes == [torch.float32]
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_a_classifier_that_averages_patch_tokens_is_refused(pool):
+    model = tiny_vit(global_pool=pool)
+    with pytest.raises(ConfigError, match=r"^rule must be drop for this model: its classifier averages"):
+        ALaST(model, rule="merge")
+    assert not ViT(model).attached
