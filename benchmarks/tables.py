@@ -78,6 +78,17 @@ def target(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def alast_tried(result: dict[str, Any]) -> str:
+    """Settings that were tried once, best accuracy first."""
+    epochs = result["config"]["full_epochs"]
+    lines = ["| | epochs | lr | accuracy, % | FLOPs of the run |", "|---|---|---|---|---|"]
+    for row in sorted(result["rows"], key=lambda row: -row["accuracy"]):
+        name = row["setting"] + (f" (seed {row['seed']})" if row["seed"] else "") + (" *" if row["prototype"] else "")
+        share = f"{row['flops'] * row['epochs'] / epochs:.2f}"
+        lines.append(_line([name, row["epochs"], f"{row['lr']:g}", f"{100 * row['accuracy']:.1f}", share]))
+    return "\n".join([*lines, "", f"FLOPs are relative to {epochs} epochs of full fine-tuning. *: a prototype."])
+
+
 def codecs(result: dict[str, Any]) -> str:
     """Every codec: bytes, accuracy, seconds of each side and under a link."""
     links = list(result["rows"][0]["link_seconds"])
@@ -178,6 +189,7 @@ def _codecs_note(result: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_cost": ("step_cost", step_cost),
     "alast_quality": ("alast_quality", alast_quality),
+    "alast_tried": ("alast_tried", alast_tried),
     "target": ("target", target),
     "codecs": ("codecs", codecs),
     "codecs_short": ("codecs", codecs_short),
