@@ -5,6 +5,7 @@ that they only go into blocks (`proj` alone would also match timm's `patch_embed
 nothing is an error, and that what is saved is the plain model, merged, beside the adapters in peft's own format.
 """
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -51,7 +52,6 @@ class Adapters:
         self.vit, self.config = vit, config
         self._trained_before = {id(p) for p in vit.model.parameters() if p.requires_grad}
         self.targets = target_layers(vit, config.target_modules)
-        self.base = digest(vit)
         self.peft_config = peft.LoraConfig(
             r=config.r,
             lora_alpha=config.alpha,
@@ -69,6 +69,11 @@ class Adapters:
             parameter.requires_grad_(id(parameter) in self._trained_before)
         if config.start is not None:
             self._load(config.start)
+
+    @functools.cached_property
+    def base(self) -> str:
+        """Digest of the weights that the adapters belong to, which never change."""
+        return digest(self.vit)
 
     def _heads(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.vit.model.named_parameters() if self.vit.family.is_head(name)]
@@ -176,10 +181,11 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def digest(vit: ViT) -> str:
-    """Of all weights but the classifier's, names and values."""
+    """Of all weights but the classifier's and adapters', names and values."""
     made = hashlib.sha256()
-    for name, value in sorted(vit.model.state_dict().items()):
-        if not vit.family.is_head(name):
+    named = {name.replace(".base_layer.", "."): value for name, value in vit.model.state_dict().items()}
+    for name, value in sorted(named.items()):
+        if not vit.family.is_head(name) and ".lora_" not in name:
             made.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             made.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
     return made.hexdigest()
