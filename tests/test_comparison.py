@@ -9,18 +9,17 @@ from conftest import run_python
 from rich.console import Console
 
 from snello import cli, comparison, report
-from snello.comparison import NOT_MEASURED, Comparison, Measured, OutOfMemoryError, Process, compare
-from snello.config import AlastConfig, FinetuneConfig
+from snello.comparison import Comparison, Measured, OutOfMemoryError, Process, compare, make_request, not_measured
+from snello.config import AlastConfig, FinetuneConfig, LoraConfig
 from snello.errors import SnelloError
-from snello.settings import to_dict
+from snello.settings import from_dict
 from snello.training import finetune
 
 SUMMARY = {"num_classes": 3, "device": "cpu", "precision": "fp32", "attention": "explicit"}
 
 
 def request(config: FinetuneConfig, **changes):
-    values = {key: SUMMARY[key] for key in SUMMARY} | {"config": to_dict(config), "threads": 1, "memory_limit": None}
-    return values | {"method": "full", "state": None, "batch_size": 2} | changes
+    return make_request(config, **SUMMARY) | {"batch_size": 2} | changes
 
 
 # ------------------------------------------------------------------------------------------------------- for real
@@ -32,9 +31,9 @@ def test_run_with_comparison(small, capsys):
     threads = torch.get_num_threads()
     summary = finetune(config)
     assert summary == json.loads((config.out / "summary.json").read_text())
-    assert summary.keys() >= NOT_MEASURED.keys() and threads == torch.get_num_threads()
-    assert all(summary[name] is not None for name in NOT_MEASURED)
-    assert all(summary[name] > 0 for name in NOT_MEASURED if name != "full_fits")
+    names = not_measured("alast")
+    assert summary.keys() >= names.keys() and threads == torch.get_num_threads()
+    assert all(summary[name] > 0 for name in names if name != "full_fits")
     assert summary["full_fits"] is True and summary["compared_batch_size"] == 4
     assert summary["flops_per_sample"] < summary["full_flops_per_sample"]
     assert summary["saved_bytes_per_sample"] < summary["full_saved_bytes_per_sample"]
@@ -46,7 +45,7 @@ def test_run_with_comparison(small, capsys):
     assert 0.5 * model < summary["full_trainable_parameters"] < 2 * model
     assert summary["full_optimizer_bytes"] == pytest.approx(8 * summary["full_trainable_parameters"], rel=0.01)
     err = capsys.readouterr().err
-    for text in ("alast vs full fine-tuning, measured here, batch 4", "step time, ms", "peak memory, MiB"):
+    for text in ("alast vs full fine-tuning, measured here, batch 4", "step time, ms", "peak memory measured, MiB"):
         assert text in err
 
 
@@ -57,8 +56,11 @@ def test_process_out_of_memory(small):
 
 
 def test_process_that_fails_otherwise_is_a_snello_error(small, capfd):
+    config = replace(small, model="no_such_model")
+    with pytest.raises(SnelloError, match=r"measuring process failed with exit code 1$"):
+        Process(request(config))
     with pytest.raises(SnelloError, match=r"measuring process failed with exit code 1; --no-compare leaves it out"):
-        Process(request(replace(small, model="no_such_model")))
+        compare(config, SUMMARY, {})
 
 
 def test_process_answers_on_a_clean_line(small):
@@ -99,7 +101,8 @@ class FakeProcess:
     open = 0
 
     def __init__(self, request):
-        self.method, self.batch_size = request["method"], request["batch_size"]
+        self.method, self.batch_size = request["config"]["method"], request["batch_size"]
+        from_dict(FinetuneConfig, request["config"])  # what the process does first
         FakeProcess.started.append((self.method, self.batch_size))
         if self.batch_size > 4 * FakeProcess.fits[self.method]:
             raise OutOfMemoryError  # as early as when the batch is made
@@ -113,6 +116,9 @@ class FakeProcess:
         return {
             "flops_per_sample": 1e9,
             "saved_bytes_per_sample": 1e6,
+            "saved_bytes": 64,
+            "weight_bytes": 32,
+            "gradient_bytes": 16,
             "optimizer_bytes": 8,
             "peak_memory_bytes": 2**20 * self.batch_size,
             "trainable_parameters": 10,
@@ -135,14 +141,14 @@ def fake(monkeypatch):
     return set_up
 
 
-def compared(batch_size: int = 64) -> Comparison:
-    return compare(FinetuneConfig(batch_size=batch_size), SUMMARY, {})
+def compared(batch_size: int = 64, method: str = "alast", **settings) -> Comparison:
+    return compare(FinetuneConfig(method=method, batch_size=batch_size, **settings), SUMMARY, {})
 
 
 def test_both_fit(fake):
     fake(alast=64, full=64)
     costs = compared()
-    assert (costs.full_fits, costs.compared_batch_size, costs.own.step_time_s, costs.full.step_time_s) == (
+    assert (costs.full_fits, costs.compared_batch_size, costs.own.step_time_s, costs.others["full"].step_time_s) == (
         True,
         64,
         0.25,
@@ -157,7 +163,7 @@ def test_full_fits_at_a_smaller_batch(fake, most):
     costs = compared()
     expected = 32 if most == 40 else 2
     assert (costs.full_fits, costs.compared_batch_size, costs.batch_size) == (False, expected, 64)
-    assert costs.own.peak_memory_bytes == costs.full.peak_memory_bytes == 2**20 * expected
+    assert costs.own.peak_memory_bytes == costs.others["full"].peak_memory_bytes == 2**20 * expected
     assert FakeProcess.open == 0, "every process is ended, also where the other one failed"
     summary = costs.summary()
     assert summary["full_fits"] is False and summary["full_step_time_s"] == 0.5
@@ -166,10 +172,10 @@ def test_full_fits_at_a_smaller_batch(fake, most):
 def test_full_never_fits(fake):
     fake(alast=64, full=0)
     costs = compared()
-    assert costs.full is None and not costs.full_fits
+    assert costs.others["full"] is None and not costs.full_fits
     assert (costs.compared_batch_size, costs.own.peak_memory_bytes) == (64, 2**20 * 64)
     summary = costs.summary()
-    assert summary.keys() == NOT_MEASURED.keys()
+    assert summary.keys() == not_measured("alast").keys()
     assert all(summary[name] is None for name in summary if name.startswith("full_") and name != "full_fits")
     assert FakeProcess.open == 0
 
@@ -188,9 +194,24 @@ def test_odd_batch_sizes_end_at_one(fake):
 
 
 def test_not_measured_names_what_is_measured():
-    measured = Measured(*range(1, 7))
-    assert Comparison("alast", 8, 8, measured, measured).summary().keys() == NOT_MEASURED.keys()
-    assert asdict(measured).keys() <= NOT_MEASURED.keys()
+    measured = Measured(*range(1, 10))
+    for method, others in (("alast", ["full"]), ("lora", ["full"]), ("alast+lora", ["lora", "full"])):
+        summary = Comparison(method, 8, 8, measured, dict.fromkeys(others, measured)).summary()
+        assert summary.keys() == not_measured(method).keys() >= asdict(measured).keys()
+
+
+def test_alast_with_lora_is_measured_beside_lora_alone(fake):
+    fake(**{"alast+lora": 64, "lora": 64, "full": 64})
+    costs = compared(method="alast+lora", lora=LoraConfig(r=4))
+    assert [method for method, _ in FakeProcess.started] == ["alast+lora", "lora", "full"]
+    assert list(costs.others) == ["lora", "full"] and costs.full_fits
+    fake(**{"alast+lora": 64, "lora": 64, "full": 0})
+    costs = compared(method="alast+lora")
+    assert costs.others["full"] is None and costs.others["lora"].peak_memory_bytes == 2**20 * 64
+    fake(**{"alast+lora": 64, "lora": 0, "full": 0})
+    costs = compared(method="alast+lora")
+    assert costs.others == {"lora": None, "full": None} and costs.compared_batch_size == 64
+    assert FakeProcess.open == 0
 
 
 # ------------------------------------------------------------------------------------------------------ the table
@@ -203,19 +224,26 @@ def printed(costs: Comparison) -> str:
 
 
 def test_table():
-    own = Measured(0.010, 2e9, 2**21, 2**20, 2**25, 1_500_000)
-    full = Measured(0.025, 5e9, 2**23, 2**21, 2**26, 3_000_000)
-    text = printed(Comparison("alast", 64, 64, own, full))
+    own = Measured(0.010, 2e9, 2**21, 2**27, 2**21, 2**20, 2**20, 2**25, 1_500_000)
+    full = Measured(0.025, 5e9, 2**23, 2**29, 2**21, 2**21, 2**22, 2**26, 3_000_000)
+    text = printed(Comparison("alast", 64, 64, own, {"full": full}))
     (row,) = [line for line in text.splitlines() if "step time" in line]
     assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["step time, ms", "10.0", "25.0", "2.50x"]
     assert "4.00x" in text and "does not fit" not in text
+    (row,) = [line for line in text.splitlines() if "sum, MiB" in line]
+    assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["sum, MiB", "132", "520", "3.94x"]
+    text = printed(Comparison("alast+lora", 64, 64, own, {"lora": full, "full": full}))
+    assert "alast+lora vs lora and full fine-tuning, measured here, batch 64" in text
+    (row,) = [line for line in text.splitlines() if "step time" in line]
+    cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+    assert cells == ["step time, ms", "10.0", "25.0", "25.0", "2.50x", "2.50x"]
 
 
 def test_table_where_full_does_not_fit():
-    own = Measured(0.010, 2e9, 2**21, 0, 2**25, 1_500_000)
-    text = printed(Comparison("last-k", 64, 16, own, own))
+    own = Measured(0.010, 2e9, 2**21, 2**27, 2**21, 2**20, 0, 2**25, 1_500_000)
+    text = printed(Comparison("last-k", 64, 16, own, {"full": own}))
     assert "batch 16" in text and "does not fit into memory at the run's batch of 64; last-k does" in text
-    text = printed(Comparison("last-k", 64, 64, own, None))
+    text = printed(Comparison("last-k", 64, 64, own, {"full": None}))
     assert text.count("does not fit") == len(report.COST_ROWS) + 1
 
 

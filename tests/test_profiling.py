@@ -2,31 +2,39 @@
 
 import gc
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from snello.comparison import Process, make_request
 from snello.config import AlastConfig, FinetuneConfig
 from snello.profiling import (
+    LiveBytes,
+    Memory,
     TrainingStep,
-    optimizer_bytes,
+    adamw_bytes,
     peak_memory,
     resident_memory,
     saved_bytes,
+    storages_of,
 )
 
 CPU = torch.device("cpu")
 
 
-def storages_of(module: nn.Module) -> set[int]:
-    return {p.untyped_storage().data_ptr() for p in module.parameters()}
+def held_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What the optimizer's state takes now."""
+    values = [value for entry in optimizer.state.values() for value in entry.values()]
+    return sum(value.untyped_storage().nbytes() for value in values)
 
 
 def make_step(method: str = "full", batch_size: int = 2, **settings) -> TrainingStep:
-    alast = settings.pop("alast", AlastConfig())
-    config = FinetuneConfig(model="test_vit", weights="none", image_size=48, method=method, alast=alast)
+    names = ("alast", "grad_checkpointing", "model", "image_size")
+    chosen = {name: settings.pop(name) for name in names if name in settings}
+    config = FinetuneConfig(**{"model": "test_vit", "weights": "none", "image_size": 48, "method": method, **chosen})
     options = {"num_classes": 3, "device": CPU, "precision": "fp32", "attention": "explicit"}
     return TrainingStep(config, **{**options, "batch_size": batch_size, **settings})
 
@@ -38,13 +46,13 @@ def test_linear_and_relu():
     """Linear keeps its input, ReLU its output: two storages, parameters apart."""
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU())
     x = torch.randn(7, 3)
-    assert saved_bytes(lambda: model(x).sum(), storages_of(model)) == 4 * (7 * 3 + 7 * 5)
+    assert saved_bytes(lambda: model(x).sum(), storages_of(model.parameters())) == 4 * (7 * 3 + 7 * 5)
 
 
 def test_a_storage_that_is_kept_twice_counts_once():
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))  # keeps ReLU's output too
     x = torch.randn(7, 3)
-    assert saved_bytes(lambda: model(x).sum(), storages_of(model)) == 4 * (7 * 3 + 7 * 5)
+    assert saved_bytes(lambda: model(x).sum(), storages_of(model.parameters())) == 4 * (7 * 3 + 7 * 5)
     a = torch.randn(10, requires_grad=True)
     assert saved_bytes(lambda: (a * a).sum(), set()) == 40
     b = torch.randn(4, 6, requires_grad=True)
@@ -54,7 +62,7 @@ def test_a_storage_that_is_kept_twice_counts_once():
 def test_parameters_are_left_out_only_if_asked():
     model = nn.Linear(3, 5, bias=False)
     x = torch.randn(7, 3, requires_grad=True)  # for its gradient, Linear keeps its weight too
-    assert saved_bytes(lambda: model(x).sum(), storages_of(model)) == 4 * 7 * 3
+    assert saved_bytes(lambda: model(x).sum(), storages_of(model.parameters())) == 4 * 7 * 3
     assert saved_bytes(lambda: model(x).sum(), set()) == 4 * (7 * 3 + 5 * 3)
 
 
@@ -66,7 +74,7 @@ def test_a_slice_counts_with_its_whole_storage():
 
 def test_nothing_is_kept_without_gradients():
     model = nn.Sequential(nn.Linear(3, 5), nn.ReLU()).requires_grad_(False)
-    assert saved_bytes(lambda: model(torch.randn(2, 3)).sum(), storages_of(model)) == 0
+    assert saved_bytes(lambda: model(torch.randn(2, 3)).sum(), storages_of(model.parameters())) == 0
 
 
 def test_half_precision_counts_half():
@@ -84,7 +92,7 @@ def test_counting_leaves_nothing_behind():
         left.append(StorageWeakRef(y.untyped_storage()))
         return y.sum()
 
-    saved_bytes(forward, storages_of(model))
+    saved_bytes(forward, storages_of(model.parameters()))
     gc.collect()
     assert left[0].expired()
 
@@ -96,10 +104,9 @@ def test_optimizer_bytes_of_adamw():
     """Two float32 moments per parameter and a float32 step count per tensor."""
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
     optimizer = torch.optim.AdamW(model.parameters())
-    assert optimizer_bytes(optimizer) == 0
     model(torch.randn(1, 3)).sum().backward()
     optimizer.step()
-    assert optimizer_bytes(optimizer) == 8 * (3 * 5 + 5 + 5 * 2 + 2) + 4 * 4
+    assert adamw_bytes(model.parameters()) == held_bytes(optimizer) == 8 * (3 * 5 + 5 + 5 * 2 + 2) + 4 * 4
 
 
 @pytest.mark.parametrize(("method", "blocks"), [("full", 6), ("head", 0), ("alast", 2)])
@@ -113,7 +120,94 @@ def test_optimizer_and_trainable_parameters_of_a_method(method, blocks):
     outside = [p for name, p in named.items() if not name.startswith("blocks.")]
     trained = head if method == "head" else in_block * blocks + outside
     assert costs.trainable_parameters == sum(p.numel() for p in trained)
-    assert costs.optimizer_bytes == 8 * sum(p.numel() for p in trained) + 4 * len(trained)
+    assert costs.optimizer_bytes == 8 * sum(p.numel() for p in trained) + 4 * len(trained) == held_bytes(step.optimizer)
+    assert costs.gradient_bytes == 4 * sum(p.numel() for p in trained)
+    assert costs.weight_bytes == 4 * sum(p.numel() for p in named.values())
+
+
+@pytest.mark.parametrize("optimizer_state", ["keep", "release"])
+def test_optimizer_state_that_is_held_at_once(optimizer_state):
+    """Kept, it grows to that of all blocks; released, it stays that of the blocks drawn."""
+    step = make_step("alast", alast=AlastConfig(blocks=2, optimizer_state=optimizer_state))
+    most = 0
+    for _ in range(12):
+        step.run()
+        most = max(most, held_bytes(step.optimizer))
+    costs = step.costs(draws=1)
+    in_block = list(step.vit.blocks[0].parameters())
+    outside = [p for name, p in step.model.named_parameters() if not name.startswith("blocks.")]
+    blocks = 6 if optimizer_state == "keep" else 2
+    assert most == costs.optimizer_bytes == blocks * adamw_bytes(in_block) + adamw_bytes(outside)
+    assert costs.gradient_bytes == 4 * sum(p.numel() for p in in_block * 2 + outside)
+
+
+# ------------------------------------------------------------------------------------------------- where memory goes
+
+
+def test_live_bytes_from_birth_to_death():
+    with LiveBytes() as live:
+        a = torch.ones(1000)
+        b = a + 1  # 8 000 bytes live
+        view = b[:10]
+        del a
+        c = view * 2  # 40 more
+        b.add_(1)
+        del b, view
+        d = torch.zeros(500)
+    assert live.peak == 8000 and c.numel() + d.numel() == 510
+
+
+def test_working_memory_of_checkpointing_and_of_the_head():
+    """What is computed again for one block, or passes through a frozen model, is neither saved nor a gradient."""
+    pytest.importorskip("peft")
+    plain = make_step("lora", batch_size=64).memory()
+    checkpointed = make_step("lora", batch_size=64, grad_checkpointing=True).memory()
+    assert checkpointed.saved_bytes < plain.saved_bytes / 3
+    assert checkpointed.working_bytes > plain.saved_bytes / 6
+    assert checkpointed.total_bytes < plain.total_bytes
+    head = make_step("head", batch_size=64).memory()
+    assert head.working_bytes > head.saved_bytes
+    assert head.total_bytes == sum(vars(head).values())
+
+
+@pytest.mark.parametrize("method", ["full", "alast", "head", "lora", "alast+lora"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+def test_memory_without_data_is_that_of_a_real_step(method, precision, grad_checkpointing):
+    if "lora" in method:
+        pytest.importorskip("peft")
+    options = {"precision": precision, "grad_checkpointing": grad_checkpointing}
+    estimated, real = (make_step(method, **options, without_data=fake) for fake in (True, False))
+    memories = [estimated.memory() for _ in range(2)]
+    assert memories == [real.memory() for _ in range(2)], "again and again, in the same draws"
+    assert memories[0].saved_bytes > 0 and memories[0].gradient_bytes > 0
+
+
+def test_memory_without_data_of_a_transformers_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
+    transformers.ViTConfig(**shape, image_size=32, patch_size=8).save_pretrained(tmp_path)
+    for method in ("full", "alast"):
+        options = {"model": str(tmp_path), "image_size": None}
+        estimated, real = (make_step(method, **options, without_data=fake).memory() for fake in (True, False))
+        assert estimated == real
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@pytest.mark.parametrize(("method", "options"), [("full", []), ("alast", []), ("full", ["--grad-checkpointing"])])
+def test_counted_memory_is_near_the_peak_of_a_process(method, options):
+    """On a model of DeiT-T's size, in a process of its own."""
+    config = FinetuneConfig(
+        model="deit_tiny_patch16_224", weights="none", method=method, grad_checkpointing=bool(options), batch_size=8
+    )
+    request = make_request(config, num_classes=10, device="cpu", precision="fp32", attention="explicit")
+    with Process(request) as process:
+        process.ask("step")
+        process.ask("step")
+        counted = process.ask("memory")
+    peak = counted.pop("peak_memory_bytes")
+    counted.pop("process_bytes")
+    assert 0.85 < Memory(**counted).total_bytes / peak < 1.15
 
 
 # ------------------------------------------------------------------------------------------------------------- FLOPs

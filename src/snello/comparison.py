@@ -8,19 +8,22 @@ into memory that is a result, and the times are taken at the largest batch that 
 """
 
 import contextlib
+import gc
 import json
 import signal
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from snello.config import FinetuneConfig
+from snello.config import FinetuneConfig, LoraConfig
 from snello.errors import SnelloError
+from snello.models import is_transformers
 from snello.profiling import TrainingStep, peak_memory, resident_memory
 from snello.settings import from_dict, to_dict
 
@@ -29,39 +32,30 @@ WARMUP, STEPS = 2, 9
 # In lower case: torch's allocators, C++'s std::bad_alloc, and oneDNN, which does not say why.
 SIGNS_OF_NO_MEMORY = ("memory", "alloc", "could not create a primitive", "could not execute a primitive")
 
-NOT_MEASURED: dict[str, Any] = {
-    "step_time_s": None,
-    "full_step_time_s": None,
-    "flops_per_sample": None,
-    "full_flops_per_sample": None,
-    "saved_bytes_per_sample": None,
-    "full_saved_bytes_per_sample": None,
-    "optimizer_bytes": None,
-    "full_optimizer_bytes": None,
-    "peak_memory_bytes": None,
-    "full_peak_memory_bytes": None,
-    "trainable_parameters": None,
-    "full_trainable_parameters": None,
-    "compared_batch_size": None,
-    "full_fits": None,
-}
-
 
 @dataclass(frozen=True)
 class Measured:
-    """One method's costs."""
+    """One method's costs, as in `Costs`, and what they were on the clock and in the process."""
 
     step_time_s: float
     flops_per_sample: float
     saved_bytes_per_sample: float
+    saved_bytes: int
+    weight_bytes: int
+    gradient_bytes: int
     optimizer_bytes: int
     peak_memory_bytes: int
     trainable_parameters: int
 
+    @property
+    def memory_bytes(self) -> int:
+        """The counted part of the peak."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.saved_bytes
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method beside full fine-tuning; `full` is None where that does not fit at any batch size."""
+    """A method beside others: full fine-tuning, and LoRA alone where ALaST draws adapters."""
 
     method: str
     batch_size: int
@@ -69,18 +63,34 @@ class Comparison:
     compared_batch_size: int
     """The one that was measured: smaller where full fine-tuning does not fit at the run's."""
     own: Measured
-    full: Measured | None
+    others: dict[str, Measured | None]
+    """By method; None for one that does not fit at any batch size."""
 
     @property
     def full_fits(self) -> bool:
         """Whether full fine-tuning fits at the run's batch size."""
-        return self.full is not None and self.compared_batch_size == self.batch_size
+        return self.others["full"] is not None and self.compared_batch_size == self.batch_size
 
     def summary(self) -> dict[str, Any]:
         """The fields of summary.json."""
         values = asdict(self.own)
-        values |= {f"full_{name}": getattr(self.full, name, None) for name in asdict(self.own)}
+        for method, measured in self.others.items():
+            values |= {f"{method}_{name}": getattr(measured, name, None) for name in asdict(self.own)}
         return values | {"compared_batch_size": self.compared_batch_size, "full_fits": self.full_fits}
+
+
+def compared_with(method: str) -> list[str]:
+    """The methods that `method` is measured beside."""
+    return ["lora", "full"] if method == "alast+lora" else ["full"]
+
+
+def not_measured(method: str) -> dict[str, Any]:
+    """`Comparison.summary` of a run that is not, or not yet, compared."""
+    names = [field.name for field in fields(Measured)]
+    prefixes = ["", *(f"{other}_" for other in compared_with(method))]
+    return dict.fromkeys([f"{prefix}{name}" for prefix in prefixes for name in names]) | dict.fromkeys(
+        ["compared_batch_size", "full_fits"]
+    )
 
 
 class OutOfMemoryError(Exception):
@@ -101,30 +111,64 @@ def compare(
     Raises:
         SnelloError: where a measuring process fails for another reason than memory.
     """
-    request = {
+    request = make_request(
+        config,
+        num_classes=summary["num_classes"],
+        device=summary["device"],
+        precision=summary["precision"],
+        attention=summary["attention"],
+        memory_limit=memory_limit,
+    )
+    others = compared_with(config.method)
+    try:
+        return _compare(request | {"state": state}, others)
+    except OutOfMemoryError:
+        raise SnelloError("too little memory is left to measure the costs; --no-compare leaves it out") from None
+    except SnelloError as error:
+        raise SnelloError(f"{error}; --no-compare leaves it out") from None
+
+
+def _compare(own: dict[str, Any], others: list[str]) -> Comparison:
+    """At the largest batch, halved from the run's, at which all fit; else at the run's, without those that do not."""
+    method, batch_size = own["config"]["method"], own["config"]["batch_size"]
+    sizes = takewhile(bool, (batch_size >> halved for halved in count()))
+    tries = [(others, size) for size in sizes] + [(others[:left], batch_size) for left in reversed(range(len(others)))]
+    for fewer, size in tries:
+        with contextlib.suppress(OutOfMemoryError):
+            requests = [own, *(_with_method(own, other) for other in fewer)]
+            measured, *rest = _measure(requests, size)
+            found = dict.fromkeys(others) | dict(zip(fewer, rest, strict=True))
+            return Comparison(method, batch_size, size, measured, found)
+    raise OutOfMemoryError
+
+
+def make_request(
+    config: FinetuneConfig,
+    *,
+    num_classes: int,
+    device: str,
+    precision: str,
+    attention: str,
+    memory_limit: int | None = None,
+) -> dict[str, Any]:
+    """What a measuring process is told; see `compare`."""
+    return {
         "config": to_dict(replace(config, data=None, out=None, config=None, resume=False)),
-        "num_classes": summary["num_classes"],
-        "device": summary["device"],
-        "precision": summary["precision"],
-        "attention": summary["attention"],
+        "batch_size": config.batch_size,
+        "num_classes": num_classes,
+        "device": device,
+        "precision": precision,
+        "attention": attention,
+        "state": None,
         "threads": torch.get_num_threads(),
         "memory_limit": memory_limit,
     }
-    batch_size = config.batch_size
-    own_request = request | {"method": config.method, "state": state}
-    while True:
-        try:
-            own, full = _measure([own_request, request | {"method": "full", "state": None}], batch_size)
-            return Comparison(config.method, config.batch_size, batch_size, own, full)
-        except OutOfMemoryError:
-            if batch_size == 1:
-                break
-            batch_size //= 2
-    try:
-        own, *_ = _measure([own_request], config.batch_size)
-    except OutOfMemoryError:
-        raise SnelloError("too little memory is left to measure the costs; --no-compare leaves it out") from None
-    return Comparison(config.method, config.batch_size, config.batch_size, own, None)
+
+
+def _with_method(request: dict[str, Any], method: str) -> dict[str, Any]:
+    """The same for another method, from its start; settings of LoRA stay where that has some."""
+    lora = request["config"]["lora"] if "lora" in method else to_dict(LoraConfig())
+    return request | {"state": None, "config": request["config"] | {"method": method, "lora": lora}}
 
 
 def _measure(requests: list[dict[str, Any]], batch_size: int) -> list[Measured]:
@@ -170,7 +214,7 @@ class Process:
             code = process.wait()
             if code < 0:  # killed: on Linux that is how the kernel answers a lack of memory
                 raise OutOfMemoryError
-            raise SnelloError(f"the measuring process failed with exit code {code}; --no-compare leaves it out")
+            raise SnelloError(f"the measuring process failed with exit code {code}")
         values: dict[str, Any] = json.loads(answer)
         if "error" in values:
             raise OutOfMemoryError
@@ -199,22 +243,25 @@ def _serve() -> None:
     device = torch.device(request["device"])
     if device.type == "cpu":
         _limit_memory(request["memory_limit"])
-    before = resident_memory(device)
     try:
-        config = replace(from_dict(FinetuneConfig, request["config"]), method=request["method"])
+        config = from_dict(FinetuneConfig, request["config"])
+        options = {"device": device, "precision": request["precision"], "attention": request["attention"]}
+        _load_libraries(config, options)
+        before = resident_memory(device)
         step = TrainingStep(
             config,
             num_classes=request["num_classes"],
             batch_size=request["batch_size"],
-            device=device,
-            precision=request["precision"],
-            attention=request["attention"],
             state=request["state"],
+            **options,
         )
         _answer({"ready": True})
         for command in sys.stdin:
             if command.strip() == "step":
                 _answer({"seconds": step.run()})
+            elif command.strip() == "memory":
+                memory = asdict(step.memory())
+                _answer(memory | {"peak_memory_bytes": peak_memory(device) - before, "process_bytes": before})
             else:
                 peak = peak_memory(device) - before  # before counting, which takes memory of its own
                 _answer(asdict(step.costs()) | {"peak_memory_bytes": peak})
@@ -222,6 +269,14 @@ def _serve() -> None:
         if not _is_memory(error):
             raise
         _answer({"error": "out of memory"})
+
+
+def _load_libraries(config: FinetuneConfig, options: dict[str, Any]) -> None:
+    """Takes a step of a small model, so that what libraries take is not counted as the method's."""
+    if is_transformers(config.model):
+        import snello.models.transformers_models  # noqa: F401
+    TrainingStep(FinetuneConfig(method=config.method), num_classes=2, batch_size=2, **options).run()
+    gc.collect()
 
 
 def _answer(values: dict[str, Any]) -> None:
@@ -233,6 +288,18 @@ def _is_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in text for sign in SIGNS_OF_NO_MEMORY)
 
 
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free now on a CUDA device, or in a Linux machine.
+
+    Raises:
+        OSError: where that cannot be told.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
 def _limit_memory(limit: int | None) -> None:
     """Makes this process, not its parent or the machine, the one that runs out of memory (Linux)."""
     if sys.platform != "linux":
@@ -241,12 +308,7 @@ def _limit_memory(limit: int | None) -> None:
 
     with contextlib.suppress(OSError, ValueError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-        available = next(
-            int(line.split()[1]) * 1024
-            for line in Path("/proc/meminfo").read_text().splitlines()
-            if line.startswith("MemAvailable:")
-        )
-        limit = limit or available
+        limit = limit or available_memory(torch.device("cpu"))
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 

@@ -1,4 +1,4 @@
-"""What a training step costs: time, FLOPs, bytes saved for backward, optimizer state, peak memory.
+"""What a training step costs: time, FLOPs, and where its memory goes.
 
 Everything is measured on real steps of a real model on random pictures: costs do not depend on what is on them.
 """
@@ -7,14 +7,18 @@ import contextlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from snello.config import FinetuneConfig
@@ -25,6 +29,7 @@ from snello.optim import make_optimizer, set_lr
 from snello.vit import AttentionPath, ViT, logits_of
 
 DRAWS = 8  # steps over which the counts of a method are averaged, since a random draw varies them
+DRAWN = 100  # draws, without a forward pass, over which the largest gradients and optimizer state are sought
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,34 @@ class Costs:
     """Forward and backward, from torch's counter: matrix products and convolutions, two per multiply-add."""
     saved_bytes_per_sample: float
     """Unique storages that autograd keeps for the backward pass, parameters excluded."""
+    saved_bytes: int
+    """The same of the whole batch, the largest over draws."""
+    weight_bytes: int
+    """Parameters, trained or not, and buffers."""
+    gradient_bytes: int
+    """Gradients of a step, the largest over draws."""
     optimizer_bytes: int
-    """The optimizer's state at its largest."""
+    """The optimizer's state, the largest that is held at once."""
     trainable_parameters: int
     """Parameters with a gradient in a step, on average over draws."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where the memory of a step goes, in bytes."""
+
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    saved_bytes: int
+    """Saved for the backward pass, of the whole batch."""
+    working_bytes: int
+    """What a step needs at its peak beyond gradients and saved bytes: what is computed again, and intermediates."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
 
 
 class TrainingStep:
@@ -49,6 +78,7 @@ class TrainingStep:
         num_classes: classes of the head.
         batch_size: pictures in the batch.
         state: of the method, from a run; None starts at the beginning.
+        without_data: allocates nothing and computes nothing: only `memory` can be asked.
     """
 
     def __init__(
@@ -61,21 +91,28 @@ class TrainingStep:
         precision: Precision,
         attention: AttentionPath,
         state: dict[str, Any] | None = None,
+        without_data: bool = False,
     ) -> None:
         torch.manual_seed(config.seed)
         config = replace(config, alast=replace(config.alast, alpha=0.0, full_tail=0.0))
-        model = create_model(config.model, "none", num_classes, config.image_size).to(device)
-        self.model, self.vit = model, ViT(model)
-        self.set_attention(attention)
-        self.method = make_method(self.vit, config)
+        self._data = FakeTensorMode() if without_data else contextlib.nullcontext()
+        with torch.device("meta" if without_data else "cpu"):
+            model = create_model(config.model, "none", num_classes, config.image_size)
+            self.model, self.vit = model, ViT(model if without_data else model.to(device))
+            self.set_attention(attention)
+            self.method = make_method(self.vit, config)
+        if isinstance(self._data, FakeTensorMode):
+            _pretend(model, device, self._data)
+        self._releases = config.alast.optimizer_state == "release"
         if state:
             self.method.load_state_dict(state)
         self.optimizer = make_optimizer(self.vit, lr=config.lr, weight_decay=config.weight_decay, device=device)
         set_lr(self.optimizer, 1e-6)  # real updates, too small to let random pictures spoil the model
         size = preprocessing(model, config.image_size).size
         generator = torch.Generator().manual_seed(config.seed)
-        self.images = torch.randn(batch_size, 3, size, size, generator=generator).to(device)
-        self.labels = torch.randint(num_classes, (batch_size,), generator=generator).to(device)
+        with self._data:
+            self.images = torch.randn(batch_size, 3, size, size, generator=generator).to(device)
+            self.labels = torch.randint(num_classes, (batch_size,), generator=generator).to(device)
         self.batch_size, self.device, self.precision, self.lr = batch_size, device, precision, config.lr
         self.model.train()
 
@@ -107,6 +144,7 @@ class TrainingStep:
     def costs(self, draws: int = DRAWS) -> Costs:
         """The counts, averaged over `draws` draws."""
         path = self.vit.attention_paths[0]
+        gradients, moments = self.trained_bytes()
         flops, saved, trainable = [], [], []
         for _ in range(draws):
             self.begin()
@@ -118,9 +156,45 @@ class TrainingStep:
         return Costs(
             flops_per_sample=statistics.mean(flops) / self.batch_size,
             saved_bytes_per_sample=statistics.mean(saved) / self.batch_size,
-            optimizer_bytes=optimizer_bytes(self.optimizer),
+            saved_bytes=max(saved),
+            weight_bytes=self.weight_bytes(),
+            gradient_bytes=gradients,
+            optimizer_bytes=moments,
             trainable_parameters=round(statistics.mean(trainable)),
         )
+
+    def memory(self) -> Memory:
+        """Takes a step, with the optimizer's where there is data, and says where its memory goes."""
+        gradients, moments = self.trained_bytes()
+        state = self.method.state_dict()
+        with self._data:
+            saved = self._saved_bytes()
+            with LiveBytes() as live:
+                torch.autograd.backward(self.loss())
+        if not isinstance(self._data, FakeTensorMode):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.load_state_dict(state)  # what forwards without data recorded cannot be read
+        working = max(0, self.images.nbytes + live.peak - saved - gradients)
+        return Memory(self.weight_bytes(), gradients, moments, saved, working)
+
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters and buffers."""
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+
+    def trained_bytes(self) -> tuple[int, int]:
+        """Bytes of the gradients of a step and of AdamW's state, each the largest that is held at once.
+
+        Only draws: call it before a forward pass on a model without data.
+        """
+        gradients, moments, ever = 0, 0, dict[int, torch.nn.Parameter]()
+        for _ in range(DRAWN):
+            self.begin()
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            gradients = max(gradients, sum(p.nbytes for p in trained))
+            moments = max(moments, adamw_bytes(trained))
+            ever.update((id(p), p) for p in trained)
+        return gradients, moments if self._releases else adamw_bytes(ever.values())
 
     def _flops(self) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -129,20 +203,33 @@ class TrainingStep:
         return int(counter.get_total_flops())
 
     def _saved_bytes(self) -> int:
-        parameters = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        return saved_bytes(self.loss, parameters)
+        return saved_bytes(self.loss, storages_of(self.model.parameters()))
+
+
+def _pretend(model: torch.nn.Module, device: torch.device, mode: FakeTensorMode) -> None:
+    """Makes a model without data one that seems to be on `device`; its parameters stay the objects they are."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        fake = FakeTensor(mode, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"), device)
+        fake.requires_grad_(tensor.requires_grad)
+        fake._is_param = isinstance(tensor, torch.nn.Parameter)
+        torch.utils.swap_tensors(tensor, fake)  # type: ignore[no-untyped-call]
+
+
+def storages_of(tensors: Iterable[Tensor]) -> set[int]:
+    """What tells the storages of `tensors` apart, with or without data, as long as they live."""
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 def saved_bytes(forward: Callable[[], Tensor], excluded: set[int]) -> int:
-    """Bytes of the unique storages that `forward` makes autograd keep, without those at the addresses `excluded`."""
+    """Bytes of the unique storages that `forward` makes autograd keep, without those `excluded` (`storages_of`)."""
     storages: dict[int, int] = {}
-    held: list[Tensor] = []  # kept alive, so that no address is used twice
+    held: list[Tensor] = []  # kept alive, so that no storage takes the place of another
 
     def pack(tensor: Tensor) -> Tensor:
         tensor = tensor.detach()  # with its graph it would hold itself in a cycle that nothing collects
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in excluded:
-            storages[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in excluded:
+            storages[storage._cdata] = storage.nbytes()
             held.append(tensor)
         return tensor
 
@@ -151,10 +238,42 @@ def saved_bytes(forward: Callable[[], Tensor], excluded: set[int]) -> int:
     return sum(storages.values())
 
 
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the optimizer's state tensors."""
-    values = [value for entry in optimizer.state.values() for value in entry.values()]
-    return sum(value.untyped_storage().nbytes() for value in values if isinstance(value, Tensor))
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages that operations make while it is entered, from birth to death."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        """The most that lived at once."""
+        self._now = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation and enters what it made."""
+        made = func(*args, **(kwargs or {}))
+        given = storages_of(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self._alive:
+                    self._enter(storage)
+        self.peak = max(self.peak, self._now)
+        return made
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+        self._alive.add(storage._cdata)
+        self._now += size
+        weakref.finalize(storage, self._leave, storage._cdata, size)
+
+    def _leave(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self._now -= size
+
+
+def adamw_bytes(parameters: Iterable[torch.nn.Parameter]) -> int:
+    """Bytes of AdamW's state: two moments of each parameter, and a float32 count of its steps."""
+    return sum(2 * p.nbytes + 4 for p in parameters)
 
 
 def peak_memory(device: torch.device) -> int:

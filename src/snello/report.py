@@ -15,9 +15,13 @@ COST_ROWS = (
     ("step time, ms", "step_time_s", ".1f", 1e-3),
     ("training GFLOPs per picture", "flops_per_sample", ".3f", 1e9),
     ("MiB saved for backward per picture", "saved_bytes_per_sample", ".2f", 2**20),
-    ("optimizer state, MiB", "optimizer_bytes", ".1f", 2**20),
-    ("peak memory, MiB", "peak_memory_bytes", ".0f", 2**20),
     ("trainable parameters, M", "trainable_parameters", ".2f", 1e6),
+    ("weights, MiB", "weight_bytes", ".1f", 2**20),
+    ("gradients, MiB", "gradient_bytes", ".1f", 2**20),
+    ("optimizer state, MiB", "optimizer_bytes", ".1f", 2**20),
+    ("saved for backward, MiB", "saved_bytes", ".1f", 2**20),
+    ("sum, MiB", "memory_bytes", ".0f", 2**20),
+    ("peak memory measured, MiB", "peak_memory_bytes", ".0f", 2**20),
 )
 
 
@@ -48,18 +52,19 @@ def print_per_class(rows: list[dict[str, Any]]) -> None:
 
 
 def print_costs(console: Console, costs: Comparison) -> None:
-    """Prints the table of a method against full fine-tuning, both measured on this machine."""
-    table = Table(title=f"{costs.method} vs full fine-tuning, measured here, batch {costs.compared_batch_size}")
+    """Prints the table of a method against others, all measured on this machine."""
+    others = costs.others
+    against = " and ".join("full fine-tuning" if method == "full" else method for method in others)
+    table = Table(title=f"{costs.method} vs {against}, measured here, batch {costs.compared_batch_size}")
     table.add_column("")
-    for heading in (costs.method, "full", "full / " + costs.method):
+    for heading in (costs.method, *others, *(f"{method} / {costs.method}" for method in others)):
         table.add_column(heading, justify="right")
     for name, field, style, unit in COST_ROWS:
-        value, of_full = getattr(costs.own, field), getattr(costs.full, field, None)
-        if of_full is None:
-            table.add_row(name, f"{value / unit:{style}}", "does not fit", "")
-        else:
-            ratio = f"{of_full / value:.2f}x" if value else ""
-            table.add_row(name, f"{value / unit:{style}}", f"{of_full / unit:{style}}", ratio)
+        own = getattr(costs.own, field)
+        values = [getattr(other, field, None) for other in others.values()]
+        cells = ["does not fit" if value is None else f"{value / unit:{style}}" for value in values]
+        ratios = ["" if value is None or not own else f"{value / own:.2f}x" for value in values]
+        table.add_row(name, f"{own / unit:{style}}", *cells, *ratios)
     console.print(table)
     if not costs.full_fits:
         console.print(

@@ -252,7 +252,7 @@ class Trainer:
             "epochs": self.progressed.epochs,
             "steps": self.progressed.step,
             "train_time_s": round(sum(row["seconds"] for row in rows), 3),
-            **(self._traffic(rows) if self.config.split.cut else comparison.NOT_MEASURED),
+            **(self._traffic(rows) if self.config.split.cut else comparison.not_measured(self.config.method)),
             "num_classes": len(self.splits.train.classes),
             "method": self.config.method,
             "model": self.config.model,
