@@ -26,6 +26,7 @@ from snello.config import (
     ExportConfig,
     FinetuneConfig,
     JoinConfig,
+    PlanConfig,
     PredictConfig,
     Recipe,
     ServeConfig,
@@ -108,6 +109,21 @@ def predict(args: Sequence[str]) -> int:
     return 0
 
 
+def plan(args: Sequence[str]) -> int:
+    """Say what fits into a memory, the fastest first, with the command."""
+    config = _parse(PlanConfig, args, "plan")
+    from snello.plan import make_plan
+
+    found = make_plan(config, lambda text: print(text, file=sys.stderr))
+    if config.format == "json":
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        from snello.report import print_plan
+
+        print_plan(found)
+    return 0
+
+
 def codecs(args: Sequence[str]) -> int:
     """List what may stand at a cut, with options, sources and exact bytes."""
     config = _parse(CodecsConfig, args, "codecs")
@@ -187,6 +203,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "predict": predict,
     "check-data": check_data,
     "export": export,
+    "plan": plan,
     "codecs": codecs,
     "certs": certs,
     "serve": serve,

@@ -470,6 +470,43 @@ class CodecsConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """Say what fits into a memory, the fastest first, each with its command."""
+
+    memory: str
+    """The memory there is, as 4GB (10^9) or 4GiB (2^30), of the GPU, or on a CPU of the process; `auto` is what is
+    free now."""
+    model: str = "vit_micro_patch4_32"
+    """Name of a Vision Transformer, as for `snello finetune`."""
+    num_classes: int = 10
+    """Classes."""
+    image_size: int | None = None
+    """Side of the pictures in pixels; default: the model's own."""
+    methods: tuple[Literal["alast", "full", "head", "last-k", "lora", "alast+lora"], ...] = ()
+    """Methods to try; default: all."""
+    batch_sizes: tuple[int, ...] = (8, 16, 32, 64, 128)
+    """Batch sizes to try."""
+    precisions: tuple[Literal["auto", "fp32", "bf16", "fp16"], ...] = ("auto", "fp32")
+    """Precisions to try."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    seconds: float = 120.0
+    """Stop measuring after this long."""
+    format: Literal["text", "json"] = "text"
+    """How the result is printed."""
+
+    def __post_init__(self) -> None:
+        if self.memory != "auto":
+            parse_bytes(self.memory, "--memory")
+        require(self.num_classes >= 1, "--num-classes", "at least 1", self.num_classes)
+        require(self.image_size is None or self.image_size >= 1, "--image-size", "at least 1", self.image_size)
+        require(len(self.batch_sizes) > 0, "--batch-sizes", "at least one", "none")
+        require(min(self.batch_sizes, default=1) >= 1, "--batch-sizes", "at least 1", min(self.batch_sizes, default=1))
+        require(len(self.precisions) > 0, "--precisions", "at least one", "none")
+        require(self.seconds >= 0, "--seconds", "0 or more", self.seconds)
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """Measure the accuracy of a run's model."""
 

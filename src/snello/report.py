@@ -9,6 +9,7 @@ from rich.table import Table
 from snello.checkpoint import replacing
 from snello.comparison import Comparison
 from snello.config import CodecsConfig
+from snello.plan import Plan, command
 from snello.runs import RunFolder
 
 COST_ROWS = (
@@ -146,6 +147,27 @@ def _colours(num: int) -> list[Any]:
     from matplotlib import colormaps
 
     return [colormaps["viridis"](block / max(1, num - 1)) for block in range(num)]
+
+
+def print_plan(plan: Plan) -> None:
+    """Prints what fits, the fastest first, and the command of each."""
+    print(f"{'':3} {'method':27} {'batch':>5} {'precision':9} {'checkpoints':11} {'pictures/s':>10} {'MiB':>7}")
+    for number, row in enumerate(plan.rows, start=1):
+        config = row.config
+        method = config.method + (", lowest-first" if config.alast.draw == "lowest-first" else "")
+        print(
+            f"{number:2}. {method:27} {config.batch_size:5} {config.precision:9} "
+            f"{'yes' if config.grad_checkpointing else 'no':11} {row.pictures_per_second:10.1f} "
+            f"{row.need_bytes / 2**20:7.0f}"
+        )
+    print()
+    for number, row in enumerate(plan.rows, start=1):
+        print(f"{number:2}. {command(row.config)}")
+    print(
+        f"\nOf {plan.candidates} settings {plan.too_large} do not fit by estimate, {plan.refused} did not when they "
+        f"were run, and {plan.left_out} were left out for want of time (--seconds). Measured here on random pictures; "
+        "more accurate is another question (docs/alast.md). Add --data FOLDER to a command."
+    )
 
 
 def print_codecs(config: CodecsConfig, rows: list[dict[str, Any]]) -> None:

@@ -1,0 +1,205 @@
+"""What fits into a memory: estimates, the order of measuring, and the command of each."""
+
+import json
+import shlex
+from dataclasses import replace
+
+import pytest
+import torch
+import tyro
+
+from snello import cli, plan
+from snello.comparison import OutOfMemoryError
+from snello.config import AlastConfig, FinetuneConfig, PlanConfig
+from snello.errors import ConfigError
+from snello.plan import Measured, command, make_plan, methods_of
+from snello.profiling import Memory, TrainingStep
+from snello.settings import from_dict
+
+BASE = 100 * 2**20
+"""What the pretended process has before the model."""
+
+
+class FakeProcess:
+    """Steps whose time grows with the batch; half precision is twice as fast, alast three times as full."""
+
+    started: list[FinetuneConfig]
+    refuses: set[str]
+    more = 0
+
+    def __init__(self, request):
+        self.config = from_dict(FinetuneConfig, request["config"])
+        assert request["batch_size"] == self.config.batch_size and request["precision"] == self.config.precision
+        FakeProcess.started.append(self.config)
+        if self.config.method in self.refuses:
+            raise OutOfMemoryError
+
+    def ask(self, line):
+        if line == "step":
+            speed = {"full": 1, "alast": 3}.get(self.config.method, 2) * (2 if self.config.precision == "bf16" else 1)
+            return {"seconds": self.config.batch_size / (100 * speed)}
+        step = TrainingStep(
+            self.config, num_classes=10, batch_size=self.config.batch_size, device=torch.device("cpu"),
+            precision=self.config.precision, attention="explicit", without_data=True,
+        )  # fmt: skip
+        counted = vars(step.memory())
+        return counted | {"peak_memory_bytes": sum(counted.values()) + self.more, "process_bytes": BASE}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    FakeProcess.started, FakeProcess.refuses, FakeProcess.more = [], set(), 0
+    monkeypatch.setattr(plan, "Process", FakeProcess)
+    monkeypatch.setattr(plan, "resident_memory", lambda device: BASE)
+    monkeypatch.setattr(plan, "faster_attention", lambda *args: "explicit")
+    return FakeProcess
+
+
+def settings(memory: str = "4GB", **changes) -> PlanConfig:
+    values = {
+        "model": "test_vit",
+        "image_size": 48,
+        "methods": ("full", "alast"),
+        "batch_sizes": (8, 32),
+        "device": "cpu",
+    }
+    return PlanConfig(memory=memory, **{**values, **changes})
+
+
+def tried(fake) -> list[tuple[str, int, str]]:
+    return [(config.method, config.batch_size, config.precision) for config in fake.started]
+
+
+def test_fastest_first_and_everything_measured(fake):
+    found = make_plan(settings())
+    assert (found.candidates, found.too_large, found.refused, found.left_out) == (12, 0, 0, 0)
+    rates = [row.pictures_per_second for row in found.rows]
+    assert len(rates) == 12 and rates == sorted(rates, reverse=True)
+    assert (found.rows[0].config.method, found.rows[0].config.precision) == ("alast", "bf16")
+    assert {row.config.alast.draw for row in found.rows if row.config.method == "alast"} == {
+        "lowest-first",
+        "proportional",
+    }
+    row = found.rows[0]
+    assert row.need_bytes == BASE + row.memory.total_bytes
+
+
+def test_order_of_measuring(fake):
+    """Each method once, then larger batches of the faster ones, then the other precision."""
+    make_plan(settings())
+    first = [("alast", 8, "bf16"), ("full", 8, "bf16"), ("alast", 8, "bf16")]
+    second = [("alast", 32, "bf16"), ("alast", 32, "bf16"), ("full", 32, "bf16")]
+    assert tried(fake)[:6] == first + second
+    assert {precision for *_, precision in tried(fake)[6:]} == {"fp32"}
+
+
+def test_what_cannot_fit_is_not_run_and_checkpointing_is_tried(fake):
+    everything = make_plan(settings(methods=("full",), precisions=("fp32",))).rows
+    plain = {row.config.batch_size: row.need_bytes for row in everything}
+    fake.started.clear()
+    between = (plain[8] + plain[32]) // 2
+    found = make_plan(settings(f"{between}b", methods=("full",), precisions=("fp32",)))
+    assert (found.candidates, found.too_large) == (3, 1)
+    assert [(one.batch_size, one.grad_checkpointing) for one in fake.started] == [(8, False), (32, True)]
+    assert all(row.need_bytes <= between for row in found.rows)
+
+
+def test_what_is_found_not_to_fit_is_left_out(fake):
+    fake.refuses = {"full"}
+    found = make_plan(settings(precisions=("fp32",)))
+    assert {row.config.method for row in found.rows} == {"alast"} and found.refused == 2
+    fake.more = 2**40
+    with pytest.raises(ConfigError, match=r"--memory 4GB: nothing that was tried fits; the least, 10\d+ MiB, of which"):
+        make_plan(settings(precisions=("fp32",)))
+
+
+def test_time_is_a_limit_but_one_candidate_is_always_measured(fake):
+    found = make_plan(settings(seconds=0.0))
+    assert len(found.rows) == 1 and found.left_out == 11
+
+
+@pytest.mark.parametrize("memory", ["1MB", "101MiB"])
+def test_nothing_fits(fake, memory):
+    with pytest.raises(ConfigError, match=r"the least, 10\d MiB, of which 100 MiB are the process .* --batch-size 8"):
+        make_plan(settings(memory))
+    assert not fake.started
+
+
+def test_estimates_lie_on_a_line():
+    """Measured at the ends; a batch between them is what it would be alone."""
+    planner = plan._Planner(settings(precisions=("fp32",)), torch.device("cpu"))
+    line = planner._estimates("alast", AlastConfig(draw="lowest-first"), "fp32", False, [8, 16, 32])
+    (alone,) = planner._estimates("alast", AlastConfig(draw="lowest-first"), "fp32", False, [16])
+    assert line[1].config == alone.config
+    assert line[1].memory.total_bytes == pytest.approx(alone.memory.total_bytes, rel=0.001)
+
+
+def test_commands_mean_what_was_measured(fake):
+    for row in make_plan(settings("130MiB", batch_sizes=(8, 64))).rows:
+        words = shlex.split(command(row.config))
+        assert words[:2] == ["snello", "finetune"]
+        assert tyro.cli(FinetuneConfig, args=words[2:]) == row.config
+        assert row.config in fake.started
+
+
+def test_command_with_checkpointing_and_a_folder_with_a_space():
+    config = FinetuneConfig(model="my models/vit", method="lora", grad_checkpointing=True, image_size=48)
+    text = command(config)
+    assert "'my models/vit'" in text and "--grad-checkpointing" in text
+    assert tyro.cli(FinetuneConfig, args=shlex.split(text)[2:]) == config
+
+
+def test_need_on_a_gpu_is_the_real_peak():
+    row = Measured(FinetuneConfig(), 0.5, Memory(1, 1, 1, 1, 1), peak_bytes=3, process_bytes=0)
+    assert row.need_bytes == 3 and row.pictures_per_second == 128
+    assert (
+        replace(row, process_bytes=10).need_bytes == 15
+        and replace(row, process_bytes=10, peak_bytes=9).need_bytes == 19
+    )
+
+
+def test_methods_without_peft(monkeypatch):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    assert not [method for method in methods_of(settings(methods=())) if "lora" in method]
+    assert methods_of(settings(methods=("lora",))) == ["lora"]
+
+
+def test_for_real(capsys):
+    """One candidate in a process of its own, through the command line."""
+    args = ["--model", "test_vit", "--image-size", "48", "--methods", "head", "--batch-sizes", "4", "--device", "cpu"]
+    assert cli.main(["plan", "--memory", "auto", *args, "--precisions", "fp32", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (row,) = found["rows"]
+    assert row["method"] == "head" and row["pictures_per_second"] > 0
+    assert 50 * 2**20 < row["process_bytes"] < row["need_bytes"] <= found["memory_bytes"]
+    assert "--method head" in row["command"] and "--batch-size 4" in row["command"]
+
+
+def test_printed(fake, capsys):
+    args = ["--model", "test_vit", "--image-size", "48", "--methods", "alast", "--batch-sizes", "8", "--device", "cpu"]
+    assert cli.main(["plan", "--memory", "4GB", *args, "--precisions", "fp32"]) == 0
+    out = capsys.readouterr().out
+    assert " 1. alast, lowest-first" in out and "\n 2. snello finetune --model test_vit --method alast" in out
+    assert "Of 2 settings 0 do not fit by estimate" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--memory", "much"], "--memory must be an amount as 500MB or 2GiB, got 'much'"),
+        (["--memory", "4GB", "--model", "vit_smal"], "unknown model 'vit_smal'"),
+        (["--memory", "4GB", "--batch-sizes", "0"], "--batch-sizes must be at least 1, got 0"),
+        (["--memory", "4GB", "--seconds", "-1"], "--seconds must be 0 or more, got -1"),
+        ([], "--memory"),
+    ],
+)
+def test_bad_input_is_one_line(args, message, capsys):
+    assert cli.main(["plan", *args]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("snello: error: ") and message in line
