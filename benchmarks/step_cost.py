@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
-"""The cost of one ALaST step against one step of full fine-tuning, in turn, in one process.
+"""The cost of one step of ALaST, LoRA and both against one step of full fine-tuning, in turn, in one process.
 
     python benchmarks/step_cost.py --out results/step_cost.json
 
 Every round takes one step of each variant on the same batch, so that whatever else the machine does weighs on all
 alike; times are medians over the rounds, counts averages over draws. All variants use the attention path that is
-faster for full fine-tuning here. Nothing is discarded but the warm-up. A large step that comes after a small one pays
+faster for full fine-tuning here. Nothing is discarded but the warm-up. Beside the clock stand the CPU seconds that the
+process spent in a step, which other processes disturb less. A large step that comes after a small one pays
 for memory given back in between: measure `--only attached` alone to see the overhead of being attached.
 """
 
 import argparse
 import json
 import statistics
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ DRAWS = 6
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the table, with the least ratios it is meant to reach (FLOPs, saved bytes, time)."""
+    """A row of the table, with the least ratios over `full` it is meant to reach (FLOPs, saved bytes, time)."""
 
     name: str
     method: str = "alast"
@@ -44,6 +46,14 @@ VARIANTS = (
         "mid, lowest-first, embeddings frozen",
         alast=AlastConfig(drop_at="mid", draw="lowest-first", train_embeddings=False),
         target=(2.5, 2.75, 2.4),
+    ),
+    Variant("LoRA", method="lora"),
+    Variant("ALaST + LoRA", method="alast+lora", target=(1.0, 1.0, 2.2)),
+    Variant(
+        "ALaST + LoRA, lowest-first",
+        method="alast+lora",
+        alast=AlastConfig(draw="lowest-first"),
+        target=(1.0, 1.0, 2.2),
     ),
     Variant("attached, nothing dropped or frozen", alast=AlastConfig(blocks=12, start_budget=1.0), target=None),
 )
@@ -67,40 +77,56 @@ def measure(args: argparse.Namespace, precision: Any) -> list[dict[str, Any]]:
         for variant in variants
     ]
     times: list[list[float]] = [[] for _ in steps]
+    cpu_times: list[list[float]] = [[] for _ in steps]
     for _ in range(args.warmup + args.rounds):
-        for step, seconds in zip(steps, times, strict=True):
+        for step, seconds, cpu_seconds in zip(steps, times, cpu_times, strict=True):
+            before = time.process_time()
             seconds.append(step.run())
+            cpu_seconds.append(time.process_time() - before)
     times = [seconds[args.warmup :] for seconds in times]
-    rows = []
-    for variant, step, seconds in zip(variants, steps, times, strict=True):
-        costs = asdict(step.costs(1 if variant.method == "full" else DRAWS))
+    cpu_times = [seconds[args.warmup :] for seconds in cpu_times]
+    rows: list[dict[str, Any]] = []
+    for variant, step, seconds, cpu_seconds in zip(variants, steps, times, cpu_times, strict=True):
+        costs = asdict(step.costs(DRAWS if "alast" in variant.method else 1))
         row = {"variant": variant.name, "precision": precision, "attention": attention}
-        row |= {"alast": asdict(variant.alast) if variant.method == "alast" else None}
-        row |= {"step_time_s": statistics.median(seconds), "step_times_s": seconds, **costs}
-        full = rows[0] if rows else row
-        row["ratios"] = {
-            "flops": full["flops_per_sample"] / row["flops_per_sample"],
-            "saved_bytes": full["saved_bytes_per_sample"] / row["saved_bytes_per_sample"],
-            "step_time": full["step_time_s"] / row["step_time_s"],
-            "step_time_median_of_ratios": statistics.median(
-                a / b for a, b in zip(full["step_times_s"], seconds, strict=True)
-            ),
-        }
+        row |= {"alast": asdict(variant.alast) if "alast" in variant.method else None}
+        row |= {"step_time_s": statistics.median(seconds), "step_times_s": seconds, "cpu_times_s": cpu_seconds, **costs}
+        row["ratios"] = ratios(rows[0] if rows else row, row)
+        lora = next((other for other in rows if other["variant"] == "LoRA"), None)
+        if variant.method == "alast+lora" and lora is not None:
+            row["ratios_of_lora"] = ratios(lora, row)
         row["target"] = variant.target
         rows.append(row)
         print_row(row)
     return rows
 
 
+def ratios(other: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
+    """How much more `other` costs; times are medians of the ratios of steps taken in turn."""
+
+    def median(key: str) -> float:
+        return statistics.median(a / b for a, b in zip(other[key], row[key], strict=True))
+
+    return {
+        "flops": other["flops_per_sample"] / row["flops_per_sample"],
+        "saved_bytes": other["saved_bytes_per_sample"] / row["saved_bytes_per_sample"],
+        "step_time": median("step_times_s"),
+        "cpu_time": median("cpu_times_s"),
+    }
+
+
 def print_row(row: dict[str, Any]) -> None:
     """One line of the table."""
-    r = row["ratios"]
+    r, of_lora = row["ratios"], row.get("ratios_of_lora")
     target = "  target {:.2f} {:.2f} {:.2f}".format(*row["target"]) if row["target"] else ""
     print(
         f"{row['precision']} {row['attention']:8} {row['variant']:38} FLOPs {r['flops']:.2f}x  "
-        f"saved bytes {r['saved_bytes']:.2f}x  time {r['step_time']:.2f}x ({row['step_time_s']:.3f} s){target}",
+        f"saved bytes {r['saved_bytes']:.2f}x  time {r['step_time']:.2f}x ({row['step_time_s']:.3f} s)  "
+        f"CPU time {r['cpu_time']:.2f}x{target}",
         flush=True,
     )
+    if of_lora:
+        print(f"      LoRA over it: {', '.join(f'{name} {value:.2f}x' for name, value in of_lora.items())}", flush=True)
 
 
 def main() -> None:

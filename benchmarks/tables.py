@@ -38,6 +38,50 @@ def step_cost(result: dict[str, Any]) -> str:
     )
 
 
+def lora_cost(result: dict[str, Any]) -> str:
+    """Ratios of a step of LoRA alone over one of ALaST + LoRA."""
+    lines = ["| | precision | of | FLOPs | saved bytes | step time | CPU time |", "|---|---|---|---|---|---|---|"]
+    for row in result["rows"]:
+        for other, ratios in (("full", row["ratios"]), ("LoRA alone", row.get("ratios_of_lora"))):
+            if "LoRA" in row["variant"] and ratios is not None:
+                cells = [f"{ratios[name]:.2f}x less" for name in ("flops", "saved_bytes", "step_time", "cpu_time")]
+                lines.append(_line([row["variant"], row["precision"], other, *cells]))
+    return "\n".join(lines)
+
+
+def families(result: dict[str, Any]) -> str:
+    """Steps of transformers' models over those of timm's."""
+    lines = ["| | precision | timm, s | transformers, s | step time | CPU time |", "|---|---|---|---|---|---|"]
+    for row in result["rows"]:
+        times = [f"{row[name]:.2f}" for name in ("timm_s", "transformers_s", "step_time_ratio", "cpu_time_ratio")]
+        lines.append(_line([row["method"], row["precision"], *times]))
+    config, env = result["config"], result["environment"]
+    note = (
+        f"DeiT-S, batch {config['batch_size']}, {env['device']}, {env['threads']} threads; steps taken in turn, "
+        f"medians of ratios of {config['rounds']} rounds."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def memory(result: dict[str, Any]) -> str:
+    """Where the memory goes, counted, beside the measured peak."""
+    heads = ["", "batch", "weights", "gradients", "optimizer", "saved", "working", "sum", "peak"]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    fields = ("weight_bytes", "gradient_bytes", "optimizer_bytes", "saved_bytes", "working_bytes", "total_bytes")
+    for row in result["rows"]:
+        name = row["method"] + (", release" if row["optimizer_state"] == "release" else "")
+        name += ", checkpointing" if row["grad_checkpointing"] else ""
+        sizes = [f"{row[field] / 2**20:.0f}" for field in (*fields, "peak_memory_bytes")]
+        lines.append(_line([name, row["batch_size"], *sizes]))
+    config, env = result["config"], result["environment"]
+    note = (
+        f"MiB, {config['model']}, {config['precision']}, {env['device']}, {env['threads']} threads; the peak is that "
+        "of the process beyond what it had before the model. *working* is what a step needs beyond gradients and saved "
+        "bytes."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def alast_quality(result: dict[str, Any]) -> str:
     """Accuracy beside the ratio of step times."""
     lines = ["| | epochs | seeds | accuracy, % | step time | FLOPs |", "|---|---|---|---|---|---|"]
@@ -188,6 +232,9 @@ def _codecs_note(result: dict[str, Any]) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_cost": ("step_cost", step_cost),
+    "lora_cost": ("step_cost", lora_cost),
+    "families": ("families", families),
+    "memory": ("memory", memory),
     "alast_quality": ("alast_quality", alast_quality),
     "alast_tried": ("alast_tried", alast_tried),
     "target": ("target", target),
@@ -196,7 +243,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "codec_cost": ("codec_cost", codec_cost),
     "network": ("network", network),
 }
-TEXTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("adc", "alast", "split")))
+TEXTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("adc", "alast", "memory", "split")))
 
 
 def render(text: str) -> str:
