@@ -11,13 +11,9 @@ tensorboard/        what TensorBoard shows (with --track tensorboard)
 tracking.json       the run's names in other trackers
 budgets.png         budgets and trained blocks over the steps (with ALaST)
 traffic.png         accuracy against epochs, bytes and time (across a cut)
-<<<<<<< HEAD
 adapter/            the adapters of those weights, as peft reads them (with LoRA; model.safetensors is merged)
-export.safetensors  the whole model for other software, once `snello export` has written it
-=======
 export.safetensors  the whole model for timm, once `snello export` has written it; export/ for transformers and
                     export.onnx likewise, each with a model card
->>>>>>> e8bf5da (wip)
 checkpoints/        the last two, where the other half is on a server, instead of last.safetensors
 """
 
