@@ -159,7 +159,8 @@ def test_two_processes_compute_what_one_does(odd, two, tmp_path, name):
     assert ours.keys() == theirs.keys()
     for key, value in ours.items():
         torch.testing.assert_close(theirs[key], value, rtol=1e-3, atol=2e-5)
-    assert [seen["result"]["accuracy"] for seen in saw(two, name)] == [summary["accuracy"]] * 2
+    for key in ("accuracy", "balanced_accuracy", "per_class"):
+        assert [seen["result"][key] for seen in saw(two, name)] == [summary[key]] * 2
     assert not (two / name / "last.safetensors.tmp").exists() and (two / name / "summary.json").exists()
 
 
