@@ -252,6 +252,10 @@ class Recipe:
             raise ConfigError(
                 "--alast.flops does not go with --split.cut: the other half and the codec change the cost"
             )
+        if self.split.cut and self.alast.rule == "merge":  # what crosses is named by where it stood
+            raise ConfigError(
+                "--alast.rule merge does not go with --split.cut: merged tokens have no place of their own"
+            )
         if self.method == "auto":
             object.__setattr__(self, "method", "full" if self.split.cut else "alast")
 
