@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from snello.config import FinetuneConfig, LoraConfig
+from snello.devices import return_freed_memory
 from snello.errors import SnelloError
 from snello.models import is_transformers
 from snello.profiling import TrainingStep, peak_memory, resident_memory
@@ -277,6 +278,7 @@ def _load_libraries(config: FinetuneConfig, options: dict[str, Any]) -> None:
         import snello.models.transformers_models  # noqa: F401
     TrainingStep(FinetuneConfig(method=config.method), num_classes=2, batch_size=2, **options).run()
     gc.collect()
+    return_freed_memory()
 
 
 def _answer(values: dict[str, Any]) -> None:
