@@ -21,7 +21,7 @@ from snello.config import AlastConfig, FinetuneConfig
 from snello.profiling import Memory
 
 METHODS = ("full", "alast", "lora", "alast+lora")
-STEPS = 3  # more draws fill the optimizer state that is kept
+STEPS = 2
 
 
 def measure(config: FinetuneConfig, args: argparse.Namespace) -> dict[str, Any]:
@@ -60,19 +60,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = []
+    config = {key: value for key, value in vars(args).items() if key != "out"}
+    head, rows = {"config": config, "environment": environment(torch.device("cpu"))}, list[dict[str, Any]]()
     for batch_size in map(int, args.batch_sizes.split(",")):
         for method in args.methods.split(","):
             plain = FinetuneConfig(model=args.model, method=method, batch_size=batch_size)  # type: ignore[arg-type]
             variants = [plain, replace(plain, grad_checkpointing=True)]
             if "alast" in method:
                 variants.insert(1, replace(plain, alast=AlastConfig(optimizer_state="release")))
-            for config in variants:
-                rows.append(measure(config, args))
+            for variant in variants:
+                rows.append(measure(variant, args))
                 print({key: value for key, value in rows[-1].items() if key != "step_times_s"}, flush=True)
-    config = {key: value for key, value in vars(args).items() if key != "out"}
-    result = {"config": config, "environment": environment(torch.device("cpu")), "rows": rows}
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+                args.out.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
