@@ -59,7 +59,8 @@ class FakeProcess:
 def fake(monkeypatch):
     FakeProcess.started, FakeProcess.refuses, FakeProcess.more = [], set(), 0
     monkeypatch.setattr(plan, "Process", FakeProcess)
-    monkeypatch.setattr(plan._Planner, "_estimate", lambda self, config, size: memory_of(config, size))
+    estimate = lambda self, config, sizes: [memory_of(config, size) for size in sizes]  # noqa: E731
+    monkeypatch.setattr(plan._Planner, "_estimate", estimate)
     monkeypatch.setattr(plan, "resident_memory", lambda device: BASE)
     monkeypatch.setattr(plan, "faster_attention", lambda *args: "explicit")
     return FakeProcess

@@ -75,8 +75,8 @@ def synchronize(device: torch.device) -> None:
 def return_large_blocks() -> None:
     """Makes the C library give memory back to the system as soon as it is freed, where that is glibc.
 
-    Left alone it keeps what is freed in its heap, in pieces: what gradient checkpointing saves would stay with the
-    process, which was measured to take 2.5 times what its tensors need.
+    Left alone it keeps what is freed in its heap, in pieces, and most of what gradient checkpointing saves stays with
+    the process. The price is time, since pages are made anew (docs/memory.md has both).
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)

@@ -35,7 +35,6 @@ VARIANTS: tuple[tuple[str, AlastConfig], ...] = (
     ("head", AlastConfig()),
 )
 """Methods and settings, in the order in which they are tried."""
-ESTIMATED_DRAWS = 3  # of a method that draws blocks at random
 STEPS = 3.5  # that measuring a candidate takes: one to warm up, one that is timed, one that is counted
 SHORTEST = 0.3  # seconds of timed steps
 SLACK = 2**30  # beyond the memory that is asked for, before a measuring process is stopped: stacks, reservations
@@ -198,28 +197,29 @@ class _Planner:
             grad_checkpointing=checkpointing,
             batch_size=sizes[0],
         )
-        ends = {size: self._estimate(config, size) for size in {sizes[0], sizes[-1]}}
+        low, high = (asdict(memory) for memory in self._estimate(config, (sizes[0], sizes[-1])))
         found = []
         for size in sizes:
             share = (size - sizes[0]) / max(1, sizes[-1] - sizes[0])
-            low, high = asdict(ends[sizes[0]]), asdict(ends[sizes[-1]])
             values = {name: round(low[name] + share * (high[name] - low[name])) for name in low}
             found.append(Candidate(replace(config, batch_size=size), Memory(**values)))
         return found
 
-    def _estimate(self, config: FinetuneConfig, batch_size: int) -> Memory:
+    def _estimate(self, config: FinetuneConfig, sizes: tuple[int, ...]) -> list[Memory]:
         step = TrainingStep(
             config,
             num_classes=self.config.num_classes,
-            batch_size=batch_size,
+            batch_size=config.batch_size,
             device=self.device,
             precision=config.precision,  # type: ignore[arg-type]
             attention=self.attention[config.precision],  # type: ignore[index]
             without_data=True,
         )
-        random = "alast" in config.method and config.alast.draw != "lowest-first"
-        draws = [step.memory() for _ in range(ESTIMATED_DRAWS if random else 1)]
-        return max(draws, key=lambda memory: memory.total_bytes)
+        found = []
+        for size in sizes:
+            step.set_batch_size(size)
+            found.append(step.memory())
+        return found
 
     def measure(self, fitting: list[Candidate], memory: int, deadline: float, say: Callable[[str], None]) -> "_Found":
         """Takes real steps, the most promising candidate first, until the deadline; at least of one candidate."""

@@ -4,6 +4,7 @@ Everything is measured on real steps of a real model on random pictures: costs d
 """
 
 import contextlib
+import functools
 import statistics
 import sys
 import time
@@ -108,17 +109,23 @@ class TrainingStep:
             self.method.load_state_dict(state)
         self.optimizer = make_optimizer(self.vit, lr=config.lr, weight_decay=config.weight_decay, device=device)
         set_lr(self.optimizer, 1e-6)  # real updates, too small to let random pictures spoil the model
-        size = preprocessing(model, config.image_size).size
-        generator = torch.Generator().manual_seed(config.seed)
-        with self._data:
-            self.images = torch.randn(batch_size, 3, size, size, generator=generator).to(device)
-            self.labels = torch.randint(num_classes, (batch_size,), generator=generator).to(device)
-        self.batch_size, self.device, self.precision, self.lr = batch_size, device, precision, config.lr
+        self.device, self.precision, self.lr, self._seed = device, precision, config.lr, config.seed
+        self._size, self._num_classes = preprocessing(model, config.image_size).size, num_classes
+        self.set_batch_size(batch_size)
         self.model.train()
 
     def set_attention(self, path: AttentionPath) -> None:
         """Computes attention by `path` from now on."""
         self.vit.set_attention_paths([path] * self.vit.depth)
+
+    def set_batch_size(self, batch_size: int) -> None:
+        """Takes steps on a batch of so many pictures from now on."""
+        generator = torch.Generator().manual_seed(self._seed)
+        with self._data:
+            shape = (batch_size, 3, self._size, self._size)
+            self.images = torch.randn(shape, generator=generator).to(self.device)
+            self.labels = torch.randint(self._num_classes, (batch_size,), generator=generator).to(self.device)
+        self.batch_size = batch_size
 
     def begin(self) -> None:
         """What a method does before a step's first forward."""
@@ -144,7 +151,7 @@ class TrainingStep:
     def costs(self, draws: int = DRAWS) -> Costs:
         """The counts, averaged over `draws` draws."""
         path = self.vit.attention_paths[0]
-        gradients, moments = self.trained_bytes()
+        gradients, moments = self.trained_bytes
         flops, saved, trainable = [], [], []
         for _ in range(draws):
             self.begin()
@@ -165,7 +172,7 @@ class TrainingStep:
 
     def memory(self) -> Memory:
         """Takes a step, with the optimizer's where there is data, and says where its memory goes."""
-        gradients, moments = self.trained_bytes()
+        gradients, moments = self.trained_bytes
         state = self.method.state_dict()
         with self._data:
             saved = self._saved_bytes()
@@ -182,6 +189,7 @@ class TrainingStep:
         """Bytes of all parameters and buffers."""
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
 
+    @functools.cached_property
     def trained_bytes(self) -> tuple[int, int]:
         """Bytes of the gradients of a step and of AdamW's state, each the largest that is held at once.
 
