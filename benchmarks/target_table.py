@@ -7,13 +7,12 @@
 
 Accuracy is that of the last epoch on all test pictures, over seeds. Where a method has several learning rates, seed 0
 runs with each, the best of them goes on with the other seeds, and the others stay in the results. Costs are measured
-apart, each method in a process of its own, their steps taken in turn; a run's time is its step time times its steps. A
-tail of steps with all tokens counts at full cost, in memory too. Finished runs stay in the work folder: the script goes
-on where it was cut off, and several may share the folder.
+apart: memory of each method in a process of its own, step times in turn; a run's time is its step time times its steps.
+A tail of steps with all tokens counts at full cost, in memory too. Finished runs stay in the work folder: the script
+goes on where it was cut off, and several may share the folder.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
@@ -29,6 +28,7 @@ from target import CLASSES, link_data
 from snello.comparison import Process
 from snello.config import AlastConfig, FinetuneConfig
 from snello.devices import resolve_device, resolve_precision
+from snello.profiling import TrainingStep
 from snello.settings import to_dict
 from snello.training import finetune
 
@@ -137,23 +137,23 @@ def train_all(data: Path, work: Path, only: list[str]) -> None:
 
 def costs() -> dict[str, dict[str, float]]:
     """Step time, FLOPs, saved bytes, optimizer bytes and peak memory of every setting."""
-    common = {"num_classes": len(CLASSES), "device": "cpu", "attention": "explicit", "state": None}
-    common |= {"precision": resolve_precision("auto", resolve_device("cpu")), "memory_limit": None}
-    common |= {"threads": torch.get_num_threads(), "batch_size": BATCH}
-    with contextlib.ExitStack() as stack:
-        processes = {}
-        for setting in SETTINGS:
-            config = replace(configure(setting, None, LR, 0), config=None)
-            request = common | {"config": to_dict(config), "method": setting.method}
-            processes[setting.name] = stack.enter_context(Process(request))
-        seconds: dict[str, list[float]] = {name: [] for name in processes}
-        for _ in range(WARMUP + STEPS):
-            for name, process in processes.items():
-                seconds[name].append(process.ask("step")["seconds"])
-        return {
-            name: {"step_time_s": statistics.median(seconds[name][WARMUP:]), **process.ask("costs")}
-            for name, process in processes.items()
-        }
+    device = resolve_device("cpu")
+    precision = resolve_precision("auto", device)
+    common = {"num_classes": len(CLASSES), "batch_size": BATCH, "attention": "explicit", "precision": precision}
+    configs = {setting.name: configure(setting, None, LR, 0) for setting in SETTINGS}
+    measured: dict[str, dict[str, float]] = {}
+    for name, config in configs.items():  # one after the other: together they would not fit into memory
+        request = common | {"device": "cpu", "state": None, "memory_limit": None, "threads": torch.get_num_threads()}
+        with Process(request | {"config": to_dict(config), "method": config.method}) as process:
+            for _ in range(WARMUP):
+                process.ask("step")
+            measured[name] = process.ask("costs")
+    steps = {name: TrainingStep(config, device=device, **common) for name, config in configs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(WARMUP + STEPS):
+        for name, step in steps.items():
+            seconds[name].append(step.run())
+    return {name: {"step_time_s": statistics.median(seconds[name][WARMUP:]), **measured[name]} for name in configs}
 
 
 def row(setting: Setting, work: Path, measured: dict[str, dict[str, float]]) -> dict[str, Any]:
