@@ -10,6 +10,7 @@ from torch.nn.functional import cosine_similarity
 from snello import tokens
 from snello.errors import ConfigError
 from snello.methods.alast import ALaST
+from snello.profiling import saved_bytes
 from snello.vit import ViT, logits_of
 
 VARIANTS = {
@@ -149,6 +150,19 @@ def test_autocast_leaves_what_is_passed_on_its_digits(rule):
     with torch.autocast("cpu", torch.bfloat16):
         model(torch.randn(2, 3, 16, 16)).float().sum().backward()
     assert dtypes == [torch.float32]
+
+
+@pytest.mark.parametrize("path", ["fused", "explicit"])
+def test_it_saves_no_more_for_backward_than_dropping_as_many(path):
+    saved = {}
+    for rule in ("drop", "merge"):
+        model = tiny_vit(img_size=32, embed_dim=128, num_heads=4)
+        alast = ALaST(model, start_budget=0.8, rule=rule)
+        alast.vit.set_attention_paths([path] * 4)
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        with torch.autocast("cpu", torch.bfloat16):
+            saved[rule] = saved_bytes(lambda model=model: model(torch.randn(8, 3, 32, 32)), parameters)
+    assert saved["merge"] < 1.03 * saved["drop"]
 
 
 @pytest.mark.parametrize("pool", ["avg", "max"])

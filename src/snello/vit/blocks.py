@@ -162,7 +162,7 @@ class BlockAdapter(ABC):
 
     def _forward_merging(self, observer: BlockObserver, x: Tensor, num_keep: int, sizes: Tensor | None) -> Tensor:
         # A token that stands for n patches counts n times in the softmax.
-        z = self.attend(x, None if sizes is None else sizes.log()[:, None, None].to(x.dtype))
+        z = self.attend(x, None if sizes is None else sizes.log()[:, None, None].to(_matmul_dtype(x)))
         if observer.drop_at == "block-end":
             z = self.feed(z)
         if num_keep < x.shape[1] - self.num_prefix_tokens:
@@ -196,6 +196,12 @@ class BlockAdapter(ABC):
         logits = (q * scale) @ k.transpose(-2, -1)
         scores: Tensor = logits.float().softmax(dim=-1).mean(dim=(1, 2))
         return scores
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    """What products are computed in: adding a wider type to them would widen what is saved for backward."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def recomputing() -> bool:
