@@ -262,9 +262,9 @@ def _serve() -> None:
                 _answer({"seconds": step.run()})
             elif command.strip() == "memory":
                 memory = asdict(step.memory())
-                _answer(memory | {"peak_memory_bytes": peak_memory(device) - before, "process_bytes": before})
+                _answer(memory | {"peak_memory_bytes": max(peak_memory(device) - before, 0), "process_bytes": before})
             else:
-                peak = peak_memory(device) - before  # before counting, which takes memory of its own
+                peak = max(peak_memory(device) - before, 0)  # before counting, which takes memory of its own
                 _answer(asdict(step.costs()) | {"peak_memory_bytes": peak})
     except (MemoryError, RuntimeError, SnelloError) as error:
         if not _is_memory(error):

@@ -105,8 +105,6 @@ class Welcome:
     """The settings; to `describe`."""
     num_classes: int | None = None
     """Classes that the server wants; None where it takes what the client has."""
-    architecture: dict[str, Any] | None = None
-    """What a transformers model is made of, since a client need not have its folder; to `describe`."""
     incarnation: str = ""
     """Of the server's state; another one after a restart."""
     step: int = 0
@@ -119,6 +117,8 @@ class Welcome:
     """In shared sessions: steps of this client that are in the server half, but not in the client's checkpoint."""
     shared: bool = False
     """Whether other clients train the same server half."""
+    architecture: dict[str, Any] | None = None
+    """What a transformers model is made of, since a client need not have its folder; to `describe`."""
 
 
 def parse(cls: type[T], values: dict[str, Any]) -> T:
