@@ -33,7 +33,8 @@ def test_run_with_comparison(small, capsys):
     assert summary == json.loads((config.out / "summary.json").read_text())
     names = not_measured("alast")
     assert summary.keys() >= names.keys() and threads == torch.get_num_threads()
-    peaks = {name for name in names if name.endswith("peak_memory_bytes")}  # of so small a model it may be lost in the heap
+    # The peak of so small a model may be lost in the heap.
+    peaks = {name for name in names if name.endswith("peak_memory_bytes")}
     assert all(summary[name] > 0 for name in set(names) - peaks - {"full_fits"})
     assert all(summary[name] >= 0 for name in peaks)
     assert summary["full_fits"] is True and summary["compared_batch_size"] == 4
