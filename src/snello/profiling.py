@@ -30,6 +30,7 @@ from snello.optim import make_optimizer, set_lr
 from snello.vit import AttentionPath, ViT, logits_of
 
 DRAWS = 8  # steps over which the counts of a method are averaged, since a random draw varies them
+HOLES = 0.15  # of the saved bytes: what the C library's heap keeps between them, as measured (docs/memory.md)
 DRAWN = 100  # draws, without a forward pass, over which the largest gradients and optimizer state are sought
 
 
@@ -63,7 +64,7 @@ class Memory:
     saved_bytes: int
     """Saved for the backward pass, of the whole batch."""
     working_bytes: int
-    """What a step needs at its peak beyond gradients and saved bytes: what is computed again, and intermediates."""
+    """What a step needs beyond gradients and saved bytes: what is computed again, intermediates, the heap's holes."""
 
     @property
     def total_bytes(self) -> int:
@@ -104,6 +105,7 @@ class TrainingStep:
             self.method = make_method(self.vit, config)
         if isinstance(self._data, FakeTensorMode):
             _pretend(model, device, self._data)
+        self._holes = device.type == "cpu" and not config.grad_checkpointing  # that gives freed memory back
         self._releases = config.alast.optimizer_state == "release"
         if state:
             self.method.load_state_dict(state)
@@ -183,7 +185,8 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         self.method.load_state_dict(state)  # what forwards without data recorded cannot be read
         working = max(0, self.images.nbytes + live.peak - saved - gradients)
-        return Memory(self.weight_bytes(), gradients, moments, saved, working)
+        holes = round(HOLES * saved) if self._holes else 0
+        return Memory(self.weight_bytes(), gradients, moments, saved, working + holes)
 
     def weight_bytes(self) -> int:
         """Bytes of all parameters and buffers."""
