@@ -2,8 +2,11 @@
 
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,3 +141,11 @@ def tiny_vit(cls: type = VisionTransformer, seed: int = 0, **kwargs: Any) -> Vis
 def tiny_deit(**kwargs: Any) -> VisionTransformer:
     """The same with a distillation token."""
     return tiny_vit(VisionTransformerDistilled, **kwargs)
+
+
+def free_port() -> int:
+    """A port that nobody listens on, of those that the system does not hand out itself (to other tests, say)."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

@@ -29,7 +29,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="torchrun's processes are 
 # Every process runs each config in turn. After every step it looks at the weights of the
 # others; what it saw, or how the run ended, goes to a file of its own.
 PROGRAM = """
-import json, os, sys
+import atexit, json, os, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -40,6 +40,11 @@ from snello.settings import from_dict
 from snello.training import Trainer, finetune
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+
+@atexit.register  # before snello's, so it is called after them
+def what_is_left():
+    tasks = Path("/proc/self/task").glob("*/comm")  # on Linux
+    (folder / f"threads.{rank}.json").write_text(json.dumps([file.read_text().strip() for file in tasks]))
 seen, update, step, stop_after = {}, learners.Whole.update, Trainer._step, None
 
 def watched_update(self, lr):
@@ -201,6 +206,13 @@ def test_what_fails_on_one_rank_ends_both(two):
         "--device must be auto, cpu or cuda with several processes (each takes its own GPU), got cuda:0",
     ]
     assert other[0] == "Elsewhere" and not (two / "device").exists()
+
+
+@posix
+def test_no_thread_of_the_group_outlives_it(two):
+    """One that lets go of a tensor while the interpreter ends would abort the process."""
+    for threads in saw(two, "threads"):
+        assert not [name for name in threads if "gloo" in name]
 
 
 @posix

@@ -6,6 +6,7 @@ one rank must reach the others before they wait for it in the next collective. W
 """
 
 import atexit
+import gc
 import os
 import shlex
 import socket
@@ -220,6 +221,9 @@ def _disconnect() -> None:
     if dist.is_initialized():
         with suppress(RuntimeError):  # others may have left already
             dist.destroy_process_group()
+    # The group ends its threads only where nothing holds it any more, such as a model that DDP wraps. One that still
+    # lets go of a tensor while the interpreter ends would abort the process, after a run that went well.
+    gc.collect()
 
 
 def wait_for_main() -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import re
 from collections import Counter
 
@@ -768,6 +769,7 @@ def _rank(rank: int, folder: str) -> None:
     sharded = [_sharded(rank, shard) for shard in (False, True)]
     torch.save({"log": log, "weights": model.state_dict(), "sharded": sharded}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    os._exit(0)  # a gloo thread that lets go of a tensor while the interpreter ends would abort the process
 
 
 def _sharded(rank: int, shard: bool) -> tuple[dict[str, torch.Tensor], list]:
