@@ -16,6 +16,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from conftest import free_port
 from rich.console import Console
 from test_certs import LONG_AGO, NOW, grpc_server, made
 
@@ -100,11 +101,6 @@ def failed(findings: list[Finding]) -> Finding:
     rest = findings[findings.index(failure) + 1 :]
     assert {finding.what for finding in rest} <= {"server's names", "our certificate"}
     return failure
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -24,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import rows_of, write_pictures
+from conftest import free_port, rows_of, write_pictures
 from processes import Child, Wrong, until
 from proxy import Proxy, Rule
 
@@ -180,11 +179,6 @@ class Scene:
     def close(self) -> None:
         for child in self.children:
             child.kill()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 @dataclass(frozen=True)
