@@ -1,7 +1,9 @@
 """transformers' models through the same battery as timm's: parity, dropping, scores, cut, refusals, real runs."""
 
 import copy
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -202,6 +204,52 @@ def test_two_models_of_one_config_do_not_see_each_other():
     other(images())
     assert alast._records == [[]] * 4
     assert all(block.attention.config is config for block in ViT(other).blocks)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_another_vit_of_the_model_changes_paths_without_ending_the_observation(path):
+    model = make("vit", "explicit" if path == "fused" else "fused")
+    alast = ALaST(model, blocks=4, start_budget=0.5)
+    other = ViT(model)
+    other.set_attention_paths([path] * other.depth)
+    assert other.attention_paths == ViT(model).attention_paths == [path] * 4
+    alast.step()
+    run(model, images())
+    assert [adapter.kept.shape[1] - 1 for adapter in alast.vit._adapters] == [8, 4, 2, 1]
+    alast.detach()
+    assert ViT(model).attention_paths == [path] * 4
+    assert {layer.attention.config._attn_implementation for layer in model.vit.layers} == {
+        "sdpa" if path == "fused" else "eager"
+    }
+
+
+def test_two_vits_look_at_the_same_attention():
+    model = make("vit")
+    config, one, other = model.vit.layers[1].attention.config, ViT(model), ViT(model)
+    one.watch(1)
+    other.watch(1)
+    run(model, images())
+    assert torch.equal(one.cls_attention(1), other.cls_attention(1))
+    alast = ALaST(model, blocks=4, start_budget=0.5)
+    alast.step()
+    run(model, images())
+    assert one.cls_attention(1).shape == (3, 9)
+    alast.detach()
+    run(model, images())
+    assert torch.equal(one.cls_attention(1), other.cls_attention(1))
+    assert model.vit.layers[1].attention.config is not config
+    assert model.vit.layers[0].attention.config is model.config
+
+
+def test_a_model_under_observation_can_be_freed():
+    model = make("vit")
+    alast, watching = ALaST(model), ViT(model)
+    watching.watch(1)
+    run(model, images())
+    gone = weakref.ref(model.vit.layers[1].attention)
+    del model, alast, watching
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("head_below", [False, True])

@@ -7,6 +7,7 @@ own (the model's is shared, and saved with it) that names our function, which lo
 import copy
 import sys
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +36,16 @@ MODELS: dict[type, str] = {
 }
 """The attribute that holds the model without its head."""
 
-_adapters: "weakref.WeakKeyDictionary[nn.Module, TransformersBlock]" = weakref.WeakKeyDictionary()
+
+@dataclass
+class _Watch:
+    """Who looks at an attention, and the config that it has but for that."""
+
+    config: PreTrainedConfig
+    adapters: "weakref.WeakSet[TransformersBlock]"  # weak: an adapter holds its block, so its attention
+
+
+_watches: "weakref.WeakKeyDictionary[nn.Module, _Watch]" = weakref.WeakKeyDictionary()
 
 
 class TransformersFamily(Family):
@@ -156,24 +166,22 @@ class TransformersBlock(BlockAdapter):
     def __init__(self, block: Any, index: int, num_prefix_tokens: int, has_cls: bool) -> None:
         super().__init__(block, index, num_prefix_tokens, has_cls)
         self._seen: tuple[Tensor, Tensor, float] | None = None
-        self._before: PreTrainedConfig | None = None  # the attention's config while ours is there
 
     @property
     def path(self) -> AttentionPath:
         """How the block computes attention."""
-        config = self._before or self.block.attention.config
-        return "explicit" if config._attn_implementation == "eager" else "fused"
+        return "explicit" if _own_config(self.block.attention)._attn_implementation == "eager" else "fused"
 
     @path.setter
     def path(self, path: AttentionPath) -> None:
         if path == self.path:
             return
-        attention, observed = self.block.attention, self._before is not None
-        config = _with_implementation(self._before or attention.config, IMPLEMENTATIONS[path])
+        attention = self.block.attention
+        config = _with_implementation(_own_config(attention), IMPLEMENTATIONS[path])
+        if attention in _watches:
+            _watches[attention].config = config
+            config = _watched_config(config)
         attention.config = config
-        if observed:
-            self._before = None
-            self.capture()
 
     def masked(self, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
         """See `BlockAdapter`."""
@@ -181,19 +189,22 @@ class TransformersBlock(BlockAdapter):
 
     def capture(self) -> None:
         """See `BlockAdapter`."""
-        if self._before is None:
-            attention = self.block.attention
-            self._before = attention.config
-            attention.config = _with_implementation(attention.config, OBSERVED)
-            attention.config.snello_wraps = self._before._attn_implementation
-            _adapters[attention] = self
+        attention = self.block.attention
+        if attention not in _watches:
+            _watches[attention] = _Watch(_own_config(attention), weakref.WeakSet())
+            attention.config = _watched_config(_watches[attention].config)
+        _watches[attention].adapters.add(self)
 
     def release(self) -> None:
         """See `BlockAdapter`."""
-        if self._before is not None:
-            self.block.attention.config = self._before
-            self._before = None
-            del _adapters[self.block.attention]
+        attention = self.block.attention
+        watch = _watches.get(attention)
+        if watch is None or self not in watch.adapters:
+            return
+        watch.adapters.remove(self)
+        if not watch.adapters:
+            attention.config = watch.config
+            del _watches[attention]
 
     def intact(self) -> bool:
         """See `BlockAdapter`: adapters that come later are seen, since queries and keys pass through the interface."""
@@ -253,6 +264,22 @@ BLOCKS: tuple[tuple[Any, Any, type[TransformersBlock]], ...] = (
 )
 
 
+def _own_config(attention: Any) -> PreTrainedConfig:
+    """The attention's config but for who looks at it."""
+    if attention in _watches:
+        return _watches[attention].config
+    config: PreTrainedConfig = attention.config
+    if config._attn_implementation != OBSERVED:
+        return config
+    return _with_implementation(config, config.snello_wraps)  # a deep copy of an attention that somebody looks at
+
+
+def _watched_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    made = _with_implementation(config, OBSERVED)
+    made.snello_wraps = config._attn_implementation
+    return made
+
+
 def _with_implementation(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
     made = copy.copy(config)
     made._attn_implementation_internal = name  # the property's setter would check the name against the model's
@@ -261,9 +288,9 @@ def _with_implementation(config: PreTrainedConfig, name: str) -> PreTrainedConfi
 
 def _observed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
     """Looks at queries and keys, then calls the implementation that the attention had before."""
-    adapter = _adapters.get(module)
-    if adapter is not None:  # None in a deep copy of an observed model, which nobody observes
-        adapter.see(query, key, options["scaling"])
+    if module in _watches:  # not in a deep copy
+        for adapter in _watches[module].adapters:
+            adapter.see(query, key, options["scaling"])
     eager = sys.modules[type(module).__module__].eager_attention_forward
     config: Any = module.config
     wrapped = config.snello_wraps
