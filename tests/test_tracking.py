@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import QUIET, resumed, rows_of
+from rich.console import Console
 
 from snello import cli, tracking
 from snello.config import FinetuneConfig, SplitConfig
-from snello.errors import ConfigError
+from snello.errors import ConfigError, SnelloError
 from snello.runs import RunFolder
 from snello.settings import from_dict
 from snello.tracking import scalars
@@ -141,6 +142,36 @@ def test_wandb_and_mlflow_keep_the_run_they_began(small, monkeypatch):
     for rows in (wandb.rows, mlflow.rows):
         assert [step for step, values in rows if "train/loss" in values] == [*range(1, 11), *range(10, 15)]
         assert rows[-1][1]["eval/accuracy"] == rows_of(config.out, "eval")[-1]["accuracy"]
+
+
+def test_a_tracker_that_fails_on_the_way_is_left_out(small, monkeypatch, capfd):
+    """The run does not depend on it: metrics.jsonl and the other trackers have everything."""
+    wandb = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(tracking, "find_spec", lambda name: True)
+
+    class Full(list):
+        def append(self, row):
+            if len(self) == 3:
+                raise OSError("no connection\nand more")
+            super().append(row)
+
+    wandb.rows = Full()
+    finetune(replace(small, track=("wandb", "tensorboard")), Console(stderr=True))
+    said = "warning: --track wandb failed at step 4, the run goes on without it: no connection\n"
+    assert capfd.readouterr().err.count(said) == 1
+    assert shown(small.out)["train/loss"] == expected(small.out, "step", "loss")
+    assert len(wandb.rows) == 3
+
+
+def test_a_tracker_that_cannot_start_is_one_line(small, monkeypatch):
+    mlflow = Mlflow()
+    mlflow.search_experiments = lambda filter_string: (_ for _ in ()).throw(OSError("no server there\nand more"))
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    monkeypatch.setattr(tracking, "find_spec", lambda name: True)
+    with pytest.raises(SnelloError) as error:
+        finetune(replace(small, track=("mlflow",)), QUIET)
+    assert str(error.value) == "--track mlflow cannot be started: no server there"
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

@@ -5,9 +5,11 @@ name is kept in tracking.json. What a tracker needs to log in (keys, addresses) 
 own files or in the environment, and is never written here.
 """
 
+import contextlib
 import json
 import math
 import uuid
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 from accelerate import tracking
 
 from snello.checkpoint import save_json
-from snello.errors import ConfigError
+from snello.errors import ConfigError, SnelloError, SnelloWarning
 from snello.runs import RunFolder
 
 PROJECT = "snello"
@@ -43,23 +45,46 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], run: RunFolder, settings: dict[str, Any]) -> None:
         self.names, self.run, self.settings = tuple(names), run, settings
-        self._open: list[Any] | None = None  # Accelerate has no types
+        self._open: dict[str, Any] | None = None  # Accelerate has no types
 
     def log(self, row: dict[str, Any], num_samples: int = 0) -> None:
-        """A row of metrics.jsonl; `num_samples` are the pictures of a step."""
+        """A row of metrics.jsonl; `num_samples` are the pictures of a step.
+
+        A tracker that fails on the way is left out from then on, with a warning.
+
+        Raises:
+            SnelloError: for one that cannot be started.
+        """
         if not self.names:
             return
         if self._open is None:
-            self._open = [self._start(name, row["step"]) for name in self.names]
+            self._open = {name: self._started(name, row["step"]) for name in self.names}
         values = scalars(row, num_samples)
-        for tracker in self._open:
-            tracker.log(values, step=row["step"])
+        for name, tracker in list(self._open.items()):
+            try:
+                tracker.log(values, step=row["step"])
+            except Exception as error:  # whatever the package raises, it must not cost the run
+                self._leave_out(name, row["step"], error)
 
     def close(self) -> None:
         """Writes what is left. The next row opens them again: a run that goes back does its steps once more."""
-        for tracker in self._open or ():
-            tracker.finish()
+        for tracker in (self._open or {}).values():
+            with contextlib.suppress(Exception):  # metrics.jsonl has all of it
+                tracker.finish()
         self._open = None
+
+    def _leave_out(self, name: str, step: int, error: Exception) -> None:
+        assert self._open is not None
+        del self._open[name]
+        self.names = tuple(other for other in self.names if other != name)
+        text = f"--track {name} failed at step {step}, the run goes on without it: {_line(error)}"
+        warnings.warn(text, SnelloWarning, stacklevel=2)
+
+    def _started(self, name: str, step: int) -> Any:
+        try:
+            return self._start(name, step)
+        except Exception as error:  # of the package
+            raise SnelloError(f"--track {name} cannot be started: {_line(error)}") from error
 
     def _start(self, name: str, step: int) -> Any:
         """A tracker in the run that it had before, if any."""
@@ -81,6 +106,11 @@ class Trackers:
             save_json(self.run.tracking_file, ids)
             tracker.store_init_configuration(self.settings)
         return tracker
+
+
+def _line(error: Exception) -> str:
+    """The first line of what a package says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def scalars(row: dict[str, Any], num_samples: int = 0) -> dict[str, float]:
