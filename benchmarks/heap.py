@@ -3,9 +3,10 @@
 
     python benchmarks/heap.py --out results/heap.json
 
-Each row is a process of its own; their steps are taken in turn. Budgets are drawn anew in every step, the same in all
-rows, because in a run they move: every number of tokens is another size of block, and in bf16 another kernel.
-`heap` gives large freed blocks back to the system at once, `kernels` limits how many kernels are kept.
+Each row is a process of its own; their steps are taken in turn. Budgets move a little in every step, the same in all
+rows, as in a run: every number of tokens is another size of block, and in bf16 another kernel. `kernels` limits how
+many kernels are kept, as snello does; `multiple` also rounds the number of tokens; `heap` gives large freed blocks back
+to the system at once.
 """
 
 import argparse
@@ -15,18 +16,18 @@ import statistics
 import subprocess
 import sys
 import time
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-LIMITS = {"none": (), "heap": ("heap",), "kernels": ("kernels",), "both": ("heap", "kernels")}
-LOW, HIGH = 0.5, 1.0  # of the budgets
+LIMITS = ("none", "kernels", "multiple", "heap")
+LOW, HIGH, MOVE = 0.5, 1.0, 0.01  # of the budgets, and by how much they move in a step (standard deviation)
+MULTIPLE = 8  # of tokens
 
 
 def child(request: dict[str, Any]) -> None:
     """Takes a step for every line on standard input; answers with its seconds and the memory held so far."""
-    kept = request["kernels"] if "kernels" in LIMITS[request["limit"]] else 1024  # which it is without us
-    os.environ.update({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": str(kept), "LRU_CACHE_CAPACITY": str(kept)})
+    if request["limit"] == "none":
+        os.environ |= dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "1024")  # without us
     import numpy as np
     import torch
 
@@ -36,13 +37,15 @@ def child(request: dict[str, Any]) -> None:
 
     torch.set_num_threads(request["threads"])
     device, rng = torch.device("cpu"), np.random.default_rng(0)
-    if "heap" in LIMITS[request["limit"]]:
+    if request["limit"] == "heap":
         return_large_blocks()
     config = FinetuneConfig(
         model=request["model"],
         method=request["method"],
         batch_size=request["batch_size"],
-        alast=AlastConfig(min_budget=LOW, rule=request["rule"]),
+        alast=AlastConfig(
+            min_budget=LOW, rule=request["rule"], token_multiple=MULTIPLE if request["limit"] == "multiple" else 1
+        ),
     )
     before = resident_memory(device)
     step = TrainingStep(
@@ -52,7 +55,9 @@ def child(request: dict[str, Any]) -> None:
     alast = getattr(step.method, "_inner", step.method)
     for _ in sys.stdin:
         if "alast" in config.method:
-            alast.load_state_dict(alast.state_dict() | {"budgets": rng.uniform(LOW, HIGH, step.vit.depth).tolist()})
+            state = alast.state_dict()
+            moved = np.clip(state["budgets"] + rng.normal(0, MOVE, step.vit.depth), LOW, HIGH)
+            alast.load_state_dict(state | {"budgets": moved.tolist()})
         cpu = time.process_time()
         seconds = step.run()
         held = {"cpu_s": time.process_time() - cpu, "peak_bytes": peak_memory(device) - before}
@@ -98,13 +103,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_small_patch16_224")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--methods", default="full,alast,lora,alast+lora")
+    parser.add_argument("--cases", default="full/bf16,alast/bf16,alast+lora/bf16,alast/fp32")
     parser.add_argument("--rule", default="drop")
-    parser.add_argument("--precisions", default="bf16,fp32")
+
     parser.add_argument("--limits", default=",".join(LIMITS))
-    parser.add_argument("--kernels", type=int, default=64, help="how many are kept where they are limited")
+
     parser.add_argument("--attention", default="explicit")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
@@ -115,9 +120,9 @@ def main() -> None:
     from environment import environment
 
     wanted = {key: value for key, value in vars(args).items() if key not in ("out", "child")}
-    common = {key: wanted[key] for key in ("model", "batch_size", "rule", "kernels", "attention", "threads")}
+    common = {key: wanted[key] for key in ("model", "batch_size", "rule", "attention", "threads")}
     head, rows = {"config": wanted, "environment": environment(torch.device("cpu"))}, list[dict[str, Any]]()
-    for method, precision in product(args.methods.split(","), args.precisions.split(",")):
+    for method, precision in (case.split("/") for case in args.cases.split(",")):
         requests = [
             common | {"method": method, "precision": precision, "limit": limit} for limit in args.limits.split(",")
         ]

@@ -12,6 +12,7 @@ for memory given back in between: measure `--only attached` alone to see the ove
 
 import argparse
 import json
+import os
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
@@ -26,6 +27,7 @@ from snello.devices import faster_attention, resolve_device
 from snello.profiling import TrainingStep
 
 DRAWS = 6
+os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "8192"  # each variant finds its kernels, as it would in its own process
 
 
 @dataclass(frozen=True)

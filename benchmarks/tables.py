@@ -82,6 +82,29 @@ def memory(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def heap(result: dict[str, Any]) -> str:
+    """The peak of a process with and without limits, and the time that they cost."""
+    lines = [
+        "| | precision | PyTorch alone, MiB | snello, MiB | time | tokens in multiples of 8, MiB | time | freed memory "
+        "given back, MiB | time |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = {(row["method"], row["precision"], row["limit"]): row for row in result["rows"]}
+    for method, precision in dict.fromkeys(key[:2] for key in rows):
+        cells = [method, precision, f"{rows[method, precision, 'none']['peak_bytes'] / 2**20:.0f}"]
+        for limit in ("kernels", "multiple", "heap"):
+            row = rows[method, precision, limit]
+            cells += [f"{row['peak_bytes'] / 2**20:.0f}", f"{row['step_time_of_none']:.2f}"]
+        lines.append(_line(cells))
+    config, env = result["config"], result["environment"]
+    note = (
+        f"{config['model']}, batch {config['batch_size']}, {config['steps']} steps, budgets moving by 0.01 a step; "
+        f"peak of the process beyond what it had before the model; step time against PyTorch alone, taken in turn. "
+        f"{env['device']}, {config['threads']} threads."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def alast_quality(result: dict[str, Any]) -> str:
     """Accuracy beside the ratio of step times."""
     lines = ["| | epochs | seeds | accuracy, % | step time | FLOPs |", "|---|---|---|---|---|---|"]
@@ -235,6 +258,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "lora_cost": ("step_cost_lora", lora_cost),
     "families": ("families", families),
     "memory": ("memory", memory),
+    "heap": ("heap", heap),
     "alast_quality": ("alast_quality", alast_quality),
     "alast_tried": ("alast_tried", alast_tried),
     "target": ("target", target),

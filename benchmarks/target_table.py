@@ -7,7 +7,7 @@
 
 Accuracy is that of the last epoch on all test pictures, over seeds. Where a method has several learning rates, seed 0
 runs with each, the best of them goes on with the other seeds, and the others stay in the results. Costs are measured
-apart: memory of each method in a process of its own, step times in turn; a run's time is its step time times its steps.
+apart: each method in a process of its own, steps in turn; a run's time is its step time times its steps.
 A tail of steps with all tokens counts at full cost, in memory too. Finished runs stay in the work folder: the script
 goes on where it was cut off, and several may share the folder.
 """
@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import statistics
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from target import CLASSES, link_data
 from snello.comparison import Process
 from snello.config import AlastConfig, FinetuneConfig
 from snello.devices import resolve_device, resolve_precision
-from snello.profiling import TrainingStep
 from snello.settings import to_dict
 from snello.training import finetune
 
@@ -149,18 +149,17 @@ def costs() -> dict[str, dict[str, float]]:
     precision = resolve_precision("auto", device)
     common = {"num_classes": len(CLASSES), "batch_size": BATCH, "attention": "explicit", "precision": precision}
     configs = {kind(setting): configure(setting, None, LR, 0) for setting in SETTINGS}
-    measured: dict[str, dict[str, float]] = {}
-    for name, config in configs.items():  # one after the other: together they would not fit into memory
-        request = common | {"device": "cpu", "state": None, "memory_limit": None, "threads": torch.get_num_threads()}
-        with Process(request | {"config": to_dict(config), "method": config.method}) as process:
-            for _ in range(WARMUP):
-                process.ask("step")
-            measured[name] = process.ask("costs")
-    steps = {name: TrainingStep(config, device=device, **common) for name, config in configs.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(WARMUP + STEPS):
-        for name, step in steps.items():
-            seconds[name].append(step.run())
+    request = common | {"device": "cpu", "state": None, "memory_limit": None, "threads": torch.get_num_threads()}
+    seconds: dict[str, list[float]] = {name: [] for name in configs}
+    with ExitStack() as stack:  # each with kernels of its own: see docs/memory.md
+        processes = {
+            name: stack.enter_context(Process(request | {"config": to_dict(config), "method": config.method}))
+            for name, config in configs.items()
+        }
+        for _ in range(WARMUP + STEPS):
+            for name, process in processes.items():
+                seconds[name].append(process.ask("step")["seconds"])
+        measured = {name: process.ask("costs") for name, process in processes.items()}
     full = seconds[kind(SETTINGS[0])][WARMUP:]
     for name, values in seconds.items():
         own = values[WARMUP:]

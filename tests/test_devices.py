@@ -10,7 +10,7 @@ import torch
 
 from snello.devices import _bf16_is_native
 
-# Products of 400 sizes; says what the process has grown by, once what every process has is there.
+# Products of 1 500 sizes; says what the process has grown by, once what every process has is there.
 PROGRAM = """
 import json, os, sys
 if sys.argv[1] == "limited":
@@ -24,11 +24,11 @@ if sys.argv[1] != "limited":
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ[name] = "1024"
 torch.set_num_threads(1)
-weight = torch.randn(96, 96, dtype=torch.bfloat16)
-linear(torch.randn(8, 96, dtype=torch.bfloat16), weight)
+weight = torch.randn(32, 32, dtype=torch.bfloat16)
+linear(torch.randn(8, 32, dtype=torch.bfloat16), weight)
 before = resident_memory(cpu)
-for rows in range(16, 416):
-    linear(torch.randn(rows, 96, dtype=torch.bfloat16), weight)
+for rows in range(16, 1516):
+    linear(torch.randn(rows, 32, dtype=torch.bfloat16), weight)
 print(json.dumps(resident_memory(cpu) - before))
 """
 
@@ -48,7 +48,7 @@ def test_kernels_for_ever_new_sizes_do_not_fill_the_memory(monkeypatch):
     unlimited = grown("unlimited")
     if unlimited < 20 * 2**20:
         pytest.skip(f"oneDNN keeps only {unlimited} bytes here")
-    assert grown("limited") < unlimited / 3
+    assert grown("limited") < 0.6 * unlimited
 
 
 def test_what_the_user_set_stays():

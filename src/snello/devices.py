@@ -18,13 +18,13 @@ Precision = Literal["fp32", "bf16", "fp16"]
 M_MMAP_THRESHOLD = -3  # malloc.h
 LARGE_BLOCK = 2**17  # bytes; glibc's own start, which it raises as blocks are freed unless it is set
 
-KERNELS = "64"  # that oneDNN keeps; a model whose shapes stay needs about 25
-
-# Two caches of kernels, 1024 each: oneDNN's and the one that PyTorch's bindings lay over it. In bf16 every number of
-# tokens is a kernel more in each of some twenty products, so dropping tokens fills both, and the process takes several
-# times what the step needs (docs/memory.md). Both are read before the first such product. What the user set stays.
-for _capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_capacity, KERNELS)
+# How many kernels oneDNN keeps, and PyTorch's bindings over it; 1 024 each without us. In bf16 every number of tokens
+# is a kernel more in each of some thirty products. Where tokens are dropped the numbers are ever new, so a run would
+# fill both, and take several times what its steps need (docs/memory.md). A step on twelve blocks needs up to about 400:
+# with fewer, it compiles them anew each time. Both are read before the first such product; what the user set stays.
+KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512", "LRU_CACHE_CAPACITY": "64"}
+for _name, _capacity in KERNELS.items():
+    os.environ.setdefault(_name, _capacity)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
