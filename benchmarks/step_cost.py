@@ -1,20 +1,19 @@
 #!/usr/bin/env python3
-"""The cost of one step of ALaST, LoRA and both against one step of full fine-tuning, in turn, in one process.
+"""The cost of one step of ALaST, LoRA and both against one step of full fine-tuning, each in a process of its own.
 
     python benchmarks/step_cost.py --out results/step_cost.json
 
 Every round takes one step of each variant on the same batch, so that whatever else the machine does weighs on all
 alike; times are medians over the rounds, counts averages over draws. All variants use the attention path that is
 faster for full fine-tuning here. Nothing is discarded but the warm-up. Beside the clock stand the CPU seconds that the
-process spent in a step, which other processes disturb less. A large step that comes after a small one pays
-for memory given back in between: measure `--only attached` alone to see the overhead of being attached.
+process spent in a step, which other processes disturb less. In one process, a large step after a small one would pay
+for memory given back in between, and variants would take each other's kernels.
 """
 
 import argparse
 import json
-import os
 import statistics
-import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,11 @@ from typing import Any
 import torch
 from environment import environment
 
+from snello.comparison import Process, make_request
 from snello.config import AlastConfig, FinetuneConfig
 from snello.devices import faster_attention, resolve_device
 from snello.profiling import TrainingStep
-
-DRAWS = 6
-os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "8192"  # each variant finds its kernels, as it would in its own process
+from snello.vit import AttentionPath
 
 
 @dataclass(frozen=True)
@@ -70,29 +68,18 @@ def measure(args: argparse.Namespace, precision: Any) -> list[dict[str, Any]]:
         TrainingStep(config, attention="fused", **common).vit, args.batch_size, device, precision
     )
     variants = [v for v in VARIANTS if v.method == "full" or args.only in v.name]
-    steps = [
-        TrainingStep(
-            FinetuneConfig(model=args.model, weights="none", method=variant.method, alast=variant.alast),
-            attention=attention,
-            **common,
-        )
-        for variant in variants
-    ]
-    times: list[list[float]] = [[] for _ in steps]
-    cpu_times: list[list[float]] = [[] for _ in steps]
-    for _ in range(args.warmup + args.rounds):
-        for step, seconds, cpu_seconds in zip(steps, times, cpu_times, strict=True):
-            before = time.process_time()
-            seconds.append(step.run())
-            cpu_seconds.append(time.process_time() - before)
-    times = [seconds[args.warmup :] for seconds in times]
-    cpu_times = [seconds[args.warmup :] for seconds in cpu_times]
+    steps, costs = _measure(args, [request(args, variant, precision, attention) for variant in variants])
     rows: list[dict[str, Any]] = []
-    for variant, step, seconds, cpu_seconds in zip(variants, steps, times, cpu_times, strict=True):
-        costs = asdict(step.costs(DRAWS if "alast" in variant.method else 1))
+    for variant, taken, counted in zip(variants, steps, costs, strict=True):
+        seconds, cpu_seconds = ([step[key] for step in taken[args.warmup :]] for key in ("seconds", "cpu_seconds"))
         row = {"variant": variant.name, "precision": precision, "attention": attention}
         row |= {"alast": asdict(variant.alast) if "alast" in variant.method else None}
-        row |= {"step_time_s": statistics.median(seconds), "step_times_s": seconds, "cpu_times_s": cpu_seconds, **costs}
+        row |= {
+            "step_time_s": statistics.median(seconds),
+            "step_times_s": seconds,
+            "cpu_times_s": cpu_seconds,
+            **counted,
+        }
         row["ratios"] = ratios(rows[0] if rows else row, row)
         lora = next((other for other in rows if other["variant"] == "LoRA"), None)
         if variant.method == "alast+lora" and lora is not None:
@@ -101,6 +88,27 @@ def measure(args: argparse.Namespace, precision: Any) -> list[dict[str, Any]]:
         rows.append(row)
         print_row(row)
     return rows
+
+
+def request(args: argparse.Namespace, variant: Variant, precision: Any, attention: AttentionPath) -> dict[str, Any]:
+    """What the process of a variant is told."""
+    config = FinetuneConfig(
+        model=args.model,
+        weights="none",
+        method=variant.method,  # type: ignore[arg-type]
+        alast=variant.alast,
+        batch_size=args.batch_size,
+    )
+    device = str(resolve_device(args.device))
+    return make_request(config, num_classes=args.classes, device=device, precision=precision, attention=attention)
+
+
+def _measure(args: argparse.Namespace, requests: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
+    """The steps of each process, taken in turn, and its counts."""
+    with ExitStack() as stack:
+        processes = [stack.enter_context(Process(one)) for one in requests]
+        rounds = [[process.ask("step") for process in processes] for _ in range(args.warmup + args.rounds)]
+        return list(zip(*rounds, strict=True)), [process.ask("costs") for process in processes]
 
 
 def ratios(other: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:

@@ -255,7 +255,7 @@ def _codecs_note(result: dict[str, Any]) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "step_cost": ("step_cost", step_cost),
-    "lora_cost": ("step_cost_lora", lora_cost),
+    "lora_cost": ("step_cost", lora_cost),
     "families": ("families", families),
     "memory": ("memory", memory),
     "heap": ("heap", heap),

@@ -14,6 +14,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import count, takewhile
 from pathlib import Path
@@ -259,7 +260,8 @@ def _serve() -> None:
         _answer({"ready": True})
         for command in sys.stdin:
             if command.strip() == "step":
-                _answer({"seconds": step.run()})
+                cpu = time.process_time()
+                _answer({"seconds": step.run(), "cpu_seconds": time.process_time() - cpu})
             elif command.strip() == "memory":
                 memory = asdict(step.memory())
                 _answer(memory | {"peak_memory_bytes": max(peak_memory(device) - before, 0), "process_bytes": before})
