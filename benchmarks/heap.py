@@ -105,9 +105,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--cases", default="full/bf16,alast/bf16,alast+lora/bf16,alast/fp32")
     parser.add_argument("--rule", default="drop")
-
     parser.add_argument("--limits", default=",".join(LIMITS))
-
     parser.add_argument("--attention", default="explicit")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--threads", type=int, default=2)

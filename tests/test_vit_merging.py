@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity
 from snello import tokens
 from snello.errors import ConfigError
 from snello.methods.alast import ALaST
-from snello.profiling import saved_bytes
+from snello.profiling import saved_bytes, storages_of
 from snello.vit import ViT, logits_of
 
 VARIANTS = {
@@ -159,7 +159,7 @@ def test_it_saves_no_more_for_backward_than_dropping_as_many(path):
         model = tiny_vit(img_size=32, embed_dim=128, num_heads=4)
         alast = ALaST(model, start_budget=0.8, rule=rule)
         alast.vit.set_attention_paths([path] * 4)
-        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        parameters = storages_of(model.parameters())
         with torch.autocast("cpu", torch.bfloat16):
             saved[rule] = saved_bytes(lambda model=model: model(torch.randn(8, 3, 32, 32)), parameters)
     assert saved["merge"] < 1.03 * saved["drop"]
