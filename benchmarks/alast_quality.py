@@ -24,9 +24,10 @@ from rich.console import Console
 from target import CLASSES, link_data
 
 from snello.config import AlastConfig, FinetuneConfig
-from snello.devices import faster_attention, resolve_device, resolve_precision
-from snello.profiling import TrainingStep
-from snello.training import finetune
+from snello.devices import resolve_device, resolve_precision
+from snello.finetuning import finetune
+from snello.measure.step import TrainingStep
+from snello.vit.attention import faster_attention
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from snello.codecs.base import Codec, Context
 from snello.config import FinetuneConfig, SplitConfig
 from snello.devices import autocast, resolve_device, synchronize
 from snello.models import create_model
-from snello.split.cut import Cut
-from snello.tokens import kmeans
+from snello.split.learner import Cut
 from snello.vit import ViT
+from snello.vit.tokens import kmeans
 
 CODECS = (
     "none", "bf16", "fp16", "int8", "int4", "int2", "int2(clip=auto)", "adc(0.1)", "adc(0.1)+int8",

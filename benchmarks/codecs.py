@@ -28,10 +28,10 @@ from target import CLASSES, link_data
 
 from snello.config import FinetuneConfig, SplitConfig
 from snello.devices import resolve_device, resolve_precision
+from snello.finetuning import finetune
 from snello.models import create_model
-from snello.runs import RunFolder
-from snello.split.cut import Cut
-from snello.training import finetune
+from snello.runs.folder import RunFolder
+from snello.split.learner import Cut
 from snello.vit import ViT
 
 CUT = 3
@@ -225,7 +225,7 @@ def row(setting: Setting, args: argparse.Namespace, costs: dict[str, dict[str, f
 
 
 def link_seconds(link: str, training: int, steps: int) -> float:
-    from snello.split.link import Link
+    from snello.config.units import Link
 
     return Link.parse(link, "link").seconds(training, steps)
 

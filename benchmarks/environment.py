@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from snello.training import versions
+from snello.runs.resolved import versions
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import nn
 
 from snello.config import FinetuneConfig
 from snello.devices import autocast
-from snello.profiling import TrainingStep
+from snello.measure.step import TrainingStep
 
 SHAPE = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
 CPU = torch.device("cpu")

@@ -33,7 +33,7 @@ def child(request: dict[str, Any]) -> None:
 
     from snello.config import AlastConfig, FinetuneConfig
     from snello.devices import return_large_blocks
-    from snello.profiling import TrainingStep, peak_memory, resident_memory
+    from snello.measure.step import TrainingStep, peak_memory, resident_memory
 
     torch.set_num_threads(request["threads"])
     device, rng = torch.device("cpu"), np.random.default_rng(0)

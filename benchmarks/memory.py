@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from environment import environment
 
-from snello.comparison import Process, make_request
 from snello.config import AlastConfig, FinetuneConfig
-from snello.profiling import Memory
+from snello.measure.comparison import Process, make_request
+from snello.measure.step import Memory
 
 METHODS = ("full", "alast", "lora", "alast+lora")
 STEPS = 2

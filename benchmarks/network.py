@@ -32,16 +32,17 @@ from proxy import Proxy
 from rich.console import Console
 
 from snello.config import AugmentConfig, CertsConfig, FinetuneConfig, JoinConfig, SplitConfig
-from snello.split import frames, wire
-from snello.split.certs import make_certs
-from snello.split.connection import Connection
-from snello.split.endpoints import make_endpoint
-from snello.split.frames import Frame, Kind, control
-from snello.split.handshake import Hello
-from snello.split.join import RemoteSession
-from snello.split.session import LocalSession
-from snello.split.sessions import Answer
-from snello.split.tls import ServerFiles
+from snello.split.client.connection import Connection
+from snello.split.client.endpoints import make_endpoint
+from snello.split.client.join import RemoteSession
+from snello.split.local import LocalSession
+from snello.split.security.certs import make_certs
+from snello.split.security.tls import ServerFiles
+from snello.split.server.sessions import Answer
+from snello.split.wire import chunks as wire
+from snello.split.wire import frames
+from snello.split.wire.frames import Frame, Kind, control
+from snello.split.wire.handshake import Hello
 
 DEIT = {"model": "deit_tiny_patch16_224", "weights": "none", "method": "full", "batch_size": 128, "epochs": 5}
 MICRO = {"model": "vit_micro_patch4_32", "weights": "none", "method": "full", "batch_size": 64, "epochs": 20}
@@ -179,9 +180,9 @@ def _echo_servers(certs: Path, ports: Any) -> None:
     """A process with both servers: ours without a model, and a bare one."""
     import logging
 
-    from snello.split.auth import Both, Certificates, Tokens
-    from snello.split.server import Server
-    from snello.split.telemetry import Telemetry
+    from snello.split.security.auth import Both, Certificates, Tokens
+    from snello.split.server.streams import Server
+    from snello.split.server.telemetry import Telemetry
 
     async def bare(request_iterator: Any, context: Any) -> Any:
         async for message in request_iterator:
@@ -307,7 +308,7 @@ def _rss(pid: int) -> int:
 def clients(work: Path, steps: int = 20) -> dict[str, Any]:
     """Steps per second of eight clients together against one, and what a session more costs the server in memory."""
     from snello.config import ServeConfig
-    from snello.split.upper import Sizes
+    from snello.split.server.half import Sizes
 
     rows: dict[int, list[dict[str, float]]] = {1: [], 8: []}
     for num, taken in rows.items():

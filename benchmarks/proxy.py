@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from snello.errors import ProtocolError
-from snello.split.frames import HEADER, MAGIC, Header, parse_header
+from snello.split.wire.frames import HEADER, MAGIC, Header, parse_header
 
 T = TypeVar("T")
 Direction = Literal["up", "down"]

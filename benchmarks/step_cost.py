@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from environment import environment
 
-from snello.comparison import Process, make_request
 from snello.config import AlastConfig, FinetuneConfig
-from snello.devices import faster_attention, resolve_device
-from snello.profiling import TrainingStep
+from snello.devices import resolve_device
+from snello.measure.comparison import Process, make_request
+from snello.measure.step import TrainingStep
 from snello.vit import AttentionPath
+from snello.vit.attention import faster_attention
 
 
 @dataclass(frozen=True)

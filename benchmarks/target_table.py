@@ -26,11 +26,11 @@ from environment import environment
 from rich.console import Console
 from target import CLASSES, link_data
 
-from snello.comparison import Process
 from snello.config import AlastConfig, FinetuneConfig
+from snello.config.values import to_dict
 from snello.devices import resolve_device, resolve_precision
-from snello.settings import to_dict
-from snello.training import finetune
+from snello.finetuning import finetune
+from snello.measure.comparison import Process
 
 LR, SEEDS, EPOCHS, PER_CLASS, BATCH = 1e-3, (0, 1, 2), 5, 1000, 64
 WARMUP, STEPS = 2, 25

@@ -22,9 +22,9 @@ from rich.console import Console
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
-from snello.checkpoint import load_tensors
 from snello.config import AlastConfig, AugmentConfig, FinetuneConfig, SplitConfig
-from snello.runs import RunFolder
+from snello.files import load_tensors
+from snello.runs.folder import RunFolder
 
 torch.set_num_threads(1)
 

@@ -10,9 +10,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from snello import checkpoint
-from snello.checkpoint import load_checkpoint, load_tensors, replacing, save_checkpoint, save_json, save_tensors
+from snello import files
 from snello.errors import CheckpointError
+from snello.files import load_tensors, replacing, save_json, save_tensors
+from snello.runs.checkpoint import load_checkpoint, save_checkpoint
 
 
 def trained_model(steps: int = 3, freeze: bool = False) -> tuple[nn.Module, torch.optim.AdamW]:
@@ -110,7 +111,7 @@ def test_tensors_come_back_bit_for_bit(tmp_path):
     for name, tensor in tensors.items():
         assert loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape
         assert torch.equal(*(value.detach().reshape(-1).view(torch.uint8) for value in (loaded[name], tensor)))
-    assert state == {"version": checkpoint.VERSION, "step": 3, "list": [0.1, None]}
+    assert state == {"version": files.VERSION, "step": 3, "list": [0.1, None]}
     with safe_open(tmp_path / "a", framework="pt") as file:
         assert file.metadata()["format"] == "pt"  # what other tools look for
 
@@ -139,7 +140,7 @@ def test_damaged_files_are_named(tmp_path):
 
 
 def test_other_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "VERSION", 99)
+    monkeypatch.setattr(files, "VERSION", 99)
     save_tensors(tmp_path / "a", {}, {"step": 1})
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="checkpoint version 99"):
@@ -170,7 +171,7 @@ def test_model_and_optimizer_come_back(tmp_path, freeze):
     other, other_optimizer = trained_model(steps=0)
     other_optimizer.param_groups[0]["lr"] = 0.5  # a function of the step, not of the checkpoint
     assert load_checkpoint(path, {"model": other}, {"optimizer": other_optimizer}) == {
-        "version": checkpoint.VERSION,
+        "version": files.VERSION,
         "step": 3,
     }
     assert other_optimizer.param_groups[0]["lr"] == 0.5
@@ -208,7 +209,7 @@ def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch, error):
         Path(filename).write_bytes(b"as far as it went")
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(CheckpointError, match="the one before is untouched"):
         save_checkpoint(path, {"model": model}, {"optimizer": optimizer}, {"step": 4})
     assert path.read_bytes() == before and nothing_else(tmp_path, "last.safetensors")

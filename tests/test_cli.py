@@ -11,10 +11,10 @@ from conftest import QUIET, flags, run_python, write_pictures
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from snello import checkpoint, cli
+from snello import cli, files
 from snello.config import FinetuneConfig
-from snello.runs import RunFolder
-from snello.training import finetune
+from snello.finetuning import finetune
+from snello.runs.folder import RunFolder
 
 
 @pytest.fixture
@@ -190,8 +190,8 @@ def test_new_run_from_the_config_of_another(small, tmp_path):
     assert cli.main(["finetune", "--config", str(file), "--out", str(other)]) == 0
     one, two = (RunFolder(path).read_config() for path in (small.out, other))
     assert replace(one[0], out=None) == replace(two[0], out=None) and one[1] == two[1]
-    assert checkpoint.load_tensors(small.out / "model.safetensors")[0].keys()
-    first, second = (checkpoint.load_tensors(path / "model.safetensors")[0] for path in (small.out, other))
+    assert files.load_tensors(small.out / "model.safetensors")[0].keys()
+    first, second = (files.load_tensors(path / "model.safetensors")[0] for path in (small.out, other))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
@@ -201,7 +201,7 @@ def test_new_run_from_the_config_of_another(small, tmp_path):
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("os error 28")])
 def test_full_disk(small, monkeypatch, capfd, error):
     """Saving the second checkpoint fails: the first survives byte for byte, and the run can go on from it."""
-    save, saved = checkpoint.save_file, []
+    save, saved = files.save_file, []
 
     def full(tensors, filename, metadata):
         if len(saved) == 1:
@@ -210,7 +210,7 @@ def test_full_disk(small, monkeypatch, capfd, error):
         save(tensors, filename, metadata)
         saved.append(Path(filename).read_bytes())
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     assert cli.main(["finetune", *flags(replace(small, checkpoint_steps=3))]) == 2
     err = capfd.readouterr().err.splitlines()
     (line,) = [line for line in err if line.startswith("snello: error: ")]

@@ -8,12 +8,22 @@ import torch
 from conftest import run_python
 from rich.console import Console
 
-from snello import cli, comparison, report
-from snello.comparison import Comparison, Measured, OutOfMemoryError, Process, compare, make_request, not_measured
+from snello import cli
 from snello.config import AlastConfig, FinetuneConfig, LoraConfig
+from snello.config.values import from_dict
 from snello.errors import SnelloError
-from snello.settings import from_dict
-from snello.training import finetune
+from snello.finetuning import finetune
+from snello.measure import comparison
+from snello.measure.comparison import (
+    Comparison,
+    Measured,
+    OutOfMemoryError,
+    Process,
+    compare,
+    make_request,
+    not_measured,
+)
+from snello.report import terminal as report
 
 SUMMARY = {"num_classes": 3, "device": "cpu", "precision": "fp32", "attention": "explicit"}
 

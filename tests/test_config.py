@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from snello import cli
-from snello.config import AlastConfig, AugmentConfig, EvaluateConfig, FinetuneConfig, PredictConfig, flag
+from snello.config import AlastConfig, AugmentConfig, EvaluateConfig, FinetuneConfig, PredictConfig
+from snello.config.values import flag, from_dict, read_yaml, to_dict
 from snello.errors import ConfigError
-from snello.settings import from_dict, read_yaml, to_dict
 
 
 def parse(*args: str) -> FinetuneConfig:
@@ -233,7 +233,7 @@ def test_wrong_flags_name_the_flag():
 
 def test_config_of_a_run_is_a_config(small, tmp_path):
     """A run's own config.yaml starts a new run with the same settings, elsewhere."""
-    from snello.runs import RunFolder
+    from snello.runs.folder import RunFolder
 
     run = RunFolder(small.out)
     run.write_config(dataclasses.replace(small, resume=True, config=Path("x")), {"precision": "fp32"})
@@ -245,7 +245,7 @@ def test_config_of_a_run_is_a_config(small, tmp_path):
 
 
 def test_resume_takes_the_settings_of_the_run(small):
-    from snello.runs import RunFolder
+    from snello.runs.folder import RunFolder
 
     run = RunFolder(small.out)
     run.write_config(small, {})

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from snello import data, loading
+from snello import data
 from snello.config import AugmentConfig
+from snello.data import loaders as loading
 from snello.data.checking import failures
 from snello.errors import DataError
 

@@ -18,7 +18,7 @@ if sys.argv[1] == "limited":
     snello.ALaST
 import torch
 from torch.nn.functional import linear
-from snello.profiling import resident_memory
+from snello.measure.step import resident_memory
 cpu = torch.device("cpu")
 if sys.argv[1] != "limited":
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):

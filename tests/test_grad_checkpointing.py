@@ -7,9 +7,10 @@ import pytest
 from conftest import QUIET, assert_same_run, resumed, rows_of
 from test_resume import cut_off, whole
 
-from snello.checkpoint import load_tensors
 from snello.config import AlastConfig, FinetuneConfig
-from snello.training import Trainer, finetune
+from snello.files import load_tensors
+from snello.finetuning import finetune
+from snello.train.loop import Trainer
 
 METHODS = ("full", "alast", "head", "last-k", "lora", "alast+lora")
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}

@@ -15,9 +15,10 @@ from snello import cli
 from snello.config import AugmentConfig, EvaluateConfig, PredictConfig
 from snello.data import open_picture
 from snello.errors import CheckpointError, ConfigError, DataError
+from snello.finetuning import finetune
 from snello.inference import Predictor, evaluate, predict
-from snello.runs import RunFolder
-from snello.training import Trainer, finetune
+from snello.runs.folder import RunFolder
+from snello.train.loop import Trainer
 
 
 @pytest.fixture(scope="module")

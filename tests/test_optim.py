@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_deit, tiny_vit
 
-from snello.optim import lr_factor, make_optimizer, set_lr
+from snello.train.optim import lr_factor, make_optimizer, set_lr
 from snello.vit import ViT
 
 CPU = torch.device("cpu")

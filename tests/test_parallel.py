@@ -14,15 +14,15 @@ import pytest
 import torch
 from conftest import QUIET, assert_same_run, flags, resumed, rows_of, write_pictures
 
-from snello import loading
-from snello.checkpoint import load_tensors
 from snello.config import AlastConfig, FinetuneConfig
-from snello.data import mix, permutation
+from snello.config.values import to_dict
+from snello.data import loaders as loading
 from snello.errors import ConfigError
-from snello.parallel import ALONE, Ranks, connect
-from snello.runs import RunFolder
-from snello.settings import to_dict
-from snello.training import finetune
+from snello.files import load_tensors
+from snello.finetuning import finetune
+from snello.runs.folder import RunFolder
+from snello.seeds import mix, permutation
+from snello.train.ranks import ALONE, Ranks, connect
 
 posix = pytest.mark.skipif(os.name != "posix", reason="torchrun's processes are started as on POSIX")
 
@@ -34,10 +34,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from snello import learners, stopping
+from snello.train import learner as learners, signals as stopping
 from snello.config import FinetuneConfig
-from snello.settings import from_dict
-from snello.training import Trainer, finetune
+from snello.config.values import from_dict
+from snello.train.loop import Trainer
+from snello.finetuning import finetune
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 

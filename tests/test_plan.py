@@ -8,13 +8,14 @@ import pytest
 import torch
 import tyro
 
-from snello import cli, plan
-from snello.comparison import OutOfMemoryError
+from snello import cli
 from snello.config import AlastConfig, FinetuneConfig, PlanConfig
+from snello.config.values import from_dict
 from snello.errors import ConfigError
-from snello.plan import Measured, command, make_plan, methods_of
-from snello.profiling import Memory
-from snello.settings import from_dict
+from snello.measure import plan
+from snello.measure.comparison import OutOfMemoryError
+from snello.measure.plan import Measured, command, make_plan, methods_of
+from snello.measure.step import Memory
 
 MIB = 2**20
 BASE = 100 * MIB

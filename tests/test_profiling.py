@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from snello.comparison import Process, make_request
 from snello.config import AlastConfig, FinetuneConfig
-from snello.profiling import (
+from snello.measure.comparison import Process, make_request
+from snello.measure.step import (
     LiveBytes,
     Memory,
     TrainingStep,

@@ -13,10 +13,11 @@ import torch
 from conftest import tiny_vit, write_pictures
 
 import snello
-from snello.codecs import CODECS, codec_class
+from snello.codecs import codec_class
 from snello.config import AlastConfig
-from snello.split.frames import Kind
-from snello.split.refusals import Code
+from snello.config.registry import CODECS
+from snello.split.wire.frames import Kind
+from snello.split.wire.refusals import Code
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

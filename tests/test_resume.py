@@ -15,13 +15,15 @@ from conftest import QUIET, assert_same_run, flags, resumed, rows_of
 from timm.layers import DropPath
 from torch import nn
 
-from snello import checkpoint, cli, training
+from snello import cli, files, finetuning
 from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
 from snello.errors import CheckpointError, ConfigError
+from snello.finetuning import finetune
 from snello.models import create_model
-from snello.runs import RunFolder
-from snello.stopping import stopping
-from snello.training import Trainer, finetune
+from snello.runs.folder import RunFolder
+from snello.train import loop as training
+from snello.train.loop import Trainer
+from snello.train.signals import stopping
 
 
 class Killed(BaseException):
@@ -184,7 +186,7 @@ def test_between_model_and_checkpoint(small, tmp_path, monkeypatch):
 def test_before_the_model_is_saved(small, tmp_path, monkeypatch):
     config = replace(small, checkpoint_steps=3)
     other = whole(config, tmp_path / "whole")
-    cut_off(config, monkeypatch, checkpoint, "save_tensors", 3)
+    cut_off(config, monkeypatch, files, "save_tensors", 3)
     assert not RunFolder(config.out).model_file.exists()
     finetune(resumed(config), QUIET)
     assert_same_run(config.out, other)
@@ -246,7 +248,7 @@ def test_killed_between_write_and_rename(small, tmp_path, name, call):
     assert left == [f".{name}.tmp"], "a killed process cleans nothing up"
     step = 6
     assert len(rows_of(config.out, "step")) == 7 > step
-    assert checkpoint.load_tensors(RunFolder(config.out).checkpoint_file)[1]["progressed"]["step"] == step
+    assert files.load_tensors(RunFolder(config.out).checkpoint_file)[1]["progressed"]["step"] == step
     assert cli.main(["finetune", "--out", str(config.out), "--resume"]) == 0
     assert_same_run(config.out, other)
 
@@ -307,7 +309,7 @@ def test_asked_to_stop(small, tmp_path, number, workers):
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     assert process.wait(60) == 130
     text = (tmp_path / "err").read_text()
-    step = checkpoint.load_tensors(RunFolder(config.out).checkpoint_file)[1]["progressed"]["step"]
+    step = files.load_tensors(RunFolder(config.out).checkpoint_file)[1]["progressed"]["step"]
     assert "Traceback" not in text and "Error" not in text
     expected = f"snello: stopped after step {step} of 56; go on with: snello finetune --out {config.out} --resume"
     assert text.splitlines()[-1] == expected
@@ -354,7 +356,7 @@ def test_ctrl_c_before_training(small, monkeypatch, capfd):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "splits_of", interrupted)
+    monkeypatch.setattr(finetuning, "splits_of", interrupted)
     assert cli.main(["finetune", *flags(small)]) == 130
     assert capfd.readouterr().err == "snello: interrupted\n"
     assert not small.out.exists()

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from snello.inference import Normalize, score
 from snello.models import Preprocessing
-from snello.scores import Score
+from snello.train.scoring import Normalize, Score, score
 
 
 def test_each_class_counts_the_same():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from snello import tokens
+from snello.vit import tokens
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 3])

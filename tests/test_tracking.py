@@ -10,13 +10,15 @@ import yaml
 from conftest import QUIET, resumed, rows_of
 from rich.console import Console
 
-from snello import cli, tracking
+from snello import cli
 from snello.config import FinetuneConfig, SplitConfig
+from snello.config.values import from_dict
 from snello.errors import ConfigError, SnelloError
-from snello.runs import RunFolder
-from snello.settings import from_dict
-from snello.tracking import scalars
-from snello.training import Trainer, finetune
+from snello.finetuning import finetune
+from snello.runs.folder import RunFolder
+from snello.train import tracking
+from snello.train.loop import Trainer
+from snello.train.tracking import scalars
 
 
 class Killed(BaseException):

@@ -14,16 +14,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from snello import cli, learners, tokens, training
+from snello import cli, finetuning
 from snello.assets.micro import WEIGHTS
-from snello.checkpoint import load_tensors
 from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
-from snello.data import load_splits, mix, permutation
+from snello.data import load_splits
 from snello.errors import ConfigError, TrainingError
+from snello.files import load_tensors
+from snello.finetuning import finetune
 from snello.models import create_model, preprocessing
-from snello.runs import RunFolder
-from snello.scores import Score
-from snello.training import Trainer, finetune
+from snello.runs.folder import RunFolder
+from snello.seeds import mix, permutation
+from snello.train import learner as learners
+from snello.train import loop as training
+from snello.train.loop import Trainer
+from snello.train.scoring import Score
+from snello.vit import tokens
 
 PLAIN = AugmentConfig(flip=False, crop_scale=1.0, rand_ops=0)
 
@@ -71,7 +76,7 @@ def test_learns_the_shipped_pictures_with_the_shipped_model(tmp_path, monkeypatc
             pictures.images, pictures.labels = pictures.images[order], [pictures.labels[i] for i in order]
         return splits
 
-    monkeypatch.setattr(training, "splits_of", fewer)
+    monkeypatch.setattr(finetuning, "splits_of", fewer)
     config = FinetuneConfig(
         weights="none",
         epochs=2,

@@ -9,10 +9,10 @@ from conftest import tiny_deit, tiny_vit
 from timm.layers import Attention, SwiGLU
 from timm.models.vision_transformer import Block, DiffParallelScalingBlock, ParallelScalingBlock, ResPostBlock
 
-from snello import models, tokens
+from snello import models
 from snello.errors import ModelError
 from snello.methods.alast import ALaST
-from snello.vit import SUPPORTED, ViT
+from snello.vit import SUPPORTED, ViT, tokens
 
 VARIANTS = {
     "plain": {},

@@ -7,11 +7,10 @@ import torch
 from conftest import tiny_deit, tiny_vit
 from torch.nn.functional import cosine_similarity
 
-from snello import tokens
 from snello.errors import ConfigError
+from snello.measure.step import saved_bytes, storages_of
 from snello.methods.alast import ALaST
-from snello.profiling import saved_bytes, storages_of
-from snello.vit import ViT, logits_of
+from snello.vit import ViT, logits_of, tokens
 
 VARIANTS = {
     "plain": {},

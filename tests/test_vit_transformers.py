@@ -29,10 +29,11 @@ from transformers import (  # noqa: E402
 
 from snello.config import AlastConfig, EvaluateConfig, SplitConfig  # noqa: E402
 from snello.errors import ModelError  # noqa: E402
+from snello.finetuning import finetune  # noqa: E402
 from snello.inference import evaluate  # noqa: E402
 from snello.methods.alast import ALaST  # noqa: E402
 from snello.models import create_model, preprocessing  # noqa: E402
-from snello.training import Interrupted, finetune  # noqa: E402
+from snello.train.signals import Interrupted  # noqa: E402
 from snello.vit import ViT, logits_of  # noqa: E402
 
 SHAPE = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -418,7 +419,7 @@ def run_config(small, folder):
 def test_a_run_resumes_exactly_and_needs_its_folder_no_more(run_config, tmp_path, monkeypatch):
     import shutil
 
-    from snello import training
+    from snello.train import loop as training
 
     whole = replace(run_config, out=tmp_path / "whole")
     summary = finetune(whole)
@@ -450,7 +451,7 @@ def test_cut_in_one_process_equals_the_whole(run_config, tmp_path):
 
 
 def test_default_run_folder_has_no_slashes(run_config):
-    from snello.runs import RunFolder
+    from snello.runs.folder import RunFolder
 
     assert RunFolder.of(replace(run_config, model="hf:google/vit-base", out=None)).path.name.startswith(
         "hf-google-vit-base-alast-"

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from snello.config import FinetuneConfig as FinetuneConfig
     from snello.config import SplitConfig as SplitConfig
     from snello.errors import SnelloError as SnelloError
+    from snello.finetuning import finetune as finetune
     from snello.methods.alast import ALaST as ALaST
-    from snello.training import finetune as finetune
     from snello.vit import ViT as ViT
 
 _PUBLIC = {
@@ -30,7 +30,7 @@ _PUBLIC = {
     "SnelloError": "snello.errors",
     "SplitConfig": "snello.config",
     "ViT": "snello.vit",
-    "finetune": "snello.training",
+    "finetune": "snello.finetuning",
 }
 
 __all__ = list(_PUBLIC)

@@ -31,8 +31,8 @@ from snello.config import (
     Recipe,
     ServeConfig,
 )
+from snello.config.values import from_dict, read_yaml
 from snello.errors import ConfigError, SnelloError
-from snello.settings import from_dict, read_yaml
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Recipe)
@@ -46,8 +46,8 @@ def finetune(args: Sequence[str]) -> int:
     config = _parse(FinetuneConfig, args, "finetune", _default(args))
     if _processes() > 1:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DDP warns of what ALaST needs
-    from snello.stopping import Interrupted
-    from snello.training import finetune as run
+    from snello.finetuning import finetune as run
+    from snello.train.signals import Interrupted
 
     try:
         run(config)
@@ -71,7 +71,7 @@ def evaluate(args: Sequence[str]) -> int:
             f"loss {result['loss']:.4f} on {result['pictures']} pictures{skipped}"
         )
         if config.per_class:
-            from snello.report import print_per_class
+            from snello.report.terminal import print_per_class
 
             print_per_class(result["per_class"])
     return 0
@@ -112,13 +112,13 @@ def predict(args: Sequence[str]) -> int:
 def plan(args: Sequence[str]) -> int:
     """Say what fits into a memory, the fastest first, with the command."""
     config = _parse(PlanConfig, args, "plan")
-    from snello.plan import make_plan
+    from snello.measure.plan import make_plan
 
     found = make_plan(config, lambda text: print(text, file=sys.stderr))
     if config.format == "json":
         print(json.dumps(found.to_dict(), indent=2))
     else:
-        from snello.report import print_plan
+        from snello.report.terminal import print_plan
 
         print_plan(found)
     return 0
@@ -127,13 +127,13 @@ def plan(args: Sequence[str]) -> int:
 def codecs(args: Sequence[str]) -> int:
     """List what may stand at a cut, with options, sources and exact bytes."""
     config = _parse(CodecsConfig, args, "codecs")
-    from snello.split.listing import list_codecs
+    from snello.split.catalog import list_codecs
 
     rows = list_codecs(config)
     if config.format == "json":
         print(json.dumps(rows, indent=2))
     else:
-        from snello.report import print_codecs
+        from snello.report.terminal import print_codecs
 
         print_codecs(config, rows)
     return 0
@@ -142,7 +142,7 @@ def codecs(args: Sequence[str]) -> int:
 def serve(args: Sequence[str]) -> int:
     """Be the server of split learning: clients keep their pictures."""
     config = _parse(ServeConfig, args, "serve", _default(args, ServeConfig))
-    from snello.split.serve import serve as run
+    from snello.split.server.command import serve as run
 
     run(config)
     return 0
@@ -151,8 +151,8 @@ def serve(args: Sequence[str]) -> int:
 def join(args: Sequence[str]) -> int:
     """Train with a server, on pictures that stay here."""
     config = _parse(JoinConfig, args, "join", _join_default(args))
-    from snello.split.join import join as run
-    from snello.stopping import Interrupted
+    from snello.split.client.join import join as run
+    from snello.train.signals import Interrupted
 
     try:
         run(config)
@@ -164,7 +164,7 @@ def join(args: Sequence[str]) -> int:
 def certs(args: Sequence[str]) -> int:
     """Make certificates and tokens for a server and its clients."""
     config = _parse(CertsConfig, args, "certs")
-    from snello.split.certs import make_certs
+    from snello.split.security.certs import make_certs
 
     print("\n".join(make_certs(config)))
     return 0
@@ -175,8 +175,8 @@ def doctor(args: Sequence[str]) -> int:
     config = _parse(DoctorConfig, args, "doctor")
     from rich.console import Console
 
-    from snello.split.doctor import examine, print_findings, to_rows
-    from snello.split.endpoints import make_endpoint, probe
+    from snello.split.client.endpoints import make_endpoint, probe
+    from snello.split.security.doctor import examine, print_findings, to_rows
 
     findings = examine(config, lambda: probe(make_endpoint(config.address, config.certs, config.name)))
     if config.format == "json":
@@ -190,7 +190,7 @@ def export(args: Sequence[str]) -> int:
     """Write a run's model for other software: timm, transformers, ONNX."""
     config = _parse(ExportConfig, args, "export")
     from snello.export import export as run
-    from snello.split.online import fetch_server_half
+    from snello.split.client.model import fetch_server_half
 
     done = run(config, fetch_server_half)
     print(f"{done.path}\n{done.card}\n{done.line}")
@@ -254,7 +254,7 @@ def _say(text: str) -> None:
     if _processes() == 1 or os.environ.get("RANK", "0") == "0":
         print(f"snello: {text}", file=sys.stderr)
     else:
-        from snello.parallel import wait_for_main
+        from snello.train.ranks import wait_for_main
 
         wait_for_main()
 

@@ -1,17 +1,14 @@
 """Choosing device, precision and attention path, by capability and by measurement."""
 
 import contextlib
-import copy
 import ctypes
 import os
-import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 
 from snello.errors import ConfigError
-from snello.vit import AttentionPath, ViT
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -95,31 +92,3 @@ def return_freed_memory() -> None:
     """Gives what the C library keeps of freed memory back to the system, where that is glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def faster_attention(vit: ViT, batch_size: int, device: torch.device, precision: Precision) -> AttentionPath:
-    """The attention path that takes a block forward and backward in less time here, measured in turn.
-
-    The faster kernel depends on device, precision and size: in bf16 on a CPU the explicit path wins, on a GPU the
-    fused one.
-    """
-    block = copy.deepcopy(vit.blocks[-1])
-    adapter = vit.adapter_of(block)
-    if next(block.parameters()).is_meta:  # of a half that is elsewhere: any weights take the same time
-        block.to_empty(device=device)
-        for parameter in block.parameters():
-            torch.nn.init.normal_(parameter, std=0.02)
-    block.to(device).train()
-    x = torch.randn(batch_size, vit.num_prefix_tokens + vit.num_patches, vit.embed_dim, device=device)
-    times: dict[AttentionPath, list[float]] = {"fused": [], "explicit": []}
-    for _ in range(4):
-        for path, seconds in times.items():
-            adapter.path = path
-            synchronize(device)
-            started = time.perf_counter()
-            with autocast(device, precision):
-                loss = block(x.requires_grad_()).float().square().mean()
-            torch.autograd.backward(loss)
-            synchronize(device)
-            seconds.append(time.perf_counter() - started)
-    return min(times, key=lambda path: min(times[path]))

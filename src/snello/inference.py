@@ -1,64 +1,24 @@
 """Using a model: accuracy on labelled pictures, and classes with probabilities for others."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from snello.checkpoint import load_tensors
 from snello.config import EvaluateConfig, PredictConfig
 from snello.data import PictureSet, find_pictures, load_pictures, open_picture, splits_of
+from snello.data.loaders import Batch, batches, eval_loader, eval_transform
 from snello.devices import autocast, resolve_device, resolve_precision
 from snello.errors import CheckpointError, DataError
-from snello.loading import Batch, batches, eval_loader, eval_transform
+from snello.files import load_tensors
 from snello.models import Preprocessing, create_model
-from snello.runs import RunFolder
-from snello.scores import Score
-from snello.split.cut import Cut
+from snello.runs.folder import RunFolder
+from snello.split.learner import Cut
+from snello.train.scoring import Normalize, Score, score
 from snello.vit import ViT, logits_of
-
-
-class Normalize:
-    """Turns pictures (B, 3, H, W) uint8 into the float32 a model wants, on its device."""
-
-    def __init__(self, pre: Preprocessing, device: torch.device) -> None:
-        self._mean = torch.tensor(pre.mean, device=device).view(3, 1, 1) * 255
-        self._std = torch.tensor(pre.std, device=device).view(3, 1, 1) * 255
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """The normalised pictures, (B, 3, H, W) float32."""
-        return (images.float() - self._mean) / self._std
-
-
-@torch.no_grad()
-def score(
-    model: nn.Module,
-    labelled: Iterable[Batch],
-    num_classes: int,
-    normalize: Normalize,
-    device: torch.device,
-    total: Callable[[Tensor], Tensor] = lambda counts: counts,
-) -> Score:
-    """Accuracy, overall and by class, and mean cross-entropy over labelled batches; leaves the model in eval mode.
-
-    `total` adds up what the ranks have counted, each over its share of the batches.
-    """
-    model.eval()
-    loss = torch.zeros((), device=device)
-    right = pictures = torch.zeros(num_classes, dtype=torch.int64, device=device)
-    for images, labels in labelled:
-        labels = labels.to(device)
-        logits = logits_of(model(normalize(images.to(device)))).float()
-        pictures = pictures + torch.bincount(labels, minlength=num_classes)
-        right = right + torch.bincount(labels[logits.argmax(1) == labels], minlength=num_classes)
-        loss += cross_entropy(logits, labels, reduction="sum")
-    loss, right, pictures = total(loss), total(right), total(pictures)
-    num = int(pictures.sum())
-    return Score(int(right.sum()) / num, float(loss) / num, tuple(right.tolist()), tuple(pictures.tolist()))
 
 
 class Predictor:
@@ -80,7 +40,7 @@ class Predictor:
         self.precision = resolve_precision("fp32" if fp16_on_cpu else resolved["precision"], self.device)
         weights = run.exported_weights() if "server" in resolved else run.model_file
         if weights is None:
-            from snello.split.online import Online  # gRPC is only needed here
+            from snello.split.client.model import Online  # gRPC is only needed here
 
             self.model: nn.Module = Online(run, self.config, resolved, self.device, self.precision)
         else:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from snello.codecs import CODECS
 from snello.codecs.base import Arrays, Codec, Context, Decoded, Message
+from snello.config.registry import CODECS
 from snello.errors import TrainingError
-from snello.split import frames
-from snello.split.frames import Frame, Kind
+from snello.split.wire import frames
+from snello.split.wire.frames import Frame, Kind
 
 EXAMPLES = {
     "none": "none",

@@ -4,9 +4,10 @@ import warnings
 
 import pytest
 
-from snello.codecs import AUTO, CODECS, build, parse_codec
+from snello.codecs import build
 from snello.codecs.base import Codec
-from snello.codecs.grammar import Part, parse
+from snello.config.codec_text import Part, parse, parse_codec
+from snello.config.registry import AUTO, CODECS
 from snello.errors import ConfigError
 
 ADC = Part("adc", (), (("samples", 1), ("tokens", 0.4)))

@@ -14,7 +14,7 @@ from snello import cli
 from snello.config import CheckDataConfig
 from snello.data import ArrayPictures, imbalance
 from snello.data.examining import check_data
-from snello.training import finetune
+from snello.finetuning import finetune
 
 
 @pytest.fixture

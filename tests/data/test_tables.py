@@ -182,7 +182,7 @@ def test_evaluate_on_a_table(small, pictures, tmp_path):
     """Classes go by name, and a part can be chosen."""
     from conftest import QUIET
 
-    from snello.training import finetune
+    from snello.finetuning import finetune
 
     finetune(replace(small, epochs=4, lr=2e-3), QUIET)
     rows = [

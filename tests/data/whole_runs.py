@@ -13,9 +13,10 @@ from PIL import Image
 from snello.config import EvaluateConfig, FinetuneConfig
 from snello.data import Splits, load_splits, splits_of
 from snello.errors import DataError
+from snello.finetuning import finetune
 from snello.inference import evaluate
-from snello.runs import RunFolder
-from snello.training import Trainer, finetune
+from snello.runs.folder import RunFolder
+from snello.train.loop import Trainer
 
 
 def coloured(channel: int, seed: int, size: int = 16) -> Image.Image:

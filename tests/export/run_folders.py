@@ -12,12 +12,12 @@ from conftest import QUIET
 from PIL import Image
 from torch import Tensor
 
-from snello.checkpoint import save_tensors
 from snello.config import FinetuneConfig
+from snello.files import save_tensors
+from snello.finetuning import finetune
 from snello.inference import Predictor
 from snello.models import create_model
-from snello.runs import RunFolder
-from snello.training import finetune
+from snello.runs.folder import RunFolder
 from snello.vit import logits_of
 
 

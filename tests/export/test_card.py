@@ -11,13 +11,13 @@ import yaml
 from conftest import QUIET
 from run_folders import edit, make_run, write_run
 
-from snello.comparison import not_measured
 from snello.config import AlastConfig, ExportConfig, LoraConfig, SplitConfig
 from snello.export import export
 from snello.export.card import base_model, card
 from snello.export.trained import Trained, read, read_settings
-from snello.runs import RunFolder
-from snello.training import finetune
+from snello.finetuning import finetune
+from snello.measure.comparison import not_measured
+from snello.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,14 @@ from run_folders import blocks_of, edit, expected, make_run, picture, write_run
 from safetensors import safe_open
 from torch import Tensor
 
-from snello.checkpoint import load_tensors, save_tensors
 from snello.config import ExportConfig, SplitConfig
 from snello.errors import CheckpointError, ConfigError, ModelError, SnelloError
 from snello.export import METADATA, export
+from snello.files import load_tensors, save_tensors
+from snello.finetuning import finetune
 from snello.inference import Predictor
 from snello.models import create_model
-from snello.runs import RunFolder
-from snello.training import finetune
+from snello.runs.folder import RunFolder
 from snello.vit import ViT
 
 

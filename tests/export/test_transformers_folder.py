@@ -24,13 +24,13 @@ from run_folders import (
 transformers = pytest.importorskip("transformers")
 
 from snello import cli  # noqa: E402
-from snello.checkpoint import load_tensors, save_tensors  # noqa: E402
 from snello.config import ExportConfig  # noqa: E402
 from snello.errors import ModelError  # noqa: E402
 from snello.export import export  # noqa: E402
+from snello.files import load_tensors, save_tensors  # noqa: E402
 from snello.inference import Predictor  # noqa: E402
 from snello.models import create_model, preprocessing  # noqa: E402
-from snello.runs import RunFolder  # noqa: E402
+from snello.runs.folder import RunFolder  # noqa: E402
 from snello.vit import ViT  # noqa: E402
 
 KINDS = {

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from snello.codecs.adc import ADC
 from snello.codecs.base import Codec, Context
 from snello.errors import ConfigError, SnelloWarning
-from snello.methods.adc import ADC
 
 
 def generator_of(seed: int) -> torch.Generator:

@@ -10,16 +10,17 @@ from conftest import assert_same_run, resumed, tiny_deit, tiny_vit
 
 peft = pytest.importorskip("peft")
 
-from snello.checkpoint import load_tensors  # noqa: E402
 from snello.config import AlastConfig, EvaluateConfig, FinetuneConfig, LoraConfig  # noqa: E402
 from snello.errors import CheckpointError, ConfigError, ModelError  # noqa: E402
+from snello.files import load_tensors  # noqa: E402
+from snello.finetuning import finetune  # noqa: E402
 from snello.inference import evaluate  # noqa: E402
 from snello.methods import make_method  # noqa: E402
 from snello.methods.alast import ALaST  # noqa: E402
 from snello.methods.lora import Adapters, merged_state, target_layers  # noqa: E402
 from snello.models import create_model  # noqa: E402
-from snello.optim import make_optimizer  # noqa: E402
-from snello.training import Interrupted, finetune  # noqa: E402
+from snello.train.optim import make_optimizer  # noqa: E402
+from snello.train.signals import Interrupted  # noqa: E402
 from snello.vit import ViT  # noqa: E402
 
 
@@ -226,7 +227,7 @@ def lora(small):
 
 
 def test_a_run_resumes_exactly_and_its_weights_are_merged(lora, tmp_path, monkeypatch):
-    from snello import training
+    from snello.train import loop as training
 
     whole = replace(lora, out=tmp_path / "whole")
     summary = finetune(whole)

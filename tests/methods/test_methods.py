@@ -11,7 +11,7 @@ from snello import config as config_module
 from snello.config import AlastConfig, FinetuneConfig
 from snello.errors import ConfigError
 from snello.methods import METHODS, make_method
-from snello.optim import make_optimizer
+from snello.train.optim import make_optimizer
 from snello.vit import ViT
 
 HEAD = {"head.weight", "head.bias"}

@@ -21,7 +21,14 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["timm", "snello.report", "snello.split.certs", "snello.split.join", "snello.split.serve", "processes"]
+    [
+        "timm",
+        "snello.report.terminal",
+        "snello.split.security.certs",
+        "snello.split.client.join",
+        "snello.split.server.command",
+        "processes",
+    ]
 )
 SECONDS = 60.0
 """The longest that anything may take, on a busy machine."""
@@ -105,18 +112,21 @@ def _run(args: list[str], log: str, wrong: Wrong) -> None:
     os.dup2(descriptor, 2)
     import torch
 
-    from snello import cli, report
-    from snello.split import connection
+    from snello import cli
+    from snello.report import pictures
+    from snello.split.client import connection
 
     torch.set_num_threads(1)
     connection.random = SimpleNamespace(uniform=lambda low, high: min(high, 0.1))  # pauses before it connects again
-    report.plot_traffic = lambda run: None  # takes longer than the run
+    pictures.plot_traffic = lambda run: None  # takes longer than the run
     _lead_astray(wrong)
     sys.exit(cli.main(args))
 
 
 def _lead_astray(wrong: Wrong) -> None:
-    from snello.split import frames, tls, wire
+    from snello.split.security import tls
+    from snello.split.wire import chunks as wire
+    from snello.split.wire import frames
 
     if wrong.version is not None:
         frames.VERSION = wrong.version
@@ -139,7 +149,7 @@ def _shifted(by: timedelta) -> type[datetime]:
 
 def _flipping(chunks: Callable[..., Any], flips: list[tuple[int, int, int | bytes]]) -> Callable[..., Any]:
     def flipped(buffers: Sequence[Any], *rest: Any) -> Any:
-        from snello.split.frames import parse_header
+        from snello.split.wire.frames import parse_header
 
         head = parse_header(buffers[0])
         due = next((flip for flip in flips if flip[:2] == (head.kind, head.step)), None)

@@ -10,12 +10,12 @@ import pytest
 
 from snello.config import CertsConfig
 from snello.errors import ConfigError
-from snello.split import auth
-from snello.split.auth import Anyone, Both, Certificates, Tickets, Token, Tokens, hash_token
-from snello.split.certs import make_certs
-from snello.split.connection import Endpoint
-from snello.split.endpoints import make_endpoint
-from snello.split.tls import ClientFiles, ServerFiles
+from snello.split.client.connection import Endpoint
+from snello.split.client.endpoints import make_endpoint
+from snello.split.security import auth
+from snello.split.security.auth import Anyone, Both, Certificates, Tickets, Token, Tokens, hash_token
+from snello.split.security.certs import make_certs
+from snello.split.security.tls import ClientFiles, ServerFiles
 
 SECRET, KEY = "a secret of ann", b"a key of sixteen bytes and more"
 HASHES = {"ann": hash_token(SECRET), "bob": hash_token("another")}

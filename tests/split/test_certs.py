@@ -29,9 +29,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from snello.config import CertsConfig
 from snello.errors import CheckpointError, ConfigError
-from snello.split import certs as module
-from snello.split.certs import make_certs
-from snello.split.tls import ClientFiles, ServerFiles, certificate_hosts, certificate_name
+from snello.split.security import certs as module
+from snello.split.security.certs import make_certs
+from snello.split.security.tls import ClientFiles, ServerFiles, certificate_hosts, certificate_name
 
 HOSTS = ("server.example", "192.0.2.7")
 NOW = datetime.now(timezone.utc)

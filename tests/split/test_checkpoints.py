@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from snello import checkpoint
+from snello import files
 from snello.errors import CheckpointError, SnelloWarning
 from snello.split.checkpoints import Checkpoints, steps_in
 
@@ -65,7 +65,7 @@ def test_goes_back_and_drops_what_came_later(session):
     session.train()
     session.save()
     later = session.state()
-    assert session.checkpoints.load(2) == {"version": checkpoint.VERSION, "at": 2, "list": [1, 2.5, None, "x"]}
+    assert session.checkpoints.load(2) == {"version": files.VERSION, "at": 2, "list": [1, 2.5, None, "x"]}
     assert session.checkpoints.steps() == [1, 2] and same(session.state(), later)
     assert session.checkpoints.load(1)["at"] == 1
     assert session.checkpoints.steps() == [1] and same(session.state(), before)
@@ -152,7 +152,7 @@ class TestFullDisk:
             path.write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(checkpoint, "save_file", half)
+        monkeypatch.setattr(files, "save_file", half)
         with pytest.raises(CheckpointError, match="No space left on device"):
             session.save()
         assert {path.name: path.read_bytes() for path in session.checkpoints.folder.iterdir()} == kept

@@ -22,9 +22,9 @@ from test_certs import LONG_AGO, NOW, grpc_server, made
 
 from snello.config import DoctorConfig
 from snello.errors import AuthenticationError
-from snello.split import doctor
-from snello.split.doctor import Finding, examine, explain, print_findings, to_rows
-from snello.split.frames import VERSION
+from snello.split.security import doctor
+from snello.split.security.doctor import Finding, examine, explain, print_findings, to_rows
+from snello.split.wire.frames import VERSION
 
 SETTINGS = bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 WELL = ["name", "port", "TLS", "server's CA", "server's dates", "server's names", "our certificate", "admission"]

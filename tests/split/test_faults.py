@@ -27,12 +27,12 @@ from conftest import free_port, rows_of, write_pictures
 from processes import Child, Wrong, until
 from proxy import Proxy, Rule
 
-from snello.checkpoint import load_tensors
 from snello.config import CertsConfig
-from snello.split import frames
-from snello.split.certs import make_certs
+from snello.files import load_tensors
 from snello.split.checkpoints import steps_in
-from snello.split.frames import UPLINK_KINDS, Kind
+from snello.split.security.certs import make_certs
+from snello.split.wire import frames
+from snello.split.wire.frames import UPLINK_KINDS, Kind
 
 RECIPE = [
     *("--model", "test_vit", "--weights", "none", "--image-size", "48", "--precision", "fp32", "--device", "cpu"),

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from snello.errors import ProtocolError
-from snello.split.frames import (
+from snello.split.wire.frames import (
     ARRAY_KINDS,
     BYTE_KINDS,
     DTYPES,

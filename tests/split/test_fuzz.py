@@ -27,10 +27,11 @@ from test_sessions import (  # noqa: F401
 )
 
 from snello.errors import ProtocolError, SnelloError
-from snello.split import frames, wire
-from snello.split.frames import ARRAY_KINDS, DTYPES, HEADER, MAGIC, VERSION, Frame, Kind, control
-from snello.split.refusals import Code, Refused
-from snello.split.sessions import TrainingSession
+from snello.split.server.sessions import TrainingSession
+from snello.split.wire import chunks as wire
+from snello.split.wire import frames
+from snello.split.wire.frames import ARRAY_KINDS, DTYPES, HEADER, MAGIC, VERSION, Frame, Kind, control
+from snello.split.wire.refusals import Code, Refused
 
 COUNTED: Counter[str] = Counter()
 LIMIT = 1 << 16

@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 from snello.config import AlastConfig, FinetuneConfig, SplitConfig
 from snello.errors import ConfigError, ProtocolError, TrainingError
 from snello.methods import AdaptiveMethod
-from snello.optim import make_optimizer, set_lr
-from snello.split.cut import Cut
-from snello.split.frames import ARRAY_KINDS, Flags, Frame, Kind
 from snello.split.halves import Targets
+from snello.split.learner import Cut
+from snello.split.wire.frames import ARRAY_KINDS, Flags, Frame, Kind
+from snello.train.optim import make_optimizer, set_lr
 from snello.vit import ViT
 
 CPU = torch.device("cpu")
@@ -332,7 +332,7 @@ class TestHalfPrecision:
     """The scaler's logic, on a CPU: only the scale is special there, forward passes are in fp32."""
 
     def cut(self, monkeypatch, labels: str) -> Cut:
-        monkeypatch.setattr("snello.split.sides.autocast", lambda *args: torch.autocast("cpu", enabled=False))
+        monkeypatch.setattr("snello.split.build.autocast", lambda *args: torch.autocast("cpu", enabled=False))
         return make_cut(tiny_vit(), "none", precision="fp16", labels=labels)
 
     @pytest.mark.parametrize("labels", ["server", "client"])

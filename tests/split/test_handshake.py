@@ -11,12 +11,12 @@ from test_sessions import serve_config
 from torch import nn
 
 from snello.config import FinetuneConfig, Recipe, ServeConfig, SplitConfig
+from snello.config.values import from_dict
 from snello.errors import ProtocolError
 from snello.models import create_model
-from snello.settings import from_dict
-from snello.split.frames import VERSION, Kind, control, control_values, read, write
-from snello.split.handshake import Hello, Plan, Terms, Welcome, hash_of, make_terms, parse, recipe_values
-from snello.split.refusals import Code, Refused
+from snello.split.wire.frames import VERSION, Kind, control, control_values, read, write
+from snello.split.wire.handshake import Hello, Plan, Terms, Welcome, hash_of, make_terms, parse, recipe_values
+from snello.split.wire.refusals import Code, Refused
 
 TERMS = Terms(VERSION, "test_vit", "0123456789abcdef", 3, "none", "server", 10, 48, "fp32")
 PLAN = Plan(10, 6, "abc")

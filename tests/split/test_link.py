@@ -2,8 +2,8 @@
 
 import pytest
 
+from snello.config.units import Link, parse_bytes
 from snello.errors import ConfigError
-from snello.split.link import Link, parse_bytes
 
 MBIT = Link(1e6, 0.02)
 

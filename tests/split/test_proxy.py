@@ -12,7 +12,7 @@ import pytest
 import torch
 from proxy import Proxy, Rule
 
-from snello.split.frames import HEADER, Frame, Kind, write
+from snello.split.wire.frames import HEADER, Frame, Kind, write
 
 
 class Echo:

@@ -3,7 +3,7 @@
 import pytest
 
 from snello.errors import SnelloError
-from snello.split.refusals import ADVICE, TRANSIENT, Code, Refused
+from snello.split.wire.refusals import ADVICE, TRANSIENT, Code, Refused
 
 
 @pytest.mark.parametrize("code", Code)

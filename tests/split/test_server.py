@@ -21,27 +21,28 @@ from conftest import QUIET, rows_of
 from rich.console import Console
 from test_sessions import CLASSES, Client, ended, known_models, serve_config, to_bytes, weights  # noqa: F401
 
-from snello.checkpoint import load_tensors
 from snello.config import AlastConfig, CertsConfig, FinetuneConfig, JoinConfig, ServeConfig, SplitConfig
 from snello.errors import CheckpointError, NetworkError
-from snello.runs import RunFolder
-from snello.split import sides, wire
-from snello.split.auth import Anyone, Authenticator, Token, Tokens, hash_token
-from snello.split.certs import make_certs
+from snello.files import load_tensors
+from snello.finetuning import finetune
+from snello.runs.folder import RunFolder
+from snello.split import build as sides
 from snello.split.checkpoints import steps_in
-from snello.split.connection import Connection, Endpoint
-from snello.split.frames import HEADER, MAGIC, VERSION, Frame, Kind, control, control_values, read, write
-from snello.split.handshake import Welcome, parse
-from snello.split.join import RemoteSession, describe
-from snello.split.refusals import Code, Refused
-from snello.split.registry import Registry, session_name
-from snello.split.serve import make_security
-from snello.split.server import MAX_HELLO_BYTES, Limits, Server
-from snello.split.session import LocalSession
-from snello.split.telemetry import Telemetry, close_logger, make_logger
-from snello.split.wire import CREDENTIALS
-from snello.split.wire import METHOD as PATH
-from snello.training import finetune
+from snello.split.client.connection import Connection, Endpoint
+from snello.split.client.join import RemoteSession, describe
+from snello.split.local import LocalSession
+from snello.split.security.auth import Anyone, Authenticator, Token, Tokens, hash_token
+from snello.split.security.certs import make_certs
+from snello.split.server.command import make_security
+from snello.split.server.registry import Registry, session_name
+from snello.split.server.streams import MAX_HELLO_BYTES, Limits, Server
+from snello.split.server.telemetry import Telemetry, close_logger, make_logger
+from snello.split.wire import chunks as wire
+from snello.split.wire.chunks import CREDENTIALS
+from snello.split.wire.chunks import METHOD as PATH
+from snello.split.wire.frames import HEADER, MAGIC, VERSION, Frame, Kind, control, control_values, read, write
+from snello.split.wire.handshake import Welcome, parse
+from snello.split.wire.refusals import Code, Refused
 from snello.vit import ViT
 
 DEADLINE = 30.0
@@ -318,7 +319,7 @@ def test_a_model_of_transformers_whose_folder_only_the_server_has(small, picture
             assert args[-1] is not None, "the client has no folder to look into"
             return make("hf:nowhere/to-be-found", *args)
 
-        monkeypatch.setattr("snello.split.join.meta_vit", lambda *args: ViT(meta(without_folder, *args)))
+        monkeypatch.setattr("snello.split.client.join.meta_vit", lambda *args: ViT(meta(without_folder, *args)))
         session = RemoteSession(join_config(server, pictures, tmp_path / "client"), console=QUIET)
         session.trainer.fit()
         assert session.trainer.preprocessing.mean == (0.1, 0.2, 0.3)

@@ -16,21 +16,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from snello import checkpoint
-from snello.codecs import CODECS, codec_class
+from snello import files as files_of
+from snello.codecs import codec_class
 from snello.config import AlastConfig, FinetuneConfig, ServeConfig, SplitConfig
+from snello.config.registry import CODECS
+from snello.config.values import from_dict
 from snello.errors import CheckpointError, ProtocolError, SnelloWarning
 from snello.models import create_model
-from snello.runs import RunFolder
-from snello.schedule import Schedule
-from snello.settings import from_dict
-from snello.split import frames
-from snello.split.frames import Flags, Frame, Kind, control, control_values
-from snello.split.handshake import Hello, Plan, Welcome, parse, recipe_values
-from snello.split.refusals import Code, Refused
-from snello.split.registry import Registry, session_name
-from snello.split.remote import Remote
-from snello.split.sessions import Answer, InferenceSession, TrainingSession, weights_frame, weights_of
+from snello.runs.folder import RunFolder
+from snello.split.client.remote import Remote
+from snello.split.server.registry import Registry, session_name
+from snello.split.server.sessions import Answer, InferenceSession, TrainingSession
+from snello.split.wire import frames
+from snello.split.wire.frames import Flags, Frame, Kind, control, control_values
+from snello.split.wire.handshake import Hello, Plan, Welcome, parse, recipe_values
+from snello.split.wire.refusals import Code, Refused
+from snello.split.wire.weights import weights_frame, weights_of
+from snello.train.schedule import Schedule
 from snello.vit import ViT
 
 CLASSES = "abc"
@@ -77,7 +79,7 @@ def known_model(*args: Any) -> torch.nn.Module:
 @pytest.fixture(scope="module", autouse=True)
 def known_models() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("snello.split.upper.create_model", known_model)
+        patch.setattr("snello.split.server.half.create_model", known_model)
         yield
 
 
@@ -769,7 +771,7 @@ class TestSaves:
         best = {name: value.clone() for name, value in client.session.upper.half.vit.model.state_dict().items()}
         client.train(1)
         client.carry(client.save(accuracy=0.25, best=False))
-        saved = checkpoint.load_tensors(client.session.run.model_file)[0]
+        saved = files_of.load_tensors(client.session.run.model_file)[0]
         assert saved.keys() == best.keys() and all(torch.equal(saved[name], best[name]) for name in best)
         assert client.session.run.codec_file.is_file()
         assert [row["accuracy"] for row in client.session.run.rows("eval")] == [0.5, 0.25]
@@ -782,7 +784,7 @@ class TestSaves:
         client.train(1)
         files = sorted(path.name for path in client.session.run.path.rglob("*"))
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "save_file", full)
+            patch.setattr(files_of, "save_file", full)
             before = picture(client.session)
             with pytest.raises(Refused, match="No space left") as caught:
                 client.carry(client.save())
@@ -799,7 +801,7 @@ class TestSaves:
         client.train(2)
         frame = client.save(accuracy=0.5)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "save_file", full)
+            patch.setattr(files_of, "save_file", full)
             with pytest.raises(Refused):
                 client.carry(frame)
         client.carry(frame)
@@ -1206,7 +1208,7 @@ class TestRegistry:
 
     def test_sizes_do_not_fill_the_memory(self, tmp_path, monkeypatch):
         registry = registry_in(tmp_path)
-        monkeypatch.setattr("snello.split.registry.Sizes", lambda config, num_classes, precision: num_classes)
+        monkeypatch.setattr("snello.split.server.registry.Sizes", lambda config, num_classes, precision: num_classes)
         for num in range(1, 150):
             assert registry.sizes(num) == num
             assert len(registry._sizes) <= 64

@@ -15,17 +15,19 @@ from rich.console import Console
 from test_resume import cut_off, whole
 
 from snello import cli
-from snello.codecs import AUTO, CODECS, codec_class
+from snello.codecs import codec_class
 from snello.config import AlastConfig, EvaluateConfig, FinetuneConfig, PredictConfig, SplitConfig
+from snello.config.registry import AUTO, CODECS
+from snello.config.values import from_dict, to_dict
 from snello.errors import AuthenticationError, CheckpointError, ConfigError
+from snello.finetuning import finetune
 from snello.inference import evaluate, predict
 from snello.models import create_model
-from snello.runs import RunFolder
-from snello.settings import from_dict, to_dict
-from snello.split import costs
-from snello.split.auth import Anyone, Token, Tokens, hash_token
-from snello.split.session import LocalSession
-from snello.training import Trainer, finetune
+from snello.runs.folder import RunFolder
+from snello.split import flops as costs
+from snello.split.local import LocalSession
+from snello.split.security.auth import Anyone, Token, Tokens, hash_token
+from snello.train.loop import Trainer
 from snello.vit import ViT
 
 FIELDS = {

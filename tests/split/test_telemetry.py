@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from snello.errors import CheckpointError, ConfigError
-from snello.split.telemetry import Board, Telemetry, close_logger, health_reply, make_logger, printable
+from snello.split.server.telemetry import Board, Telemetry, close_logger, health_reply, make_logger, printable
 
 EVIL = "x\n12:00:00 info admitted peer=root\r\x1b[2J\u2028\u202e\x9b\udc80[red]"
 
@@ -110,7 +110,7 @@ def test_after_close_nothing_is_served_and_no_thread_left():
 def test_a_process_ends_without_closing():
     code = """
 import logging
-from snello.split.telemetry import Telemetry
+from snello.split.server.telemetry import Telemetry
 print(Telemetry(logging.getLogger("test")).serve(0) > 0)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

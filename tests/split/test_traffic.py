@@ -10,11 +10,11 @@ from conftest import tiny_deit, tiny_vit
 from snello.codecs.base import Codec, Message
 from snello.config import FinetuneConfig, SplitConfig
 from snello.errors import ProtocolError
-from snello.split import frames
-from snello.split.cut import Cut
-from snello.split.frames import UPLINK_KINDS, Kind
 from snello.split.halves import Targets, labels_from_arrays, labels_to_arrays, number_type
+from snello.split.learner import Cut
 from snello.split.traffic import Exchange, exchange_bytes, uncompressed_bytes
+from snello.split.wire import frames
+from snello.split.wire.frames import UPLINK_KINDS, Kind
 from snello.vit import ViT
 
 CODECS = ["none", "int4", "adc(0.2)+int8", "topk(0.1)", "c3sl(3)", "bottlenet(0.2)", "fedlite(8)"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from snello.errors import ProtocolError
-from snello.split.frames import HEADER, MAGIC, VERSION, Frame, Kind, read, write
-from snello.split.wire import CHUNK_BYTES, MAX_CHUNK_BYTES, Assembler, chunk_size, chunks
+from snello.split.wire.chunks import CHUNK_BYTES, MAX_CHUNK_BYTES, Assembler, chunk_size, chunks
+from snello.split.wire.frames import HEADER, MAGIC, VERSION, Frame, Kind, read, write
 
 SIZE = 64
 

@@ -8,35 +8,9 @@ import inspect
 from importlib import import_module
 from typing import Any
 
-from snello.codecs.grammar import Part, parse
+from snello.config.codec_text import Part
+from snello.config.registry import CODECS
 from snello.errors import ConfigError
-
-CODECS = {
-    "none": "snello.codecs.floats:Float32",
-    "bf16": "snello.codecs.floats:BFloat16",
-    "fp16": "snello.codecs.floats:Float16",
-    "int8": "snello.codecs.integers:Int8",
-    "int4": "snello.codecs.integers:Int4",
-    "int2": "snello.codecs.integers:Int2",
-    "adc": "snello.methods.adc:ADC",
-    "topk": "snello.codecs.topk:TopK",
-    "randtopk": "snello.codecs.randtopk:RandTopK",
-    "c3sl": "snello.codecs.c3sl:C3SL",
-    "bottlenet": "snello.codecs.bottlenet:BottleNet",
-    "fedlite": "snello.codecs.fedlite:FedLite",
-}
-# Measured, see docs/adc.md: a nineteenth of the bytes and less than half of the server's compute for 2 points, and
-# nothing trained beside the model.
-AUTO = "adc(samples=1, tokens=0.4)+int4"
-
-
-def parse_codec(text: str, flag: str = "codec") -> list[Part]:
-    """The parts of a codec's text; `auto` is the recommended chain.
-
-    Raises:
-        ConfigError: where the text does not parse or names an unknown codec.
-    """
-    return parse(AUTO if text.strip() == "auto" else text, CODECS, flag)
 
 
 def codec_class(name: str) -> Any:
@@ -76,4 +50,4 @@ def build(part: Part, flag: str, **given: Any) -> Any:
         raise ConfigError(f"{flag}: {part}: {error}") from None
 
 
-__all__ = ["AUTO", "CODECS", "build", "codec_class", "parse_codec"]
+__all__ = ["build", "codec_class"]

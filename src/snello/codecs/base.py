@@ -16,7 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from snello.codecs import build, codec_class, parse_codec
+from snello.codecs import build, codec_class
+from snello.config.codec_text import parse_codec
 from snello.errors import ConfigError, TrainingError, require
 from snello.seeds import mix
 from snello.vit import Score

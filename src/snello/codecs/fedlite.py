@@ -15,7 +15,7 @@ from torch import Tensor
 from snello.codecs.base import Arrays, Context, Format, integer, number
 from snello.codecs.integers import pack_bits, unpack_bits
 from snello.errors import ProtocolError, require
-from snello.tokens import kmeans
+from snello.vit.tokens import kmeans
 
 SAMPLE = 2048
 CODE_BITS = (1, 2, 4, 8)

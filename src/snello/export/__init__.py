@@ -20,7 +20,7 @@ from snello.export.card import card
 from snello.export.halves import Fetch
 from snello.export.staging import require_free, staging
 from snello.export.trained import METADATA, Trained, is_transformers, read, read_settings
-from snello.runs import RunFolder
+from snello.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

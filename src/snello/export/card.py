@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
 import yaml
 
-import snello
 from snello.export.trained import Trained
-from snello.report import COST_ROWS
+from snello.report.terminal import COST_ROWS
 
 SHOWN = 100
 """Classes that a card names; the others are in the model's own files."""
@@ -81,7 +81,7 @@ def _what(trained: Trained) -> str:
     weights = {"pretrained": "its pretrained weights", "none": "random weights"}.get(
         settings.weights, "weights of the user's own"
     )
-    made = trained.summary.get("versions", {}).get("snello", snello.__version__)
+    made = trained.summary.get("versions", {}).get("snello", version("snello"))
     return (
         f"A Vision Transformer for image classification: {_quoted(trained.name)} of {library}, fine-tuned from "
         f"{weights} on {len(trained.classes)} classes at {pre.size} x {pre.size} pixels with snello {made}, "

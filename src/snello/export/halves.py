@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snello.checkpoint import load_tensors
 from snello.config import ExportConfig, FinetuneConfig
 from snello.errors import CheckpointError, ConfigError, ModelError
+from snello.files import load_tensors
 from snello.models import create_model
-from snello.runs import RunFolder
+from snello.runs.folder import RunFolder
 from snello.vit import ViT
 
 NAMED = 3

@@ -14,7 +14,7 @@ from snello.config import ExportConfig, FinetuneConfig
 from snello.errors import CheckpointError
 from snello.export.halves import Fetch, State, whole_state
 from snello.models import Preprocessing, create_model
-from snello.runs import RunFolder
+from snello.runs.folder import RunFolder
 from snello.vit import ViT
 
 METADATA = "snello_export"  # not "snello", which marks checkpoints

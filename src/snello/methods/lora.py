@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from snello.checkpoint import load_tensors, replacing
 from snello.config import LoraConfig
 from snello.errors import CheckpointError, ConfigError, ModelError, SnelloError
+from snello.files import load_tensors, replacing
 from snello.vit import ViT
 
 NAME = "default"

@@ -1,12 +1,16 @@
-"""Split learning: one Vision Transformer in two halves, in one process or across a network."""
+"""Split learning: one Vision Transformer in two halves, in one process or across a network.
 
-import os
-import sys
-
-# Workers that load pictures are forked while a connection is open. They never touch it; gRPC's own preparations for a
-# fork restart its threads in the worker, which abort it. gRPC reads this when it is imported.
-_FORKS = "GRPC_ENABLE_FORK_SUPPORT"
-WORKER_CONTEXT = None if "grpc" not in sys.modules or os.environ.get(_FORKS) == "0" else "forkserver"
-"""How workers are started: as usual (None), unless gRPC was imported before snello and would not let forked ones be."""
-os.environ.setdefault(_FORKS, "0")
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+halves.py       the two halves and their conversation
+build.py        making them from a model and settings
+learner.py      what the training loop drives
+traffic.py      exact bytes of an exchange, from shapes
+ledger.py       bytes so far, and budgets of bytes
+checkpoints.py  the last two checkpoints of one side
+flops.py        what each side computes
+catalog.py      what `snello codecs` lists
+local.py        a session of some steps at a time, in one process
+wire/           frames and messages as bytes
+security/       certificates, tokens, and finding out what is wrong with them
+client/         `snello join`
+server/         `snello serve`
+"""

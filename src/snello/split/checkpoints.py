@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from snello.checkpoint import load_checkpoint, save_checkpoint
 from snello.errors import CheckpointError, SnelloWarning
+from snello.runs.checkpoint import load_checkpoint, save_checkpoint
 
 KEEP = 2
 _NAME = re.compile(r"step-(\d+)\.safetensors")

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from snello.codecs.base import Codec, Context, Decoded, Message
+from snello.data.loaders import Batch
 from snello.errors import ProtocolError
-from snello.loading import Batch
 from snello.methods import Method
-from snello.split.frames import NOTHING, Flags, Frame, Kind
+from snello.split.wire.frames import NOTHING, Flags, Frame, Kind
 from snello.vit import ViT
 
 Labels = Literal["server", "client"]

@@ -8,12 +8,12 @@ from typing import Any
 
 from snello.codecs.base import Codec
 from snello.config import Recipe
+from snello.config.units import Link, parse_bytes
 from snello.errors import ConfigError
 from snello.methods import AdaptiveMethod
-from snello.split.frames import Counters
 from snello.split.halves import ClientHalf, Half
-from snello.split.link import Link, parse_bytes
 from snello.split.traffic import Exchange, exchange_bytes, uncompressed_bytes
+from snello.split.wire.frames import Counters
 from snello.vit import ViT
 
 

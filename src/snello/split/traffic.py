@@ -10,8 +10,8 @@ from torch import Tensor
 
 from snello.codecs.base import Codec, Context
 from snello.errors import SnelloWarning
-from snello.split.frames import Frame, Kind, sizes
 from snello.split.halves import Labels, labels_to_arrays
+from snello.split.wire.frames import Frame, Kind, sizes
 
 
 @dataclass(frozen=True)

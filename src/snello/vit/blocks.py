@@ -10,8 +10,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from snello import tokens
 from snello.errors import ModelError
+from snello.vit import tokens
 
 AttentionPath = Literal["fused", "explicit"]
 DropAt = Literal["mid", "block-end"]

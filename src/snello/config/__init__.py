@@ -1,0 +1,43 @@
+"""Every setting, once: these dataclasses are the flags, the YAML keys, the defaults and the help text.
+
+Nothing heavy is imported here, so that ``snello --help`` answers at once. Values are checked when a config is made:
+a run with a wrong setting fails before anything is loaded.
+
+registry.py    names of methods, token rules, codecs, ..., and where they are found
+methods.py     ALaST, LoRA
+pictures.py    where pictures come from
+recipe.py      what a run computes
+finetune.py    `snello finetune`
+network.py     `snello serve`, `join`, `certs`, `doctor`
+use.py         the other verbs
+codec_text.py  the text that names a codec
+units.py       amounts, addresses and links as text
+values.py      configs as plain values and back
+"""
+
+from snello.config.finetune import FinetuneConfig
+from snello.config.methods import AlastConfig, LoraConfig
+from snello.config.network import CertsConfig, DoctorConfig, JoinConfig, ServeConfig
+from snello.config.pictures import ColumnsConfig
+from snello.config.recipe import AugmentConfig, Recipe, SplitConfig
+from snello.config.use import CheckDataConfig, CodecsConfig, EvaluateConfig, ExportConfig, PlanConfig, PredictConfig
+
+__all__ = [
+    "AlastConfig",
+    "AugmentConfig",
+    "CertsConfig",
+    "CheckDataConfig",
+    "CodecsConfig",
+    "ColumnsConfig",
+    "DoctorConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "FinetuneConfig",
+    "JoinConfig",
+    "LoraConfig",
+    "PlanConfig",
+    "PredictConfig",
+    "Recipe",
+    "ServeConfig",
+    "SplitConfig",
+]

@@ -1,0 +1,83 @@
+"""Settings of the methods: ALaST and LoRA."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from snello.errors import require
+
+
+@dataclass(frozen=True)
+class AlastConfig:
+    """ALaST: an adaptive compute budget for every block (arXiv:2408.08670)."""
+
+    blocks: int | None = None
+    """Blocks trained at each step; default: three quarters of the depth (9 of 12)."""
+    start_budget: float = 0.9
+    """Budget of every block at the start, in (0, 1]: the share of patch tokens that a block passes on."""
+    min_budget: float = 0.5
+    """Lowest budget a block can fall to, in (0, 1]."""
+    alpha: float | None = None
+    """Step size of the budgets, >= 0; default: the base learning rate (--lr)."""
+    draw: Literal["proportional", "softmax", "lowest-first"] = "proportional"
+    """Which blocks train: drawn in proportion to the budgets, by softmax of the budgets, or always all but the lowest
+    (`lowest-first`, the cheapest: the backward pass ends early)."""
+    temperature: float = 1.0
+    """Temperature of the softmax draw, > 0; small values favour high budgets."""
+    drop_at: Literal["mid", "block-end"] = "mid"
+    """Where tokens are dropped: between attention and MLP (`mid`) or after the block (`block-end`, as published)."""
+    rule: Literal["drop", "merge"] = "drop"
+    """What happens to the tokens that a block does not pass on: discarded, those with the least attention (`drop`, as
+    published), or averaged with the token that is most like them (`merge`)."""
+    train_embeddings: bool = True
+    """Train the patch, position and prefix embeddings too."""
+    flops: float | None = None
+    """What a step that drops tokens costs, as a share of full fine-tuning's FLOPs, in (0, 1]: all budgets are scaled by
+    a common factor to meet it."""
+    full_tail: float = 0.0
+    """Last share of the training steps that drops no tokens, in [0, 1]."""
+    token_multiple: int = 1
+    """Round the number of kept patch tokens up to a multiple of this: fewer shapes for torch.compile, and in bf16 on a
+    CPU fewer kernels to compile and keep (less memory and time with 8)."""
+    optimizer_state: Literal["keep", "release"] = "keep"
+    """Optimizer state (AdamW's moments) of a frozen block: kept (exact), or released to save memory."""
+
+    def __post_init__(self) -> None:
+        require(self.blocks is None or self.blocks >= 1, "--alast.blocks", "at least 1", self.blocks)
+        require(0 < self.start_budget <= 1, "--alast.start-budget", "in (0, 1]", self.start_budget)
+        require(0 < self.min_budget <= 1, "--alast.min-budget", "in (0, 1]", self.min_budget)
+        require(
+            self.min_budget <= self.start_budget,
+            "--alast.min-budget",
+            f"at most --alast.start-budget ({self.start_budget})",
+            self.min_budget,
+        )
+        require(self.alpha is None or self.alpha >= 0, "--alast.alpha", "0 or more", self.alpha)
+        require(self.temperature > 0, "--alast.temperature", "above 0", self.temperature)
+        require(self.flops is None or 0 < self.flops <= 1, "--alast.flops", "in (0, 1]", self.flops)
+        require(0 <= self.full_tail <= 1, "--alast.full-tail", "in [0, 1]", self.full_tail)
+        require(self.token_multiple >= 1, "--alast.token-multiple", "at least 1", self.token_multiple)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA: low-rank adapters beside frozen weights (arXiv:2106.09685), through peft: pip install 'snello[lora]'."""
+
+    r: int = 8
+    """Rank of the adapters."""
+    alpha: float = 16.0
+    """Scale of the adapters' output, divided by the rank."""
+    dropout: float = 0.0
+    """Dropout on the adapters' input, in [0, 1)."""
+    target_modules: tuple[str, ...] = ("attention",)
+    """Which linear layers of the blocks get adapters: `attention`, `mlp`, `all`, or names as in the block (`attn.qkv`,
+    `fc1`, `q_proj`)."""
+    start: Path | None = None
+    """Start from the adapters in this folder, as a run leaves them in adapter/."""
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, "--lora.r", "at least 1", self.r)
+        require(0 < self.alpha < math.inf, "--lora.alpha", "above 0 and finite", self.alpha)
+        require(0 <= self.dropout < 1, "--lora.dropout", "in [0, 1)", self.dropout)
+        require(len(self.target_modules) > 0, "--lora.target-modules", "at least one name", "none")

@@ -1,0 +1,166 @@
+"""What a run computes: model, method, cut and optimization."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from snello.config.codec_text import parse_codec
+from snello.config.methods import AlastConfig, LoraConfig
+from snello.config.registry import METHODS
+from snello.config.units import Link, parse_bytes
+from snello.config.values import flag
+from snello.errors import ConfigError, require
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done at random to every training picture."""
+
+    flip: bool = True
+    """Flip left to right with probability one half."""
+    crop_scale: float = 0.6
+    """Smallest share of the picture's area that a random crop keeps, in (0, 1]; 1 crops nothing."""
+    rand_ops: int = 2
+    """Operations of RandAugment per picture; 0 switches it off."""
+    rand_magnitude: int = 9
+    """Magnitude of RandAugment, 0 to 30."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.crop_scale <= 1, "--augment.crop-scale", "in (0, 1]", self.crop_scale)
+        require(self.rand_ops >= 0, "--augment.rand-ops", "0 or more", self.rand_ops)
+        require(0 <= self.rand_magnitude <= 30, "--augment.rand-magnitude", "in 0..30", self.rand_magnitude)
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Split learning: the model cut in two halves, with a codec between them (ADC: arXiv:2509.15058)."""
+
+    cut: int = 0
+    """Blocks in the client's half, in 1..depth-1; 0 does not cut."""
+    codec: str = "auto"
+    """What compresses activations and gradients at the cut, as `adc(0.1)` or `adc(samples=1, tokens=0.4)+int4`;
+    `snello codecs` lists them; `auto` is the best measured one (docs/adc.md)."""
+    eval_codec: str = "int8"
+    """How activations travel in evaluation, where nothing is merged or dropped: none, bf16, fp16, int8, int4, int2."""
+    labels: Literal["server", "client"] = "server"
+    """Who has the labels: the server, with classifier and loss, or the client (U-shape: labels never leave it)."""
+    alast: Literal["client", "server", "both"] = "both"
+    """Which halves ALaST is attached to, where it is the method."""
+    frames: bool = True
+    """Pass everything through the bytes of the protocol, as over a network; off, they are only counted."""
+    max_bytes: str | None = None
+    """Train until this much training traffic, whatever --epochs says, as 500MB (10^6 bytes) or 2GiB."""
+    link: str | None = None
+    """Report the time that this link would add, as 10mbit/20ms: rate of each direction / time of a round trip."""
+    prefetch: bool = False
+    """Over a network: compute the next forward pass while waiting for the server. Gradients are then one step stale,
+    and a resumed run is no longer the same bit for bit."""
+
+    def __post_init__(self) -> None:
+        require(self.cut >= 0, "--split.cut", "0 or more", self.cut)
+        require(self.labels in ("server", "client"), "--split.labels", "server or client", self.labels)
+        parse_codec(self.codec, "--split.codec")
+        parse_codec(self.eval_codec, "--split.eval-codec")
+        if self.max_bytes is not None:
+            parse_bytes(self.max_bytes, "--split.max-bytes")
+        if self.link is not None:
+            Link.parse(self.link, "--split.link")
+        if self.cut == 0:
+            idle = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+            if idle:
+                raise ConfigError(f"--split.{idle[0].replace('_', '-')} has no effect without --split.cut")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run computes: model, method and optimization, whoever has the pictures."""
+
+    config: Path | None = None
+    """YAML file with any of these settings; a flag wins over the file, the file over the default."""
+    model: str = "vit_micro_patch4_32"
+    """Name of a timm Vision Transformer; or of one of transformers: `hf:` and its name on the hub, or its folder."""
+    weights: str = "pretrained"
+    """`pretrained`, `none` (random), or the path of a safetensors file or of a folder with one."""
+    method: Literal["auto", "alast", "full", "head", "last-k", "lora", "alast+lora"] = "auto"
+    """What is trained: everything on an adaptive budget, everything, the head, the last blocks and the head, adapters
+    and the head, or those on an adaptive budget; `auto` is alast, or full with --split.cut."""
+    last_k: int = 3
+    """Blocks trained by the method last-k."""
+    alast: AlastConfig = field(default_factory=AlastConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    epochs: int = 5
+    """Passes over the training pictures."""
+    batch_size: int = 64
+    """Pictures in one forward and backward pass of one process; a step has as many as this times --accumulate times the
+    processes that torchrun started."""
+    accumulate: int = 1
+    """Forward and backward passes (micro-steps) per optimizer step."""
+    lr: float = 5e-4
+    """Base learning rate, reached after the warm-up, then following a cosine to zero."""
+    weight_decay: float = 0.05
+    """Weight decay of AdamW; biases, norms, position and prefix tokens have none."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate per layer below the head, in (0, 1]; 1 gives all layers the same."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises from zero, in [0, 1)."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient; 0 clips nothing."""
+    label_smoothing: float = 0.1
+    """Label smoothing, in [0, 1)."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    image_size: int | None = None
+    """Side of the pictures in pixels; default: the model's own."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the forward pass; `auto` is bf16 where the device computes in it natively."""
+    attention: Literal["auto", "fused", "explicit"] = "auto"
+    """How attention is computed; `auto` measures once which is faster here."""
+    grad_checkpointing: bool = False
+    """Keep only the inputs of the blocks for the backward pass and compute the rest again: less memory, more time."""
+    eval_epochs: int = 1
+    """Epochs between two evaluations on the held-out pictures; the last epoch is always evaluated."""
+    patience: int = 0
+    """Stop after this many epochs without a better accuracy; 0 never stops early."""
+    checkpoint_steps: int = 200
+    """Optimizer steps between two checkpoints (there is also one after every epoch); 0 for none in between."""
+    out: Path | None = None
+    """Run folder; default: runs/<model>-<method>-<time>."""
+    resume: bool = False
+    """Go on with the run in --out where it was cut off; settings come from its config.yaml."""
+
+    def __post_init__(self) -> None:
+        for name in ("last_k", "batch_size", "accumulate", "epochs", "eval_epochs"):
+            require(getattr(self, name) >= 1, flag(name), "at least 1", getattr(self, name))
+        for name in ("clip_norm", "weight_decay", "patience", "checkpoint_steps"):
+            require(getattr(self, name) >= 0, flag(name), "0 or more", getattr(self, name))
+        require(0 <= self.seed < 2**63, "--seed", "in 0..2**63-1", self.seed)
+        require(0 < self.lr < math.inf, "--lr", "above 0 and finite", self.lr)
+        require(0 < self.layer_decay <= 1, "--layer-decay", "in (0, 1]", self.layer_decay)
+        require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
+        require(0 <= self.label_smoothing < 1, "--label-smoothing", "in [0, 1)", self.label_smoothing)
+        require(self.image_size is None or self.image_size >= 1, "--image-size", "at least 1", self.image_size)
+        require(self.method in METHODS, "--method", f"one of {', '.join(METHODS)}", self.method)
+        idle = LoraConfig()
+        require("lora" in self.method or self.lora == idle, "--lora", "left out without --method lora", "settings")
+        require(
+            not (self.split.cut and "lora" in self.method),
+            "--method",
+            "without LoRA where --split.cut cuts",
+            self.method,
+        )
+        if self.split.cut and self.alast.flops is not None:  # what full fine-tuning of a half costs is no target
+            raise ConfigError(
+                "--alast.flops does not go with --split.cut: the other half and the codec change the cost"
+            )
+        if self.split.cut and self.alast.rule == "merge":  # what crosses is named by where it stood
+            raise ConfigError(
+                "--alast.rule merge does not go with --split.cut: merged tokens have no place of their own"
+            )
+        if self.method == "auto":
+            object.__setattr__(self, "method", "full" if self.split.cut else "alast")

@@ -1,0 +1,96 @@
+"""Configs as plain values and back: what YAML files, JSON messages and run folders hold."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from snello.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain values that YAML and JSON can hold; paths become strings."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    result: dict[str, Any] = plain(dataclasses.asdict(config))
+    return result
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """The config of class `cls` that `values` describe; keys that are left out keep their default.
+
+    Raises:
+        ConfigError: for an unknown key, a value of the wrong type, or one out of range, naming `where` it stands.
+    """
+    hints = typing.get_type_hints(cls)
+    unknown = [str(key) for key in values if key not in hints]
+    if unknown:
+        raise ConfigError(f"{where}: unknown setting {', '.join(unknown)}; known: {', '.join(hints)}")
+    return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in values.items()})
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as YAML gave it, as the type `hint`; YAML's 1e-3 is a string, and paths are strings too."""
+    if isinstance(hint, types.UnionType):
+        if value is None and type(None) in hint.__args__:
+            return None
+        hint = next(option for option in hint.__args__ if option is not type(None))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where} must be a mapping of settings, got {value!r}")
+        return from_dict(typing.cast(type, hint), value, where)
+    if typing.get_origin(hint) is Literal:
+        if value not in hint.__args__:
+            raise ConfigError(f"{where} must be one of {', '.join(hint.__args__)}, got {value!r}")
+        return value
+    if typing.get_origin(hint) is tuple and isinstance(value, str):
+        value = (value,)  # `name: one` for a list of one
+    wrong = ConfigError(f"{where} must be of type {hint.__name__}, got {value!r}")
+    if value is None:
+        raise wrong
+    if hint is bool or isinstance(value, bool):
+        if type(value) is not hint:
+            raise wrong
+        return value
+    if (hint is int and isinstance(value, float)) or (hint is str and not isinstance(value, (str, int, float))):
+        raise wrong
+    try:
+        return hint(value)
+    except (TypeError, ValueError, OverflowError):
+        raise wrong from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in the YAML file `path`.
+
+    Raises:
+        ConfigError: where the file is missing, is no YAML, or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path} must hold settings as `name: value`")
+    return values
+
+
+def flag(name: str) -> str:
+    """The flag of a field: `batch_size` is `--batch-size`."""
+    return "--" + name.replace("_", "-")

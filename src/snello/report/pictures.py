@@ -1,0 +1,76 @@
+"""The pictures of a run: budgets and trained blocks, accuracy against traffic."""
+
+from itertools import accumulate
+from typing import Any
+
+from snello.files import replacing
+from snello.report.terminal import beside_the_client
+from snello.runs.folder import RunFolder
+
+
+def plot_budgets(run: RunFolder) -> None:
+    """Draws the budgets and the trained blocks of a run over its steps into budgets.png."""
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    rows = list(run.rows("step"))
+    steps = [row["step"] for row in rows]
+    depth = len(rows[0]["budgets"])
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    colours = _colours(depth)
+    for block in range(depth):
+        top.plot(steps, [row["budgets"][block] for row in rows], color=colours[block], label=f"block {block}")
+    top.set_ylabel("budget (share of patch tokens kept)")
+    top.legend(fontsize="x-small", ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    top.set_title("ALaST: budgets and trained blocks")
+    trained = [[float(block in row["trained"]) for row in rows] for block in range(depth)]
+    bottom.imshow(
+        trained,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        cmap="Greens",
+        vmin=0,
+        vmax=1.4,
+        extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, depth - 0.5),
+    )
+    bottom.set_yticks(range(depth))
+    bottom.set_ylabel("block (green: trained)")
+    bottom.set_xlabel("step")
+    with replacing(run.plot_file) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def plot_traffic(run: RunFolder) -> None:
+    """Draws accuracy against epochs, training bytes and time, with and without the link, into traffic.png."""
+    from matplotlib.figure import Figure
+
+    steps = list(run.rows("step"))
+    evaluations = list(run.rows("eval"))
+    per_epoch = next((row["step"] for row in evaluations if row["epoch"] == 1), len(steps))
+    compute = [0.0, *accumulate(row["client_seconds"] + beside_the_client(row)[1] for row in steps)]
+    link = [0.0, *accumulate(row.get("link_seconds", 0.0) for row in steps)]
+    at = [row["step"] for row in evaluations]
+    accuracy = [100 * row["accuracy"] for row in evaluations]
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    by_epoch, by_bytes, by_time = figure.subplots(1, 3, sharey=True)
+    by_epoch.plot([step / per_epoch for step in at], accuracy, "o-")
+    by_epoch.set(xlabel="epochs", ylabel="held-out accuracy, %")
+    by_bytes.plot([row["training_bytes"] / 1e6 for row in evaluations], accuracy, "o-")
+    by_bytes.set_xlabel("training traffic, MB")
+    by_time.plot([compute[step] for step in at], accuracy, "o-", label=f"client and {beside_the_client(steps[0])[0]}")
+    if link[-1]:
+        by_time.plot([compute[step] + link[step] for step in at], accuracy, "s--", label="and the link")
+    by_time.set_xlabel("seconds")
+    by_time.legend(fontsize="small")
+    for axes in (by_epoch, by_bytes, by_time):
+        axes.grid(alpha=0.3)
+        axes.set_xlim(left=0)
+    with replacing(run.traffic_file) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def _colours(num: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](block / max(1, num - 1)) for block in range(num)]

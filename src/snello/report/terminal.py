@@ -1,0 +1,157 @@
+"""What a user sees at the end: the result, the cost table, and the plot of budgets and trained blocks."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from snello.config import CodecsConfig
+from snello.measure.comparison import Comparison
+from snello.measure.plan import Plan, command
+
+COST_ROWS = (
+    ("step time, ms", "step_time_s", ".1f", 1e-3),
+    ("training GFLOPs per picture", "flops_per_sample", ".3f", 1e9),
+    ("MiB saved for backward per picture", "saved_bytes_per_sample", ".2f", 2**20),
+    ("trainable parameters, M", "trainable_parameters", ".2f", 1e6),
+    ("weights, MiB", "weight_bytes", ".1f", 2**20),
+    ("gradients, MiB", "gradient_bytes", ".1f", 2**20),
+    ("optimizer state, MiB", "optimizer_bytes", ".1f", 2**20),
+    ("saved for backward, MiB", "saved_bytes", ".1f", 2**20),
+    ("sum, MiB", "memory_bytes", ".0f", 2**20),
+    ("peak memory measured, MiB", "peak_memory_bytes", ".0f", 2**20),
+)
+
+
+def print_result(console: Console, summary: dict[str, Any], num_skipped: int) -> None:
+    """Prints accuracy and length of a run in one line, and in another which classes are recognised least."""
+    skipped = f", {num_skipped} bad pictures left out" if num_skipped else ""
+    rows = summary["per_class"] or []
+    balanced = f", balanced {summary['balanced_accuracy']:.2%}" if rows else ""
+    console.print(
+        f"accuracy {summary['accuracy']:.2%}{balanced} (epoch {summary['best_epoch']} of {summary['epochs']}; "
+        f"last epoch {summary['last_accuracy']:.2%}), {summary['steps']} steps in "
+        f"{summary['train_time_s']:.0f} s{skipped}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    found = sorted((row for row in rows if row["pictures"]), key=lambda row: float(row["accuracy"]))
+    least = ", ".join(f"{row['class']} {row['accuracy']:.1%} of {row['pictures']}" for row in found[:3])
+    if found and found[0]["accuracy"] < 1:
+        console.print(f"least accurate: {least} (all in summary.json)", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_per_class(rows: list[dict[str, Any]]) -> None:
+    """Prints accuracy and number of pictures of each class."""
+    width = max(len(row["class"]) for row in rows)
+    for row in rows:
+        accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.2%}"
+        print(f"  {row['class']:{width}}  {accuracy:>7} of {row['pictures']}")
+
+
+def print_costs(console: Console, costs: Comparison) -> None:
+    """Prints the table of a method against others, all measured on this machine."""
+    others = costs.others
+    against = " and ".join("full fine-tuning" if method == "full" else method for method in others)
+    table = Table(title=f"{costs.method} vs {against}, measured here, batch {costs.compared_batch_size}")
+    table.add_column("")
+    for heading in (costs.method, *others, *(f"{method} / {costs.method}" for method in others)):
+        table.add_column(heading, justify="right")
+    for name, field, style, unit in COST_ROWS:
+        own = getattr(costs.own, field)
+        values = [getattr(other, field, None) for other in others.values()]
+        cells = ["does not fit" if value is None else f"{value / unit:{style}}" for value in values]
+        ratios = ["" if value is None or not own else f"{value / own:.2f}x" for value in values]
+        table.add_row(name, f"{own / unit:{style}}", *cells, *ratios)
+    console.print(table)
+    if not costs.full_fits:
+        console.print(
+            f"full fine-tuning does not fit into memory at the run's batch of {costs.batch_size}; {costs.method} does",
+            highlight=False,
+        )
+
+
+def beside_the_client(row: dict[str, Any]) -> tuple[str, float]:
+    """Seconds beside the client half's: those of the server half, or of waiting for it and for the network."""
+    if "wait_seconds" in row:
+        return "waiting for the server", row["wait_seconds"]
+    return "server", row["server_seconds"]
+
+
+def print_plan(plan: Plan) -> None:
+    """Prints what fits, the fastest first, and the command of each."""
+    print(f"{'':3} {'method':27} {'batch':>5} {'precision':9} {'checkpoints':11} {'pictures/s':>10} {'MiB':>7}")
+    for number, row in enumerate(plan.rows, start=1):
+        config = row.config
+        method = config.method + (", lowest-first" if config.alast.draw == "lowest-first" else "")
+        print(
+            f"{number:2}. {method:27} {config.batch_size:5} {config.precision:9} "
+            f"{'yes' if config.grad_checkpointing else 'no':11} {row.pictures_per_second:10.1f} "
+            f"{row.need_bytes / 2**20:7.0f}"
+        )
+    print()
+    for number, row in enumerate(plan.rows, start=1):
+        print(f"{number:2}. {command(row.config)}")
+    print(
+        f"\nOf {plan.candidates} settings {plan.too_large} do not fit by estimate, {plan.refused} did not when they "
+        f"were run, and {plan.left_out} were left out for want of time (--seconds). Measured here on random pictures; "
+        "more accurate is another question (docs/alast.md). Add --data FOLDER to a command."
+    )
+
+
+def print_codecs(config: CodecsConfig, rows: list[dict[str, Any]]) -> None:
+    """Prints the codecs, and below what each does."""
+    print(
+        f"Bytes of one exchange: {config.model} cut after block {config.cut}, batch {config.batch_size}, "
+        f"labels on the {config.labels}; headers, labels and scales included.\n"
+    )
+    width = max(len(row["codec"]) for row in rows)
+    print(f"{'':{width}}  {'bytes up':>12} {'bytes down':>12} {'ratio':>8} {'fewer':>8}")
+    for row in rows:
+        print(
+            f"{row['codec']:{width}}  {row['uplink_bytes']:>12} {row['downlink_bytes']:>12} {row['ratio']:>8.4f} "
+            f"{row['times_fewer']:>7.2f}x"
+        )
+    parts = {part["name"]: part for row in rows for part in row["parts"]}
+    for part in parts.values():
+        options = f"\n    options: {part['options']}" if part["options"] else ""
+        source = f"\n    source: {part['source']}" if part["source"] != "-" else ""
+        print(f"\n{part['name']}: {part['what']}{options}{source}")
+    print(
+        "\nCodecs are chained with +, a number format last, as adc(samples=1, tokens=0.4)+int4; options are given in "
+        "order or by name. docs/adc.md explains them."
+    )
+
+
+def print_traffic(console: Console, summary: dict[str, Any]) -> None:
+    """Prints what crossed the cut, against no compression and against uploading the pictures."""
+    training = summary["uplink_bytes"] + summary["downlink_bytes"]
+    table = Table(title=f"across the cut after block {summary['cut']}, codec {summary['codec']}")
+    for heading in ("", "MB", "of uncompressed"):
+        table.add_column(heading, justify="right" if heading else "left")
+    rows = (
+        ("up", summary["uplink_bytes"]),
+        ("down", summary["downlink_bytes"]),
+        ("training, both ways", training),
+        ("training uncompressed, fp32", summary["uncompressed_bytes"]),
+        ("uploading the pictures once", summary["jpeg_bytes"]),
+        ("evaluation", summary["eval_bytes"]),
+    )
+    for name, size in rows:
+        table.add_row(name, f"{size / 1e6:.2f}", f"{size / summary['uncompressed_bytes']:.2%}")
+    console.print(table)
+    less = summary["uncompressed_bytes"] / training
+    against = training / summary["jpeg_bytes"]
+    side = (
+        f"{against:.1f}x what the pictures' files take"
+        if against >= 1
+        else f"{1 / against:.1f}x less than the pictures' files"
+    )
+    where, seconds = beside_the_client(summary)
+    link = f", the link would take {summary['link_seconds']:.1f} s" if "link_seconds" in summary else ""
+    console.print(
+        f"{less:.1f}x less traffic than uncompressed, {side}; client {summary['client_seconds']:.1f} s, {where} "
+        f"{seconds:.1f} s{link}",
+        highlight=False,
+        soft_wrap=True,
+    )

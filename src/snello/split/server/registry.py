@@ -1,0 +1,316 @@
+"""The sessions of a server: whose they are, which are in memory, and where a client that comes back goes on.
+
+    out/config.yaml                     the server's settings
+    out/serve.log                       JSON lines
+    out/shared/checkpoints/             the half that all sessions share (--sessions shared)
+    out/sessions/NAME-ID/session.json   whose it is
+                        /checkpoints/   the last two
+                        /metrics.jsonl, model.safetensors (the best), summary.json
+
+All of this runs in the one thread that computes.
+"""
+
+import json
+import time
+import uuid
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from typing import Any
+
+from snello.config import ServeConfig
+from snello.config.units import parse_bytes
+from snello.devices import Precision, resolve_device, resolve_precision
+from snello.errors import CheckpointError
+from snello.files import save_json
+from snello.models import architecture_of
+from snello.runs.folder import RunFolder
+from snello.split.checkpoints import Checkpoints
+from snello.split.server.half import Sizes, Upper, make_vit, starting_weights
+from snello.split.server.sessions import InferenceSession, Session, TrainingSession, session_values
+from snello.split.wire.frames import Frame, Kind, control
+from snello.split.wire.handshake import Hello, Plan, Welcome, parse, recipe_values
+from snello.split.wire.refusals import Code, Refused
+from snello.split.wire.weights import weights_frame
+from snello.vit import AttentionPath
+from snello.vit.attention import faster_attention
+
+
+class Registry:
+    """Opens, keeps and saves sessions.
+
+    Args:
+        config: of the server.
+        run: its folder.
+        attention: path of attention that an earlier start has measured, if any.
+
+    Raises:
+        SnelloError: where settings, model and machine do not fit each other; nothing has been written.
+    """
+
+    def __init__(self, config: ServeConfig, run: RunFolder, attention: str | None = None) -> None:
+        self.config, self.run = config, run
+        self.device = resolve_device(config.device)
+        self.precision: Precision = resolve_precision(config.precision, self.device)
+        self._sizes: dict[int, Sizes] = {}
+        self._memory = parse_bytes(config.max_memory, "--max-memory")
+        self._in_memory: dict[str, TrainingSession] = {}
+        self._connected: set[str] = set()  # those of evaluation too, under names of their own
+        self._left: dict[str, float] = {}  # sessions in memory without a connection: since when
+        self.attention = self._attention(attention or config.attention)
+        self._shared: Upper | None = None
+        self._shared_steps = 0
+        self._shared_checkpoints: Checkpoints | None = None
+        self._shared_classes = ""
+
+    def _attention(self, path: str) -> AttentionPath:
+        vit = make_vit(self.config, self.config.num_classes or 10)  # also shows that the settings work
+        self.architecture = architecture_of(vit.model)
+        Upper(replace(self.config, weights="none"), self.config.num_classes or 10, **self._options("explicit"))
+        if path == "auto":
+            return faster_attention(vit, self.config.batch_size, self.device, self.precision)
+        return path  # type: ignore[return-value]
+
+    def _options(self, attention: AttentionPath | None = None) -> dict[str, Any]:
+        return {"device": self.device, "precision": self.precision, "attention": attention or self.attention}
+
+    def sizes(self, num_classes: int) -> Sizes:
+        """What can be said of a model with so many classes."""
+        if num_classes not in self._sizes:
+            if len(self._sizes) >= 64:
+                self._sizes.clear()  # clients choose the number: they must not fill the memory
+            self._sizes[num_classes] = Sizes(self.config, num_classes, self.precision)
+        return self._sizes[num_classes]
+
+    # ---------------------------------------------------------------------------------------------------- opening
+
+    def describe(self) -> Frame:
+        """What a client needs to prepare itself."""
+        recipe = recipe_values(replace(self.config, precision=self.precision))
+        values = self._welcome(recipe=recipe, num_classes=self.config.num_classes, architecture=self.architecture)
+        return control(Kind.WELCOME, values)
+
+    def open(self, client: str, hello: Hello) -> tuple[str, Session, Frame]:
+        """The session that a client asks for, its name for `leave`, and what is said to the client.
+
+        Raises:
+            Refused: where the client cannot go on here.
+        """
+        if hello.terms is None:
+            raise Refused(Code.MALFORMED, "a client did not tell its terms")
+        wanted = self.config.num_classes or hello.terms.num_classes
+        if not 1 <= wanted < 2**16:
+            raise Refused(Code.MISMATCH, f"num classes: the server takes 1 to 65535, the client has {wanted}")
+        sizes = self.sizes(wanted)
+        sizes.terms.require(hello.terms)
+        if hello.mode == "inference":
+            return self._open_inference(client, hello, sizes)
+        if hello.plan is None:
+            raise Refused(Code.MALFORMED, "a client did not tell its plan")
+        return self._open_training(client, hello, hello.plan, sizes)
+
+    def _welcome(self, **values: Any) -> dict[str, Any]:
+        welcome = Welcome(time=time.time(), version=version("snello"), shared=self._is_shared, **values)
+        return asdict(welcome)
+
+    def _open_inference(self, client: str, hello: Hello, sizes: Sizes) -> tuple[str, Session, Frame]:
+        run = self._folder(client, hello.session)
+        if self._known(client, hello.session) is None:
+            raise Refused(Code.UNKNOWN_SESSION, "the server does not know this session")
+        if not run.model_file.is_file():
+            raise Refused(Code.NO_CHECKPOINT, "the session has not finished an epoch yet")
+        name = f"evaluation-{uuid.uuid4()}"
+        self._make_room(name, sizes)
+        upper = Upper(replace(self.config, weights="none"), sizes.terms.num_classes, **self._options())
+        session = InferenceSession(upper, run, sizes, self.config)
+        self._connected.add(name)
+        return name, session, control(Kind.WELCOME, self._welcome())
+
+    def _open_training(self, client: str, hello: Hello, plan: Plan, sizes: Sizes) -> tuple[str, Session, Frame]:
+        known = self._known(client, hello.session)
+        if known is not None and known != plan:
+            raise Refused(Code.MISMATCH, f"pictures and steps: the session began with {known}, the client has {plan}")
+        has_state = hello.step is not None or bool(hello.checkpoints)
+        if known is None and has_state:
+            raise Refused(Code.UNKNOWN_SESSION, "the server has nothing of this session")
+        name = session_name(client, hello.session)
+        self._make_room(name, sizes)
+        try:
+            session, welcome = self._enter(client, name, hello, plan, sizes, known is None, has_state)
+        except CheckpointError as error:
+            self.forget(name)
+            raise Refused(Code.STORAGE, str(error)) from error
+        except BaseException:
+            self.forget(name)
+            raise
+        self._connected.add(name)
+        self._left.pop(name, None)
+        return name, session, welcome
+
+    def _enter(
+        self, client: str, name: str, hello: Hello, plan: Plan, sizes: Sizes, new: bool, has_state: bool
+    ) -> tuple[Session, Frame]:
+        session = self._in_memory.get(name)
+        if session is not None and self._can_go_on(session, hello):
+            return session, control(Kind.WELCOME, self._position(session))
+        if session is None:
+            session = self._make(client, hello.session, plan, sizes)
+        self._in_memory[name] = session
+        session.incarnation = uuid.uuid4().hex
+        if new:
+            session.save()
+            save_json(session.run.path / "session.json", session_values(hello.session, client, plan))
+        elif self._is_shared:
+            self._go_on_shared(session, hello)
+        else:
+            session.go_back(self._common(session, hello))
+        values = self._position(session, back=has_state and (not self._is_shared or hello.step is None))
+        if has_state:
+            return session, control(Kind.WELCOME, values)
+        values["fresh"] = True
+        return session, weights_frame(Kind.WELCOME, starting_weights(self.config, sizes.terms.num_classes), values)
+
+    @staticmethod
+    def _can_go_on(session: TrainingSession, hello: Hello) -> bool:
+        """Whether both still have in memory what they had when the connection broke."""
+        if session.failed is not None or hello.step is None or session.incarnation != hello.incarnation:
+            return False
+        return hello.step <= session.step <= hello.step + 1
+
+    def _position(self, session: TrainingSession, back: bool = False) -> dict[str, Any]:
+        place = {"incarnation": session.incarnation, "step": session.step, "back": back}
+        return self._welcome(**place, lost_steps=session.lost_steps)
+
+    def _common(self, session: TrainingSession, hello: Hello) -> int:
+        theirs: set[int] = set(hello.checkpoints or [0])
+        ours = session.checkpoints.steps()
+        both = theirs.intersection(ours)
+        if not both:
+            reason = f"the client has checkpoints of the steps {sorted(theirs)}, the server of {ours}"
+            raise Refused(Code.NO_CHECKPOINT, reason)
+        return max(both)
+
+    def _go_on_shared(self, session: TrainingSession, hello: Hello) -> None:
+        """A shared half is never rolled back: what a client lost since its checkpoint stays in it, and is told."""
+        at = hello.step if hello.step is not None else max(hello.checkpoints or [0])
+        steps = session.checkpoints.steps()
+        reached = max(session.step, *steps)
+        nearest = max((step for step in steps if step <= at), default=None)
+        if nearest is not None:
+            session.go_back(nearest)
+        session.lost_steps += max(0, reached - at)
+        session.go_to(at)
+
+    # ------------------------------------------------------------------------------------------------ making them
+
+    @property
+    def _is_shared(self) -> bool:
+        return self.config.sessions == "shared"
+
+    def _folder(self, client: str, session: str) -> RunFolder:
+        return RunFolder(self.run.path / "sessions" / f"{client}-{session[:12]}")
+
+    def _known(self, client: str, session: str) -> Plan | None:
+        """The plan of a session that this client has begun before."""
+        file = self._folder(client, session).path / "session.json"
+        if not file.is_file():
+            return None
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return parse(Plan, values["plan"]) if values["session"] == session and values["client"] == client else None
+
+    def _make(self, client: str, session: str, plan: Plan, sizes: Sizes) -> TrainingSession:
+        run = self._folder(client, session)
+        run.path.mkdir(parents=True, exist_ok=True)
+        upper = self._shared_half(plan, sizes) if self._is_shared else self._new_half(sizes)
+        return TrainingSession(client, run, upper, sizes, plan, self.config)
+
+    def _new_half(self, sizes: Sizes) -> Upper:
+        return Upper(self.config, sizes.terms.num_classes, **self._options())
+
+    def _shared_half(self, plan: Plan, sizes: Sizes) -> Upper:
+        if self._shared is None:
+            self._shared = self._new_half(sizes)
+            folder = self.run.path / "shared" / "checkpoints"
+            self._shared_checkpoints = Checkpoints(folder, self._shared.modules, self._shared.optimizers)
+            steps = self._shared_checkpoints.steps()
+            if steps:
+                state = self._shared_checkpoints.load(steps[-1])
+                self._shared.load_state_dict(state["upper"])
+                self._shared_steps, self._shared_classes = steps[-1], state["classes"]
+        self._shared_classes = self._shared_classes or plan.classes
+        if plan.classes != self._shared_classes:
+            reason = f"class names: the other clients' have the hash {self._shared_classes}, this one's {plan.classes}"
+            raise Refused(Code.MISMATCH, f"{reason}; all who share a server half need the same folders")
+        return self._shared
+
+    # ------------------------------------------------------------------------------------------- room, and leaving
+
+    def _make_room(self, session: str, sizes: Sizes) -> None:
+        """Forgets sessions that nobody is connected to, longest ago first, until this one fits.
+
+        Raises:
+            Refused: where it does not.
+        """
+        crowded = len(self._connected - {session}) >= self.config.max_sessions
+        while crowded or not self._fits(session, sizes):
+            idle = [name for name in self._left if name != session]
+            if crowded or not idle:
+                raise Refused(
+                    Code.FULL,
+                    f"the server has {len(self._connected)} sessions under way and room for no more "
+                    f"(--max-sessions {self.config.max_sessions}, --max-memory {self.config.max_memory})",
+                )
+            self.forget(min(idle, key=lambda name: self._left[name]))
+
+    def _fits(self, session: str, sizes: Sizes) -> bool:
+        num = len({session, *self._connected, *self._in_memory})
+        states = 1 if self._is_shared else num
+        return num * sizes.messages + states * sizes.state <= self._memory
+
+    def leave(self, name: str) -> None:
+        """The connection of a session has ended; one of training stays in memory while there is room."""
+        self._connected.discard(name)
+        session = self._in_memory.get(name)
+        if session is None:
+            return
+        self._left[name] = time.monotonic()
+        if session.finished or session.failed is not None:
+            self.forget(name)
+
+    def forget(self, name: str) -> None:
+        """Drops a session from memory; its checkpoints stay."""
+        self._in_memory.pop(name, None)
+        self._left.pop(name, None)
+
+    def forget_idle(self) -> None:
+        """Drops sessions that nobody has come back to for as long as a connected client may be silent."""
+        limit = time.monotonic() - self.config.idle_seconds
+        for name in [name for name, since in self._left.items() if since < limit]:
+            self.forget(name)
+
+    def stepped(self) -> None:
+        """A session has taken a step: checkpoints of a shared half are named by the number of all of them."""
+        self._shared_steps += 1
+
+    def saved(self) -> None:
+        """A session has saved: in shared sessions the half is saved with it."""
+        if self._shared is not None and self._shared_checkpoints is not None:
+            state = {"upper": self._shared.state_dict(), "classes": self._shared_classes}
+            self._shared_checkpoints.save(self._shared_steps, state)
+
+    def save_all(self) -> None:
+        """Writes a checkpoint of every session that stands between two steps."""
+        problems: list[CheckpointError] = []
+        for session in self._in_memory.values():
+            if session.between_steps and session.failed is None and session.step not in session.checkpoints.steps():
+                try:
+                    session.save()
+                except CheckpointError as error:
+                    problems.append(error)
+        self.saved()
+        if problems:
+            raise problems[0]
+
+
+def session_name(client: str, session: str) -> str:
+    """What a session is known by: one client cannot name another's."""
+    return f"{client}/{session}"
