@@ -31,7 +31,7 @@ from snello.config import (
     Recipe,
     ServeConfig,
 )
-from snello.config.values import from_dict, read_yaml
+from snello.config.values import flag, from_dict, read_yaml
 from snello.errors import ConfigError, SnelloError
 
 T = TypeVar("T")
@@ -231,7 +231,7 @@ def main(args: Sequence[str] | None = None) -> int:
             raise ConfigError(f"unknown verb {verb!r}; known: {', '.join(VERBS)}")
         return VERBS[verb](rest)
     except SnelloError as error:
-        _say(f"error: {error}")
+        _say(f"error: {error.for_command_line}")
         return USAGE
     except KeyboardInterrupt:
         return _interrupted("interrupted")
@@ -288,6 +288,7 @@ def _one_line(box: str, verb: str) -> str:
     until = next((i for i, line in enumerate(told) if line.startswith(("Argument helptext", "For full help"))), None)
     text = re.sub(r"\s+", " ", " ".join(told[:until])) or "cannot be parsed"
     text = re.sub(r"^Error parsing \w+: (?=--|[A-Z]+ )", "", text)  # our own words, which name the flag already
+    text = re.sub(r"^Error parsing (alast): (\w+) must", lambda m: f"{flag('.'.join(m.groups()))} must", text)
     return f"{text} (snello {verb} --help lists the options)"
 
 

@@ -117,7 +117,7 @@ def test_the_attention_that_ranks_tokens_is_that_with_the_adapters():
         alast = ALaST(one, blocks=4, start_budget=0.5)
         alast.step()
         one(images())
-        kept.append([adapter.kept for adapter in alast.vit._adapters])
+        kept.append(list(alast.vit.context.kept.values()))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*kept, strict=True))
     assert not torch.equal(kept[0][0], _kept_without_adapters())
 
@@ -127,7 +127,7 @@ def _kept_without_adapters():
     alast = ALaST(model, blocks=4, start_budget=0.5)
     alast.step()
     model(images())
-    return alast.vit._adapters[0].kept
+    return alast.vit.context.kept[0]
 
 
 @pytest.mark.parametrize("kind", MODELS)

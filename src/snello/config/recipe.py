@@ -8,7 +8,7 @@ from typing import Literal
 
 from snello.config.codec_text import parse_codec
 from snello.config.methods import AlastConfig, LoraConfig
-from snello.config.registry import METHODS
+from snello.config.registry import METHODS, RULES, find
 from snello.config.units import Link, parse_bytes
 from snello.config.values import flag
 from snello.errors import ConfigError, require
@@ -145,7 +145,8 @@ class Recipe:
         require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
         require(0 <= self.label_smoothing < 1, "--label-smoothing", "in [0, 1)", self.label_smoothing)
         require(self.image_size is None or self.image_size >= 1, "--image-size", "at least 1", self.image_size)
-        require(self.method in METHODS, "--method", f"one of {', '.join(METHODS)}", self.method)
+        methods = ("auto", *METHODS)
+        require(self.method in methods, "--method", f"one of {', '.join(methods)}", self.method)
         idle = LoraConfig()
         require("lora" in self.method or self.lora == idle, "--lora", "left out without --method lora", "settings")
         require(
@@ -158,9 +159,10 @@ class Recipe:
             raise ConfigError(
                 "--alast.flops does not go with --split.cut: the other half and the codec change the cost"
             )
-        if self.split.cut and self.alast.rule == "merge":  # what crosses is named by where it stood
+        rule = self.alast.rule  # what crosses is named by where it stood; the default does, so torch is not needed here
+        if self.split.cut and rule != AlastConfig.rule and not find(RULES[rule]).has_places:
             raise ConfigError(
-                "--alast.rule merge does not go with --split.cut: merged tokens have no place of their own"
+                f"--alast.rule {rule} does not go with --split.cut: its tokens have no place of their own"
             )
         if self.method == "auto":
             object.__setattr__(self, "method", "full" if self.split.cut else "alast")

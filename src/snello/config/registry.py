@@ -1,7 +1,21 @@
 """Names that settings may have, and where what they mean is found; no torch, so that flags are checked at once."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-METHODS = ("auto", "alast", "full", "head", "last-k", "lora", "alast+lora")
+METHODS = {
+    "alast": "snello.methods.alast:AlastMethod",
+    "full": "snello.methods.fixed:Full",
+    "head": "snello.methods.fixed:Head",
+    "last-k": "snello.methods.fixed:LastK",
+    "lora": "snello.methods.lora:Lora",
+    "alast+lora": "snello.methods.lora:AlastLora",
+}
+RULES = {
+    "drop": "snello.vit.rules.drop:Drop",
+    "merge": "snello.vit.rules.merge:Merge",
+}
 EXPORTS = ("timm", "transformers", "onnx")
 CODECS = {
     "none": "snello.codecs.floats:Float32",
@@ -20,3 +34,16 @@ CODECS = {
 # Measured, see docs/adc.md: a nineteenth of the bytes and less than half of the server's compute for 2 points, and
 # nothing trained beside the model.
 AUTO = "adc(samples=1, tokens=0.4)+int4"
+
+if TYPE_CHECKING:
+    MethodName = str
+    RuleName = str
+else:
+    MethodName = Literal[tuple(METHODS)]
+    RuleName = Literal[tuple(RULES)]
+
+
+def find(where: str) -> Any:
+    """What is called `name` in a module, of `module:name`."""
+    module, _, name = where.partition(":")
+    return getattr(import_module(module), name)

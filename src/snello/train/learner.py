@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from snello.config import FinetuneConfig
 from snello.data.loaders import Batch
-from snello.methods import Lora, Method, make_method
+from snello.methods import Method, make_method
 from snello.seeds import mix
 from snello.train.optim import make_optimizer, set_lr
 from snello.vit import ViT, logits_of
@@ -124,6 +124,8 @@ class Whole:
     def __init__(self, vit: ViT, config: FinetuneConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.method: Method = make_method(vit, config)
+        if accelerator.num_processes > 1:
+            self.method.process_group = torch.distributed.group.WORLD
         optimizer = make_optimizer(
             vit,
             lr=config.lr,
@@ -139,8 +141,7 @@ class Whole:
 
     def save_adapters(self, folder: Path) -> None:
         """Writes the adapters as peft's own files, where there are any."""
-        if isinstance(self.method, Lora):
-            self.method.adapters.save(folder)
+        self.method.save(folder)
 
     def begin(self, progress: float, num_micro: int = 1) -> None:
         """See `Learner`."""

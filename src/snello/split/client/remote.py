@@ -16,7 +16,7 @@ from snello.config import FinetuneConfig
 from snello.data.loaders import Batch
 from snello.devices import Precision, synchronize
 from snello.errors import ConfigError
-from snello.methods import AdaptiveMethod
+from snello.methods.alast import AlastMethod
 from snello.split.build import LossScale, cut_model, make_codec, make_half, modules_of
 from snello.split.client.connection import Connection
 from snello.split.halves import ClientHalf
@@ -86,7 +86,7 @@ class Remote:
             self._prepare_prefetch()
 
     def _prepare_prefetch(self) -> None:
-        if isinstance(self.half.method, AdaptiveMethod):
+        if isinstance(self.half.method, AlastMethod):
             raise ConfigError(
                 "--split.prefetch does not go with ALaST on the client, which draws before each forward pass: "
                 "use --split.alast server or another --method"
