@@ -28,6 +28,8 @@ from snello.runs.folder import RunFolder
 
 torch.set_num_threads(1)
 
+pytest_plugins = ["helpers.clients"]  # its fixtures; and pytest says what is wrong in its asserts
+
 QUIET = Console(quiet=True)
 TIMES = ("seconds", "train_time_s", "client_seconds", "server_seconds")
 

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snello.config import EvaluateConfig, PredictConfig
+from snello.config import EvaluateConfig, FinetuneConfig, PredictConfig
 from snello.data import PictureSet, find_pictures, load_pictures, open_picture, splits_of
 from snello.data.loaders import Batch, batches, eval_loader, eval_transform
 from snello.devices import autocast, resolve_device, resolve_precision
 from snello.errors import CheckpointError, DataError
 from snello.files import load_tensors
-from snello.models import Preprocessing, create_model
 from snello.runs.folder import RunFolder
-from snello.split.learner import Cut
+from snello.split.learner import make_split_learner
+from snello.train.place import Setup
+from snello.train.schedule import Schedule
 from snello.train.scoring import Normalize, Score, score
 from snello.vit import ViT, logits_of
 
@@ -31,49 +32,28 @@ class Predictor:
 
     def __init__(self, path: Path, device: str = "auto") -> None:
         run = RunFolder(path)
-        self.config, resolved = run.read_config()
-        if not run.model_file.is_file():
-            raise CheckpointError(f"{path} holds no model yet: its run has not finished an epoch")
-        self.classes: list[str] = resolved["classes"]
+        self.config, self.resolved = config, resolved = run.read()
+        run.require_model()
+        self.classes = list(resolved.classes)
         self.device = resolve_device(device)
-        fp16_on_cpu = resolved["precision"] == "fp16" and self.device.type == "cpu"
-        self.precision = resolve_precision("fp32" if fp16_on_cpu else resolved["precision"], self.device)
-        weights = run.exported_weights() if "server" in resolved else run.model_file
+        fp16_on_cpu = resolved.precision == "fp16" and self.device.type == "cpu"
+        self.precision = resolve_precision("fp32" if fp16_on_cpu else resolved.precision, self.device)
+        weights = run.model_file if resolved.server is None else run.exported_weights()
         if weights is None:
-            from snello.split.client.model import Online  # gRPC is only needed here
+            from snello.split.client.model import JoinedModel  # gRPC is only needed here
 
-            self.model: nn.Module = Online(run, self.config, resolved, self.device, self.precision)
+            self.model: nn.Module = JoinedModel(run, self.device, self.precision)
         else:
-            self.model = self._whole(run, resolved, weights)
+            vit = _load(run, weights)
+            vit.model.to(self.device)
+            in_halves = config.split.cut and resolved.server is None  # measured as in training: in evaluation's format
+            self.model = self._over_the_cut(vit, run) if in_halves else vit.model
         self.model.eval()
-        pre = resolved["preprocessing"]
-        self.preprocessing = Preprocessing(**pre | {"mean": tuple(pre["mean"]), "std": tuple(pre["std"])})
+        self.preprocessing = resolved.pictures
         self.normalize = Normalize(self.preprocessing, self.device)
         self.transform = eval_transform(
             self.preprocessing.size, self.preprocessing.interpolation, self.preprocessing.crop_pct
         )
-
-    def _whole(self, run: RunFolder, resolved: dict[str, Any], weights: Path) -> nn.Module:
-        own_names = weights.parent == run.path  # a folder for transformers has the hub's names
-        model = create_model(
-            self.config.model,
-            "none" if own_names else str(weights),
-            len(self.classes),
-            self.config.image_size,
-            resolved.get("architecture"),
-        )
-        vit = ViT(model)
-        vit.set_attention_paths([resolved["attention"]] * vit.depth)
-        try:
-            if own_names:
-                model.load_state_dict(load_tensors(weights)[0])
-        except RuntimeError as error:
-            text = " ".join(str(error).split())
-            raise CheckpointError(f"{weights} does not fit {self.config.model}: {text}") from error
-        model.to(self.device)
-        if self.config.split.cut and "server" not in resolved:
-            return self._over_the_cut(vit, run, resolved["codec"])  # measured as in training: in evaluation's format
-        return model
 
     def close(self) -> None:
         """Ends the connection to the server, where the run has its other half there."""
@@ -81,19 +61,14 @@ class Predictor:
         if close is not None:
             close()
 
-    def _over_the_cut(self, vit: ViT, run: RunFolder, codec: str) -> nn.Module:
+    def _over_the_cut(self, vit: ViT, run: RunFolder) -> nn.Module:
         config = replace(self.config, split=replace(self.config.split, max_bytes=None))
-        cut = Cut(
-            vit,
-            config,
-            num_classes=len(self.classes),
-            device=self.device,
-            precision=self.precision,
-            codec_text=codec,
-        )
-        if "codec" in cut.modules:
-            cut.modules["codec"].load_state_dict(load_tensors(run.codec_file)[0])
-        return cut.evaluator
+        schedule = Schedule(1, config.batch_size, 1, 1)
+        setup = Setup(config, len(self.classes), self.device, self.precision, schedule, self.resolved.codec)
+        learner = make_split_learner(vit, setup)
+        if "codec" in learner.modules:
+            learner.modules["codec"].load_state_dict(load_tensors(run.codec_file)[0])
+        return learner.evaluator
 
     def score(self, labelled: Iterable[Batch]) -> Score:
         """Accuracy, overall and by class, and mean cross-entropy over labelled batches."""
@@ -107,6 +82,19 @@ class Predictor:
             logits = logits_of(self.model(self.normalize(images.to(self.device))))
         probabilities: Tensor = logits.float().softmax(1).cpu()
         return probabilities
+
+
+def _load(run: RunFolder, weights: Path) -> ViT:
+    """The run's model with the weights of a file, in its own names or, in a folder for transformers, the hub's."""
+    if weights.parent != run.path:
+        return run.model(str(weights))
+    vit = run.model()
+    try:
+        vit.model.load_state_dict(load_tensors(weights)[0])
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"{weights} does not fit {run.read()[0].model}: {text}") from error
+    return vit
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -130,7 +118,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _pictures_of(config: EvaluateConfig, predictor: Predictor) -> tuple[PictureSet, int]:
     """The pictures to evaluate on, and how many were left out."""
-    made = predictor.config
+    made = predictor.config if config.data is not None else _at_home(predictor)
     skip_bad = config.skip_bad or (config.data is None and made.skip_bad)
     part = None if config.part == "auto" else config.part
     if config.data is None and part is None:
@@ -146,6 +134,24 @@ def _pictures_of(config: EvaluateConfig, predictor: Predictor) -> tuple[PictureS
         columns=made.columns if config.data is None else config.columns,
         data_root=config.data_root or made.data_root,
     )
+
+
+def _at_home(predictor: Predictor) -> FinetuneConfig:
+    """The run's settings with its pictures where they are now: its paths may have been relative to another folder.
+
+    Raises:
+        DataError: where they are not there any more.
+    """
+    made, resolved = predictor.config, predictor.resolved
+    if resolved.data_root is not None:
+        made = replace(made, data_root=Path(resolved.data_root))
+    if resolved.data is None or (made.data is not None and Path(made.data).absolute() == Path(resolved.data)):
+        return made
+    if not Path(resolved.data).exists():
+        raise DataError(
+            f"the run's pictures are not in {resolved.data} any more: give a source of pictures with --data"
+        )
+    return replace(made, data=resolved.data)
 
 
 def predict(config: PredictConfig) -> Iterator[dict[str, Any]]:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import QUIET, write_pictures
+from helpers.whole_runs import save
 from PIL import Image
-from whole_runs import save
 
 from snello import cli
 from snello.config import CheckDataConfig

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import run_python, write_pictures
+from helpers.whole_runs import assert_whole_run, coloured, error_of, load
 from PIL import Image
-from whole_runs import assert_whole_run, coloured, error_of, load
 
 from snello import cli
 from snello.config import ColumnsConfig

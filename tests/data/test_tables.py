@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole_runs import assert_whole_run, error_of, load, save
+from helpers.whole_runs import assert_whole_run, error_of, load, save
 
 from snello import cli
 from snello.config import ColumnsConfig, EvaluateConfig

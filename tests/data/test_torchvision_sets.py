@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.whole_runs import assert_whole_run, coloured, error_of, load, save
 from torchvision import datasets
-from whole_runs import assert_whole_run, coloured, error_of, load, save
 
 from snello.data import load_pictures
 from snello.data.torchvision_sets import SETS, spec_of

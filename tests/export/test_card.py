@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import QUIET
-from run_folders import edit, make_run, write_run
+from helpers.run_folders import edit, make_run, write_run
 
 from snello.config import AlastConfig, ExportConfig, LoraConfig, SplitConfig
 from snello.export import export

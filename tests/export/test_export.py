@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import QUIET
-from run_folders import blocks_of, edit, expected, make_run, picture, write_run
+from helpers.run_folders import blocks_of, edit, expected, make_run, picture, write_run
 from safetensors import safe_open
 from torch import Tensor
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_folders import blocks_of, edit, expected, make_run, make_transformers, picture, random_images
+from helpers.run_folders import blocks_of, edit, expected, make_run, make_transformers, picture, random_images
 
 from snello import cli
 from snello.config import ExportConfig

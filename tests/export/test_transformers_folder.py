@@ -9,8 +9,7 @@ import pytest
 import timm
 import torch
 from conftest import run_python
-from PIL import Image
-from run_folders import (
+from helpers.run_folders import (
     blocks_of,
     edit,
     expected,
@@ -20,6 +19,7 @@ from run_folders import (
     random_images,
     write_run,
 )
+from PIL import Image
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_vit, write_pictures
-from ranks import run_ranks
+from helpers.ranks import run_ranks
 
 pytest.importorskip("lightning")
 

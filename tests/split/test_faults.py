@@ -24,7 +24,7 @@ import pytest
 import torch
 import yaml
 from conftest import free_port, rows_of, write_pictures
-from processes import Child, Wrong, until
+from helpers.processes import Child, Wrong, until
 from proxy import Proxy, Rule
 
 from snello.config import CertsConfig

@@ -2,12 +2,12 @@
 
 import copy
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_deit, tiny_vit
-from test_vit import VARIANTS, make
+from helpers.halves import CLASSES, CPU, LR, batch, make_cut, step
+from helpers.vits import VARIANTS, make
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -19,35 +19,6 @@ from snello.split.learner import Cut
 from snello.split.wire.frames import ARRAY_KINDS, Flags, Frame, Kind
 from snello.train.optim import make_optimizer, set_lr
 from snello.vit import ViT
-
-CPU = torch.device("cpu")
-CLASSES, LR = 5, 1e-2
-
-
-def batch(n: int = 4, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, 16, 16, generator=generator), torch.randint(CLASSES, (n,), generator=generator)
-
-
-def make_cut(model: nn.Module, codec: str = "none", cut: int = 2, precision: str = "fp32", **options: Any) -> Cut:
-    run = {key: options.pop(key) for key in ("method", "alast", "label_smoothing", "seed") if key in options}
-    split = SplitConfig(cut=cut, codec=codec, **options)
-    config = FinetuneConfig(**{"method": "full", "lr": LR, "split": split, **run})
-    return Cut(ViT(model), config, num_classes=CLASSES, device=CPU, precision=precision, codec_text=codec)
-
-
-def step(cut: Cut, batches, index: int = 0, update: bool = True) -> torch.Tensor:
-    cut.begin(0.0)
-    num = sum(len(labels) for _, labels in batches)
-    micros = [batches[at : at + cut.buffer] for at in range(0, len(batches), cut.buffer)]
-    torch.manual_seed(index)
-    loss = torch.zeros(())
-    for micro, some in enumerate(micros):
-        loss = loss + cut.backward(some, step=index, micro=micro, num_samples=num, seed=index)
-    if update:
-        cut.clip(0.0)
-        cut.update(LR)
-    return loss
 
 
 def whole_steps(

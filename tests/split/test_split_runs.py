@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import QUIET, assert_same_run, flags, resumed, rows_of, tiny_vit
+from helpers.halves import batch, make_cut, step
+from helpers.resuming import cut_off, whole
 from rich.console import Console
-from test_resume import cut_off, whole
 
 from snello import cli
 from snello.codecs import codec_class
@@ -348,8 +349,6 @@ class TestSession:
 
 
 def test_adc_on_a_model_without_cls_token():
-    from test_halves import batch, make_cut, step
-
     cut = make_cut(tiny_vit(class_token=False, global_pool="avg"), "adc(0.3)")
     assert step(cut, [batch(8)]).isfinite()
     with pytest.raises(Exception, match="score=cls needs a CLS token"):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from snello.config.codec_text import parse_codec
 from snello.config.methods import AlastConfig, LoraConfig
-from snello.config.registry import METHODS, RULES, find
+from snello.config.registry import AUTO, METHODS, RULES, find
 from snello.config.units import Link, parse_bytes
 from snello.config.values import flag
 from snello.errors import ConfigError, require
@@ -71,6 +71,11 @@ class SplitConfig:
             idle = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
             if idle:
                 raise ConfigError(f"--split.{idle[0].replace('_', '-')} has no effect without --split.cut")
+
+    @property
+    def codec_text(self) -> str | None:
+        """The codec at the cut, `auto` resolved; None without a cut."""
+        return None if self.cut == 0 else AUTO if self.codec.strip() == "auto" else self.codec
 
 
 @dataclass(frozen=True)

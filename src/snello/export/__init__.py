@@ -19,7 +19,7 @@ from snello.export import onnx_file, timm_file, transformers_folder
 from snello.export.card import card
 from snello.export.halves import Fetch
 from snello.export.staging import require_free, staging
-from snello.export.trained import METADATA, Trained, is_transformers, read, read_settings
+from snello.export.trained import METADATA, Trained, read
 from snello.runs.folder import RunFolder
 
 
@@ -74,15 +74,16 @@ def export(config: ExportConfig, fetch: Fetch | None = None) -> Exported:
             written file does not compute what the model does.
     """
     run, form = RunFolder(config.run), FORMATS[config.format]
-    settings, resolved = read_settings(run)
-    if config.format == "timm" and is_transformers(resolved):
+    settings, resolved = run.read()
+    run.require_model()
+    if config.format == "timm" and resolved.architecture is not None:
         raise ModelError(f"{settings.model} is a model of transformers, not of timm: use --format transformers")
     if config.format == "onnx":
         onnx_file.require_packages()
     out = config.out or run.exports[config.format]
     beside = out / "README.md" if form.is_folder else out.with_name(out.name + ".md")
     require_free(out, [] if form.is_folder else [beside, out.with_name(out.name + ".data")])
-    trained = read(config, settings, resolved, fetch)
+    trained = read(config, fetch)
     with staging(out, is_folder=form.is_folder) as folder:
         form.write(trained, folder if form.is_folder else folder / out.name)
         text = card(trained, form.library, out.name, form.code(trained, "." if form.is_folder else out.name))

@@ -1,6 +1,6 @@
 """The model card beside every export: what the model is, how it was made, what that cost, how to use it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +11,7 @@ import yaml
 
 from snello.export.trained import Trained
 from snello.report.terminal import COST_ROWS
+from snello.runs.summary import Summary
 
 SHOWN = 100
 """Classes that a card names; the others are in the model's own files."""
@@ -81,7 +82,7 @@ def _what(trained: Trained) -> str:
     weights = {"pretrained": "its pretrained weights", "none": "random weights"}.get(
         settings.weights, "weights of the user's own"
     )
-    made = trained.summary.get("versions", {}).get("snello", version("snello"))
+    made = _versions(trained).get("snello", version("snello"))
     return (
         f"A Vision Transformer for image classification: {_quoted(trained.name)} of {library}, fine-tuned from "
         f"{weights} on {len(trained.classes)} classes at {pre.size} x {pre.size} pixels with snello {made}, "
@@ -116,13 +117,17 @@ def _classes(classes: list[str]) -> str:
     return f"{len(classes)}, in the order of the logits: {', '.join(map(_quoted, classes[:SHOWN]))}{more}."
 
 
-def _accuracy(summary: Mapping[str, Any]) -> str:
-    if not summary:
+def _accuracy(summary: Summary | None) -> str:
+    if summary is None:
         return "The run had not ended when this was exported."
     return (
-        f"{summary['accuracy']:.2%} on the held-out pictures, after epoch {summary['best_epoch']} of "
-        f"{summary['epochs']} (the last: {summary['last_accuracy']:.2%}). The epoch was chosen on these pictures."
+        f"{summary.accuracy:.2%} on the held-out pictures, after epoch {summary.best_epoch} of "
+        f"{summary.epochs} (the last: {summary.last_accuracy:.2%}). The epoch was chosen on these pictures."
     )
+
+
+def _versions(trained: Trained) -> dict[str, str]:
+    return {} if trained.summary is None else trained.summary.versions
 
 
 def _training(trained: Trained) -> str:
@@ -135,10 +140,10 @@ def _training(trained: Trained) -> str:
     if settings.method == "last-k":
         rows.append(("last_k", settings.last_k))
     if settings.split.cut:
-        codec = trained.resolved.get("codec", settings.split.codec)
-        rows += [("split.cut", settings.split.cut), ("split.codec", codec), ("split.labels", settings.split.labels)]
-    rows += [(name, trained.resolved[name]) for name in ("precision", "attention")]
-    rows += [(f"version of {name}", value) for name, value in trained.summary.get("versions", {}).items()]
+        split = settings.split
+        rows += [("split.cut", split.cut), ("split.codec", trained.resolved.codec), ("split.labels", split.labels)]
+    rows += [(name, getattr(trained.resolved, name)) for name in ("precision", "attention")]
+    rows += [(f"version of {name}", value) for name, value in _versions(trained).items()]
     shown = ((name, _value(value)) for name, value in rows if value is not None and not isinstance(value, Path))
     return _table(("setting", "value"), shown)
 
@@ -146,9 +151,11 @@ def _training(trained: Trained) -> str:
 def _costs(trained: Trained) -> list[str]:
     """The method against full fine-tuning, where that was measured."""
     summary, method = trained.summary, trained.settings.method
-    rows = []
+    if summary is None or "compared_batch_size" not in summary.costs:
+        return []
+    rows, costs = [], summary.costs
     for name, field, style, unit in COST_ROWS:
-        value, full = summary.get(field), summary.get(f"full_{field}")
+        value, full = costs.get(field), costs.get(f"full_{field}")
         if value is None:
             continue
         of_full = "does not fit" if full is None else f"{full / unit:{style}}"
@@ -156,17 +163,18 @@ def _costs(trained: Trained) -> list[str]:
         rows.append((name, f"{value / unit:{style}}", of_full, ratio))
     if not rows:
         return []
-    where = f"Measured after the run on its machine ({summary['device']}), batch {summary['compared_batch_size']}:"
+    where = f"Measured after the run on its machine ({summary.device}), batch {costs['compared_batch_size']}:"
     return ["## Cost of training", where, _table(("", method, "full", f"full / {method}"), rows)]
 
 
-def _traffic(summary: Mapping[str, Any]) -> list[str]:
+def _traffic(summary: Summary | None) -> list[str]:
     """What crossed the cut, where there was one."""
-    if "uplink_bytes" not in summary:
+    if summary is None or summary.traffic is None:
         return []
-    up, down, plain = (summary[f"{name}_bytes"] for name in ("uplink", "downlink", "uncompressed"))
+    traffic = summary.traffic
+    up, down, plain = traffic.uplink_bytes, traffic.downlink_bytes, traffic.uncompressed_bytes
     text = (
-        f"Trained across a cut after block {summary['cut']}: {up / 1e6:.2f} MB up and {down / 1e6:.2f} MB down, "
+        f"Trained across a cut after block {traffic.cut}: {up / 1e6:.2f} MB up and {down / 1e6:.2f} MB down, "
         f"{plain / (up + down):.1f}x less than uncompressed."
     )
     return ["## Traffic of training", text]

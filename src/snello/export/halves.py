@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +9,7 @@ from torch import Tensor
 from snello.config import ExportConfig, FinetuneConfig
 from snello.errors import CheckpointError, ConfigError, ModelError
 from snello.files import load_tensors
-from snello.models import create_model
 from snello.runs.folder import RunFolder
-from snello.vit import ViT
 
 NAMED = 3
 """Weights that an error names; it counts the others."""
@@ -22,19 +19,18 @@ Shapes = Mapping[str, torch.Size]
 Fetch = Callable[[Path], dict[str, Tensor]]
 
 
-def whole_state(
-    config: ExportConfig, settings: FinetuneConfig, resolved: Mapping[str, Any], fetch: Fetch | None
-) -> State:
+def whole_state(config: ExportConfig, fetch: Fetch | None) -> State:
     """The weights of a run's whole model, which are what its settings say; see `export`."""
     run = RunFolder(config.run)
+    settings, resolved = run.read()
     if run.codec_file.exists():
-        raise _codec_error(resolved.get("codec", settings.split.codec), run.path)
-    whole, client, server = _shapes(settings, resolved)
+        raise _codec_error(str(resolved.codec), run.path)
+    whole, client, server = _shapes(run, settings)
     state: State = load_tensors(run.model_file)[0]
-    if "server" in resolved:
+    if resolved.server is not None:
         rest, where = _server_half(config, fetch)
         if any(name.startswith("codec.") for name in rest):
-            raise _codec_error(resolved.get("codec", settings.split.codec), where)
+            raise _codec_error(str(resolved.codec), where)
         state = _join(state, rest, client, server, f"the client's half in {run.path}", f"the server's half {where}")
     elif config.server_half is not None:
         raise ConfigError(f"--server-half has no effect: {config.run} is a run of `snello finetune` and has the model")
@@ -49,16 +45,13 @@ def _codec_error(codec: str, where: Path | str) -> ModelError:
     )
 
 
-def _shapes(settings: FinetuneConfig, resolved: Mapping[str, Any]) -> tuple[Shapes, Shapes, Shapes]:
-    """What the whole model has, the client's half of it and the server's; without a cut both are empty."""
+def _shapes(run: RunFolder, settings: FinetuneConfig) -> tuple[Shapes, Shapes, Shapes]:
+    """Names and shapes of the whole model, its client's half and its server's; without a cut both halves are empty."""
     with torch.device("meta"):
-        model = create_model(
-            settings.model, "none", len(resolved["classes"]), settings.image_size, resolved.get("architecture")
-        )
-    parts = [model]
+        vit = run.model()
+    parts = [vit.model]
     if settings.split.cut:
-        halves = ViT(model).cut(settings.split.cut, head_below=settings.split.labels == "client")
-        parts += [half.model for half in halves]
+        parts += [half.model for half in vit.cut(settings.split.cut, head_below=settings.split.labels == "client")]
     whole, *halved = [{name: value.shape for name, value in part.state_dict().items()} for part in parts]
     client, server = halved or ({}, {})
     return whole, client, server

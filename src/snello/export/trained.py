@@ -1,21 +1,18 @@
 """A run's model, read: what every format is written from."""
 
-import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from snello.config import ExportConfig, FinetuneConfig
-from snello.errors import CheckpointError
 from snello.export.halves import Fetch, State, whole_state
-from snello.models import Preprocessing, create_model
+from snello.models import Preprocessing
 from snello.runs.folder import RunFolder
-from snello.vit import ViT
+from snello.runs.resolved import Resolved
+from snello.runs.summary import Summary
 
 METADATA = "snello_export"  # not "snello", which marks checkpoints
 """Where the files of one file say, as JSON, what `Trained.about` does."""
@@ -28,38 +25,36 @@ HUB_NAME = re.compile(r"hf:\w[\w.-]*(/[\w.-]+)?")
 class Trained:
     """The best weights of a run, with what belongs to them."""
 
+    run: RunFolder
     settings: FinetuneConfig
-    resolved: Mapping[str, Any]
-    """What was resolved: classes, preprocessing, attention path and so on."""
-    summary: Mapping[str, Any]
-    """Of a run that has ended; of another one {}."""
+    resolved: Resolved
+    summary: Summary | None
+    """None for a run that has not ended."""
     state: State
 
     @property
     def classes(self) -> list[str]:
-        """Their names, in the order of the logits."""
-        classes: list[str] = self.resolved["classes"]
-        return classes
+        """Names of the classes, in the order of the logits."""
+        return list(self.resolved.classes)
 
-    @cached_property
+    @property
     def preprocessing(self) -> Preprocessing:
         """How the model wants its pictures."""
-        pre = self.resolved["preprocessing"]
-        return Preprocessing(**pre | {"mean": tuple(pre["mean"]), "std": tuple(pre["std"])})
+        return self.resolved.pictures
 
     @property
     def resize(self) -> int:
-        """To what the shorter side of a picture is brought before its centre is cut out, in pixels."""
+        """Pixels to which the shorter side of a picture is brought before its centre is cut out."""
         return round(self.preprocessing.size / self.preprocessing.crop_pct)
 
     @property
     def is_transformers(self) -> bool:
         """Whether the model is one of transformers; otherwise it is timm's."""
-        return is_transformers(self.resolved)
+        return self.resolved.architecture is not None
 
     @property
     def name(self) -> str:
-        """The base model's; of one that is in a folder only the folder's own."""
+        """Name of the base model; for one that is in a folder only the folder's own."""
         name = self.settings.model
         if not self.is_transformers:
             return name
@@ -67,15 +62,7 @@ class Trained:
 
     def build(self) -> nn.Module:
         """The model with its weights, on the CPU, in eval mode, computing attention as the run did."""
-        model = create_model(
-            self.settings.model,
-            "none",
-            len(self.classes),
-            self.settings.image_size,
-            self.resolved.get("architecture"),
-        )
-        vit = ViT(model)
-        vit.set_attention_paths([self.resolved["attention"]] * vit.depth)
+        model = self.run.model().model
         model.load_state_dict(dict(self.state))
         return model.eval()
 
@@ -95,36 +82,8 @@ class Trained:
         }
 
 
-def is_transformers(resolved: Mapping[str, Any]) -> bool:
-    """Whether the model of a run is one of transformers."""
-    return resolved.get("architecture") is not None
-
-
-def read_settings(run: RunFolder) -> tuple[FinetuneConfig, dict[str, Any]]:
-    """The settings of a run that has finished an epoch, and what was resolved.
-
-    Raises:
-        CheckpointError: where there is no such run.
-    """
-    settings, resolved = run.read_config()
-    if not isinstance(resolved, dict) or not {"classes", "preprocessing"} <= resolved.keys():
-        raise CheckpointError(f"{run.config_file} is not that of a run: it does not say what was resolved")
-    if not run.model_file.is_file():
-        raise CheckpointError(f"{run.path} holds no model yet: its run has not finished an epoch")
-    return settings, resolved
-
-
-def read(config: ExportConfig, settings: FinetuneConfig, resolved: dict[str, Any], fetch: Fetch | None) -> Trained:
+def read(config: ExportConfig, fetch: Fetch | None) -> Trained:
     """The model of a run, joined from both halves where a cut parted them; see `export`."""
-    state = whole_state(config, settings, resolved, fetch)
-    return Trained(settings, resolved, _summary(RunFolder(config.run)), state)
-
-
-def _summary(run: RunFolder) -> dict[str, Any]:
-    if not run.summary_file.is_file():
-        return {}
-    try:
-        summary: dict[str, Any] = json.loads(run.summary_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"could not read {run.summary_file}: {error}") from error
-    return summary
+    run = RunFolder(config.run)
+    settings, resolved = run.read()
+    return Trained(run, settings, resolved, Summary.read(run.summary_file), whole_state(config, fetch))

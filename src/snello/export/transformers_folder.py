@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from snello.export import timm_file
 from snello.export.trained import Trained
-from snello.models import create_model
 from snello.models.weights import FILE
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
@@ -103,7 +102,7 @@ def timm_config(trained: Trained) -> dict[str, Any]:
     """What timm calls config.json on the hub."""
     pre = trained.preprocessing
     with torch.device("meta"):
-        model: Any = create_model(trained.settings.model, "none", len(trained.classes), trained.settings.image_size)
+        model: Any = trained.run.model().model
     known = model.pretrained_cfg
     return {
         "architecture": timm_file.architecture(trained),

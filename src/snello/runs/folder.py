@@ -22,6 +22,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -30,6 +31,11 @@ import yaml
 from snello.files import replacing
 from snello.config import FinetuneConfig, Recipe
 from snello.errors import CheckpointError, ConfigError
+from snello.models import create_model
+from snello.runs.lock import NAME as LOCK
+from snello.runs.lock import Lock
+from snello.runs.resolved import VERSION, Machine, Resolved
+from snello.vit import ViT
 from snello.config.values import from_dict, read_yaml, to_dict
 
 # Settings that may differ when a run is resumed: they change where or how it runs, not what it computes.
@@ -59,7 +65,8 @@ FREE = frozenset(
         "log_format",
     )
 )
-T = TypeVar("T")
+C = TypeVar("C")
+R = TypeVar("R", bound=Machine)
 
 
 class RunFolder:
@@ -67,6 +74,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = Lock()
+        self._named_by_user = True
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.jsonl"
         self.model_file = path / "model.safetensors"
@@ -96,39 +105,82 @@ class RunFolder:
     def of(cls, config: Recipe, label: str = "") -> "RunFolder":
         """The folder that `config` names or, without --out, a new one named after label, model, method and time.
 
+        Nothing is written yet; `create` makes it, or `lock` keeps it to this process where a run is resumed.
+
         Raises:
             ConfigError: where the folder is in use and --resume is not given, or there is nothing to resume.
         """
         if config.out is None:
             if config.resume:
-                raise ConfigError("--resume needs --out: the run folder to go on with")
+                raise ConfigError("--resume needs --out: the folder of the run to resume")
             model = re.sub(r"[^\w.]+", "-", config.model).strip("-")  # a folder or hf:name has slashes
-            return cls(Path("runs") / f"{label}{model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+            run = cls(Path("runs") / f"{label}{model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+            run._named_by_user = False
+            return run
         run = cls(config.out)
         if config.resume and not run.config_file.is_file():
             raise ConfigError(f"--resume: {config.out} holds no run (no config.yaml); leave --resume out to start one")
-        if not config.resume and config.out.exists() and not _is_empty(config.out):
-            raise ConfigError(f"--out {config.out} is not empty: add --resume to go on with its run, or name another")
+        if not config.resume:
+            run._require_empty()
         return run
 
-    def write_config(self, config: Recipe, resolved: dict[str, Any]) -> None:
-        """Creates the folder with its config.yaml."""
+    def create(self, config: Recipe, resolved: Machine) -> None:
+        """Makes the folder with its config.yaml, and keeps it to this process until `release`.
+
+        Raises:
+            ConfigError: where another process has made it its own since.
+            CheckpointError: where it cannot be written.
+        """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._make_folder()
         except OSError as error:
             raise CheckpointError(f"--out {self.path} cannot be created: {error.strerror or error}") from error
-        values = to_dict(replace(config, config=None, resume=False)) | {"resolved": resolved}
+        self.lock()
+        self._require_empty()
+        values = to_dict(replace(config, config=None, resume=False)) | {"resolved": to_dict(resolved)}
         with replacing(self.config_file) as temporary:
             temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
-    @overload
-    def read_config(self) -> tuple[FinetuneConfig, dict[str, Any]]: ...
+    def _make_folder(self) -> None:
+        """A folder that the user did not name must be new: two runs may start in the same second."""
+        if self._named_by_user:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return
+        wanted = self.path
+        for number in count(2):
+            try:
+                self.path.mkdir(parents=True)
+                return
+            except FileExistsError:
+                RunFolder.__init__(self, wanted.with_name(f"{wanted.name}-{number}"))
+
+    def _require_empty(self) -> None:
+        """Nothing may be in it but what a run leaves that was killed before it began."""
+        leftovers = (".config.yaml.tmp", LOCK)
+        if self.path.exists() and not (
+            self.path.is_dir() and all(path.name in leftovers for path in self.path.iterdir())
+        ):
+            raise ConfigError(f"--out {self.path} is not empty: add --resume to resume its run, or name another")
+
+    def lock(self) -> None:
+        """Keeps the folder to this process; a ConfigError where another one has it, with its number."""
+        try:
+            self._lock.acquire(self.path)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be written to: {error.strerror or error}") from error
+
+    def release(self) -> None:
+        """Lets other processes have the folder."""
+        self._lock.release()
 
     @overload
-    def read_config(self, cls: type[T]) -> tuple[T, dict[str, Any]]: ...
+    def read(self) -> tuple[FinetuneConfig, Resolved]: ...
 
-    def read_config(self, cls: Any = FinetuneConfig) -> tuple[Any, dict[str, Any]]:
-        """The settings, of class `cls`, and what was resolved.
+    @overload
+    def read(self, cls: type[C], kind: type[R]) -> tuple[C, R]: ...
+
+    def read(self, cls: Any = FinetuneConfig, kind: Any = Resolved) -> tuple[Any, Any]:
+        """The settings, of class `cls`, and what was resolved, of class `kind`.
 
         Raises:
             CheckpointError: where the folder holds no readable run.
@@ -136,8 +188,56 @@ class RunFolder:
         if not self.config_file.is_file():
             raise CheckpointError(f"{self.path} is not a run folder: there is no config.yaml in it")
         values = read_yaml(self.config_file)
-        resolved = values.pop("resolved", {})
-        return from_dict(cls, values, str(self.config_file)), resolved
+        resolved = values.pop("resolved", None)
+        where = f"{self.config_file}: resolved"
+        try:
+            made = from_dict(kind, resolved, where) if isinstance(resolved, dict) else None
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from None
+        if made is None or (kind is Resolved and not made.classes):
+            raise CheckpointError(f"{self.config_file} is not that of a run: it does not say what was resolved")
+        if made.version != VERSION:
+            raise CheckpointError(f"{where} is of version {made.version}, this snello reads {VERSION}")
+        return from_dict(cls, values, str(self.config_file)), made
+
+    def model(self, weights: str = "none") -> ViT:
+        """The run's model, made again as it was trained; its weights are yet to be loaded.
+
+        Args:
+            weights: as for `create_model`: where they are in the names of the model's library.
+        """
+        config, resolved = self.read()
+        vit = ViT(
+            create_model(config.model, weights, len(resolved.classes), config.image_size, resolved.architecture)
+        )
+        vit.set_attention_paths([resolved.attention] * vit.depth)  # type: ignore[list-item]
+        return vit
+
+    def require_model(self) -> None:
+        """Raises a CheckpointError where no epoch has been finished."""
+        if not self.model_file.is_file():
+            raise CheckpointError(f"{self.path} holds no model yet: its run has not finished an epoch")
+
+    def require_resumable(self, config: Recipe) -> None:
+        """Refuses to resume a run of `snello join`, or one whose checkpoint is gone: it would start over what is there.
+
+        Raises:
+            CheckpointError: saying which, and what to do.
+        """
+        if self.read()[1].server is not None:
+            raise CheckpointError(
+                f"--resume: {self.path} is a run of `snello join`, with its other half on a server: "
+                f"snello join ADDRESS --out {self.path} --resume"
+            )
+        if self.checkpoint_file.exists():
+            return
+        steps, evaluated = ([row["step"] for row in self.rows(kind)] for kind in ("step", "eval"))
+        due = [*evaluated[:1], *([config.checkpoint_steps] if config.checkpoint_steps else [])]
+        if self.summary_file.exists() or (due and steps and max(steps) > min(due)):
+            raise CheckpointError(
+                f"--resume: {self.path} has metrics up to step {max(steps, default=0)}, but its checkpoint "
+                f"{self.checkpoint_file.name} is gone: put it back, or start anew with another --out"
+            )
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""
@@ -146,7 +246,7 @@ class RunFolder:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             text = (
-                f"could not write {self.metrics_file}: {error.strerror or error}; free space, then go on with --resume"
+                f"could not write {self.metrics_file}: {error.strerror or error}; free space, then resume with --resume"
             )
             raise CheckpointError(text) from error
 
@@ -167,11 +267,6 @@ class RunFolder:
         kept = [row for row in self.rows() if row["step"] <= step]
         with replacing(self.metrics_file) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-
-
-def _is_empty(folder: Path) -> bool:
-    """Whether nothing is in a folder but what a run leaves that was killed before it began."""
-    return folder.is_dir() and all(path.name == ".config.yaml.tmp" for path in folder.iterdir())
 
 
 def require_same_config(saved: Recipe, config: Recipe, path: Path) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from snello.codecs.base import Codec
 from snello.config import Recipe
-from snello.config.registry import AUTO
 from snello.devices import Precision, autocast
 from snello.errors import CheckpointError, ConfigError
 from snello.methods import make_method
@@ -18,11 +17,6 @@ from snello.train.optim import make_optimizer
 from snello.vit import ViT
 
 H = TypeVar("H", bound=Half)
-
-
-def codec_text(config: Recipe) -> str:
-    """The codec that `config` names; `auto` is the recommended chain."""
-    return AUTO if config.split.codec.strip() == "auto" else config.split.codec
 
 
 def make_codec(config: Recipe, text: str, embed_dim: int) -> Codec:

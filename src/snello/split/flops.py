@@ -10,18 +10,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from snello.config import FinetuneConfig
 from snello.errors import SnelloWarning
 from snello.models import create_model, preprocessing
-from snello.split.learner import Cut
+from snello.split.build import make_codec
+from snello.split.learner import LocalLink, make_split_learner
 from snello.split.wire.frames import Frame
+from snello.train.place import Setup
+from snello.train.schedule import Schedule
 from snello.vit import ViT
 
 
 def flops(
     config: FinetuneConfig, codec: str, num_classes: int, method: dict[str, Any] | None = None
-) -> dict[str, float]:
-    """FLOPs per picture of each side, forward and backward, in an exchange of a full batch on random pictures.
+) -> tuple[float, float]:
+    """FLOPs per picture of the client's side and of the server's, forward and backward, in an exchange of a full batch.
 
-    Matrix products and convolutions count, two per multiply-add, the codec's too. For a CPU: they are the same
-    everywhere.
+    On random pictures; matrix products and convolutions count, two per multiply-add, the codec's too.
 
     Args:
         config: of the run.
@@ -36,27 +38,31 @@ def flops(
         model = create_model(config.model, "none", num_classes, config.image_size)
         vit = ViT(model)
         vit.set_attention_paths(["explicit"] * vit.depth)  # the counter does not know every fused kernel
-        cut = Cut(vit, config, num_classes=num_classes, device=torch.device("cpu"), precision="fp32", codec_text=codec)
-        if method is not None:
-            cut.client.method.load_state_dict(method["client"])
-            cut.server.method.load_state_dict(method["server"])
-        size = preprocessing(model, config.image_size).size
-        num = config.batch_size * cut.buffer
+        size, buffer = preprocessing(model, config.image_size).size, make_codec(config, codec, vit.embed_dim).buffer
+        num = config.batch_size * buffer
         batches = [
             (torch.randn(config.batch_size, 3, size, size), torch.randint(num_classes, (config.batch_size,)))
-            for _ in range(cut.buffer)
+            for _ in range(buffer)
         ]
-        counted = {"client": 0, "server": 0}
-        cut.begin(0.0)
+        setup = Setup(config, num_classes, torch.device("cpu"), "fp32", Schedule(num, num, 1, 1), codec)
+        learner = make_split_learner(vit, setup)
+        assert isinstance(learner.link, LocalLink)
+        server = learner.link.model
+        if method is not None:
+            learner.half.method.load_state_dict(method["client"])
+            server.half.method.load_state_dict(method["server"])
+        learner.half.begin(config.lr, 0.0)
+        server.half.begin(config.lr, 0.0)
+        counted = [0, 0]
+        frame: Frame | None = None
         with FlopCounterMode(display=False) as counter:
-            first = cut.client.start(batches, step=0, micro=0, num_samples=num, seed=0)
-        frame: Frame | None = first
-        counted["client"] += counter.get_total_flops()
+            frame = learner.half.start(batches, step=0, micro=0, num_samples=num, seed=0)
+        counted[0] += counter.get_total_flops()
         while frame is not None:
             with FlopCounterMode(display=False) as counter:
-                answer = cut.server.answer(frame)
-            counted["server"] += counter.get_total_flops()
+                answer = server.half.answer(frame)
+            counted[1] += counter.get_total_flops()
             with FlopCounterMode(display=False) as counter:
-                frame = cut.client.answer(answer)
-            counted["client"] += counter.get_total_flops()
-    return {f"{side}_flops_per_sample": total / num for side, total in counted.items()}
+                frame = learner.half.answer(answer)
+            counted[0] += counter.get_total_flops()
+    return counted[0] / num, counted[1] / num

@@ -192,7 +192,7 @@ class ClientHalf(Half):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._pending: dict[tuple[int, int], _Pending] = {}  # by step and micro-step: with prefetch there are two
+        self._pending: _Pending | None = None
         self.loss = torch.zeros(())
         """The last exchange's loss, times its share of the step."""
         if self.codec.score is not None:
@@ -216,7 +216,7 @@ class ClientHalf(Half):
         message = self.codec.encode(z, context)
         targets = Targets.of(labels, message.groups, message.num_rows, self.num_classes)
         share = len(labels) / num_samples
-        self._pending[step, micro] = _Pending(step, micro, message, targets, share)
+        self._pending = _Pending(step, micro, message, targets, share)
         arrays = dict(message.arrays)
         if self.labels == "server":
             arrays |= labels_to_arrays(labels, message, self.num_classes)
@@ -230,8 +230,8 @@ class ClientHalf(Half):
         Raises:
             ProtocolError: for a frame that does not belong to the exchange under way.
         """
-        pending = self._pending.get((frame.step, frame.micro))
-        if pending is None:
+        pending = self._pending
+        if pending is None or (pending.step, pending.micro) != (frame.step, frame.micro):
             raise ProtocolError(f"a frame of step {frame.step}.{frame.micro} came, which is not under way")
         self.overflow |= Flags.OVERFLOW in frame.flags
         arrays = self._on_device(frame)
@@ -239,7 +239,7 @@ class ClientHalf(Half):
             return self._take_loss(pending, frame, arrays)
         if frame.kind != Kind.GRADIENTS:
             raise ProtocolError(f"a frame of kind {frame.kind.name} came, where gradients were waited for")
-        del self._pending[frame.step, frame.micro]
+        self._pending = None
         if self.labels == "server":
             self.loss = _array(arrays, "gradients.loss", (1,)).squeeze(0)
         if "gradients" in arrays and not self.overflow:
@@ -259,8 +259,8 @@ class ClientHalf(Half):
         return gradient
 
     def forget(self) -> None:
-        """Drops exchanges under way."""
-        self._pending = {}
+        """Drops the exchange under way."""
+        self._pending = None
 
     def evaluate(self, images: Tensor) -> Frame:
         """The activations of normalised pictures (B, 3, H, W) in the format of evaluation; after `train(False)`."""
@@ -304,7 +304,7 @@ class ClientHalf(Half):
         self.loss = loss.detach()
         torch.autograd.backward(loss * self.scale())
         if Flags.FORWARD_ONLY in frame.flags:
-            del self._pending[pending.step, pending.micro]
+            self._pending = None
             return None
         assert features.grad is not None
         pending.features = features

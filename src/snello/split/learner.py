@@ -1,221 +1,352 @@
-"""A model cut in two halves inside one process: what a network would carry is written, counted and read here."""
+"""A model cut in two in training (a `Learner`): the client's half is here, the server's at the other end of a link.
+
+In one process the link holds the server's half, over a network a connection to it. All else is the same, so that what
+is trained over a network is what is trained in one process.
+"""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from snello.config import FinetuneConfig
-from snello.data.loaders import Batch
-from snello.devices import Precision, synchronize
+from snello.codecs.base import Codec
+from snello.devices import synchronize
 from snello.split.build import LossScale, cut_model, make_codec, make_half, modules_of
-from snello.split.halves import ClientHalf, Half, ServerHalf
+from snello.split.halves import ClientHalf
 from snello.split.ledger import Ledger
+from snello.split.steps import ServerModel, ServerSteps
 from snello.split.wire import frames
-from snello.split.wire.frames import Counters, Flags, Frame, Kind
+from snello.split.wire.frames import EVALUATION_KINDS, Flags, Frame, Kind
+from snello.train.learner import Learner, MicroStep
 from snello.train.optim import set_lr
+from snello.train.place import Setup
 from snello.vit import ViT
 
 
-class Cut:
-    """Both halves, each with its own optimizer, clipping and method, and the bytes between them (a `Learner`).
+class Link(Protocol):
+    """The way to the server's half."""
+
+    may_break: bool
+    """Whether steps can be lost, so that the state at the start of a step is kept."""
+
+    def exchange(self, frame: Frame) -> Frame:
+        """The server's answer to a frame."""
+
+    def begin(self, step: int) -> None:
+        """Begins an optimizer step."""
+
+    def settle(self, overflow: bool) -> None:
+        """Tells the server that the step is over, and whether a gradient overflowed here: then both sides skip it.
+
+        Raises:
+            TrainingError: where the server's gradients are not finite.
+        """
+
+    def metrics(self) -> dict[str, Any]:
+        """What is logged of the step: above all the seconds that the other side took."""
+
+    def method_metrics(self) -> dict[str, Any] | None:
+        """What the method of the server's half says; None where that is not known here."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint here has to keep of the other side."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resumes from a `state_dict()`."""
+
+
+class SplitLearner(Learner):
+    """The client's half with its own optimizer, clipping and method, a link, and the bytes that cross it.
 
     Args:
-        vit: the whole model, on its device.
-        config: of the run.
-        num_classes: C.
-        device: of both halves.
-        precision: of both halves' forward passes.
-        codec_text: what `config.split.codec` was resolved to.
-        step_samples: pictures in each step of an epoch, needed where traffic has a budget.
+        vit: the whole model, for its sizes.
+        lower: the client's part of it, with memory.
+        codec: at the cut.
+        setup: settings and schedule.
+        link: the way to the server's half.
 
     Raises:
-        ConfigError: where cut, codec or budget do not fit the model.
+        ConfigError: where codec or budget do not fit the model.
     """
 
-    def __init__(
-        self,
-        vit: ViT,
-        config: FinetuneConfig,
-        *,
-        num_classes: int,
-        device: torch.device,
-        precision: Precision,
-        codec_text: str,
-        step_samples: Sequence[int] = (),
-    ) -> None:
-        self.config, self.vit, self.device, self.num_classes = config, vit, device, num_classes
-        self.codec = make_codec(config, codec_text, vit.embed_dim).to(device)
-        self._scale = LossScale(device, precision)
-        lower, upper = cut_model(vit, config)
-        options: dict[str, Any] = {"num_classes": num_classes, "device": device, "precision": precision}
-        self.client = make_half(ClientHalf, lower, config, self.codec, scale=self._scale, **options)
-        self.server = make_half(ServerHalf, upper, config, self.codec, scale=self._scale, **options)
+    def __init__(self, vit: ViT, lower: ViT, codec: Codec, setup: Setup, link: Link) -> None:
+        config = setup.config
+        self.config, self.device, self.codec, self.link = config, setup.device, codec, link
+        self._scale = LossScale(setup.device, setup.precision)
+        self.half = make_half(
+            ClientHalf,
+            lower,
+            config,
+            self.codec,
+            num_classes=setup.num_classes,
+            device=setup.device,
+            precision=setup.precision,
+            scale=self._scale,
+        )
         self.buffer = self.codec.buffer
-        self.modules: Mapping[str, nn.Module] = modules_of(vit.model, self.codec)
-        self.optimizers: Mapping[str, torch.optim.Optimizer] = {
-            "client": self.client.optimizer,
-            "server": self.server.optimizer,
-        }
-        self.evaluator: nn.Module = _OverTheCut(self)
-        self.ledger = Ledger(vit, config, self.codec, num_classes)
-        self.max_steps = self.ledger.plan(self.client, self.server, step_samples)
-        self.seconds = {"client_seconds": 0.0, "server_seconds": 0.0}
-        self._skip = False  # whether half precision overflowed
-
-    @property
-    def counters(self) -> Counters:
-        """Bytes so far."""
-        return self.ledger.counters
-
-    @property
-    def uncompressed(self) -> int:
-        """Bytes that the same exchanges would have taken in fp32 without a codec."""
-        return self.ledger.uncompressed
-
-    @property
-    def _halves(self) -> tuple[Half, Half]:
-        return self.client, self.server
+        self.modules = modules_of(lower.model, self.codec)
+        self.optimizers = {"client": self.half.optimizer}
+        self.evaluator = Evaluator(self.half, self.exchange)
+        self.ledger = Ledger(vit, config, self.codec, setup.num_classes)
+        schedule = setup.schedule
+        self.max_steps = self.ledger.plan(self.half, [schedule.num_samples(i) for i in range(schedule.steps_per_epoch)])
+        self.step = 0
+        """Steps done."""
+        self.between_steps = True
+        """Whether no exchange of a step under way has been answered."""
+        self._seconds = 0.0
+        self._overflow = False
+        self._at_begin: dict[str, Any] | None = None  # of the step under way, before it moved anything
 
     # ------------------------------------------------------------------------------------------------- one step
 
-    def begin(self, progress: float, num_micro: int = 1) -> None:
-        """See `Learner`."""
+    @override
+    def begin(self, step: int, progress: float, num_micro: int) -> None:
+        self.step = step
+        if self.link.may_break:
+            self._at_begin = {"method": self.half.method.state_dict(), "ledger": self.ledger.state_dict()}
         self.ledger.begin()
-        self.seconds = dict.fromkeys(self.seconds, 0.0)
-        for half, timer in zip(self._halves, self.seconds, strict=True):
-            with self._timed(timer):
-                half.begin(self.config.lr, progress)
+        self.link.begin(step)
+        self._seconds, self._overflow = 0.0, False
+        with self._timed():
+            self.half.begin(self.config.lr, progress)
 
-    def backward(self, batches: Sequence[Batch], *, step: int, micro: int, num_samples: int, seed: int) -> Tensor:
-        """One exchange; see `Learner`."""
-        with self._timed("client_seconds"):
-            first = self.client.start(batches, step=step, micro=micro, num_samples=num_samples, seed=seed)
+    @override
+    def backward(self, work: MicroStep) -> Tensor:
+        with self._timed():
+            first = self.half.start(
+                work.batches,
+                step=work.step,
+                micro=work.micro,
+                num_samples=work.num_samples,
+                seed=work.codec_seed(self.config.seed),
+            )
         frame: Frame | None = first
         kinds: list[Kind] = []
         while frame is not None:
             kinds.append(frame.kind)
-            arrived = self.carry(frame)
-            with self._timed("server_seconds"):
-                answer = self.server.answer(arrived)
-            arrived = self.carry(answer)
-            with self._timed("client_seconds"):
-                frame = self.client.answer(arrived)
+            answer = self.exchange(frame)
+            self.between_steps = False
+            with self._timed():
+                frame = self.half.answer(answer)
         self.ledger.exchanged(
-            sum(len(labels) for _, labels in batches),
+            sum(len(labels) for _, labels in work.batches),
             len(kinds),
             gradient=Flags.FORWARD_ONLY not in first.flags,
             feature_gradient=Kind.FEATURE_GRADIENTS in kinds,
         )
-        return self.client.loss
+        return self.half.loss
 
-    def carry(self, frame: Frame) -> Frame:
-        """What the other side receives of a frame: the same bytes, counted."""
-        if not self.config.split.frames:
-            self.counters.add(frame, frames.sizes(frame))
-            return frame
-        buffers = frames.write(frame)
-        self.counters.add(frame, frames.sizes(frame))
-        return frames.read(buffers)
+    def exchange(self, frame: Frame) -> Frame:
+        """The server's answer to a frame; both are counted when it is there."""
+        answer = self.link.exchange(frame)
+        for carried in (frame, answer):
+            self.ledger.counters.add(carried, frames.sizes(carried))
+        return answer
 
+    @override
     def clip(self, max_norm: float) -> dict[str, Tensor]:
-        """Clips each half by its own norm; see `Learner`."""
-        norms = {}
-        for half, name in zip(self._halves, ("grad_norm_client", "grad_norm_server"), strict=True):
-            self._scale.unscale(half.optimizer)
-            norms[name] = half.clip(max_norm)
-        self._skip = any(half.overflow for half in self._halves) or not all(bool(n.isfinite()) for n in norms.values())
-        return norms
+        self._scale.unscale(self.half.optimizer)
+        norm = self.half.clip(max_norm)
+        self._overflow = self._scale.scaler is not None and (self.half.overflow or not bool(norm.isfinite()))
+        return {"grad_norm_client": norm}
 
+    @override
     def update(self, lr: float) -> None:
-        """See `Learner`; in half precision an overflow in either half skips the step in both."""
-        for half, timer in zip(self._halves, self.seconds, strict=True):
-            with self._timed(timer):
-                set_lr(half.optimizer, lr)
-                if self._scale.scaler is None or not self._skip:
-                    half.optimizer.step()
-                half.optimizer.zero_grad(set_to_none=True)
-        self._scale.update(finite=not self._skip)
+        self.link.settle(self._overflow)
+        with self._timed():
+            set_lr(self.half.optimizer, lr)
+            if not self._overflow:
+                self.half.optimizer.step()
+            self.half.optimizer.zero_grad(set_to_none=True)
+            self._scale.update(finite=not self._overflow)
+        self.step += 1
+        self.between_steps, self._at_begin = True, None
 
+    @override
+    def restart(self) -> None:
+        if self._at_begin is not None:
+            self.half.method.load_state_dict(self._at_begin["method"])
+            self.ledger.load_state_dict(self._at_begin["ledger"])
+        self._forget()
+
+    @override
     def spent(self, step: int) -> bool:
-        """Whether the step after `step` steps would go over the budget."""
         return self.ledger.spent(step)
 
-    # -------------------------------------------------------------------------------------- what is said and saved
+    # ------------------------------------------------------------------------------------ what is logged and saved
 
+    @override
     def metrics(self) -> dict[str, Any]:
-        """Bytes so far, seconds of each half, seconds of the link, and what codec and methods say."""
-        seconds = {name: round(value, 4) for name, value in self.seconds.items()}
-        return self.ledger.metrics() | seconds | self.codec.metrics() | self._budgets()
+        seconds = {"client_seconds": round(self._seconds, 4)}
+        return self.ledger.metrics() | seconds | self.link.metrics() | self.codec.metrics() | self._method_metrics()
 
-    def _budgets(self) -> dict[str, Any]:
+    def _method_metrics(self) -> dict[str, Any]:
         """ALaST's budgets and trained blocks over the whole depth; a half without it passes on and trains all."""
-        if self.config.method != "alast":
-            return {}
+        own, other = self.half.method.metrics(), self.link.method_metrics()
+        if other is None or "budgets" not in {**own, **other}:
+            return own
+        total, cut = self.half.vit.top_layer - 1, self.half.vit.depth
         budgets: list[float] = []
         trained: list[int] = []
-        for half in self._halves:
-            depth, first = half.vit.depth, len(budgets)
-            own = half.method.metrics()
-            budgets += own.get("budgets", [1.0] * depth)
-            trained += [first + block for block in own.get("trained", range(depth))]
+        for metrics, first, depth in ((own, 0, cut), (other, cut, total - cut)):
+            budgets += metrics.get("budgets", [1.0] * depth)
+            trained += [first + block for block in metrics.get("trained", range(depth))]
         return {"budgets": budgets, "trained": trained}
 
+    @override
     def eval_metrics(self) -> dict[str, Any]:
-        """Training bytes so far."""
-        return {"training_bytes": self.counters.training}
+        return {"training_bytes": self.ledger.counters.training}
 
-    def said(self) -> str:
-        """Traffic so far."""
-        return self.ledger.said()
+    @override
+    def status(self) -> str:
+        return self.ledger.status()
 
-    def summary(self) -> dict[str, Any]:
-        """Training bytes of each way and kind, what they would be uncompressed, and bytes of evaluation."""
+    @override
+    def traffic(self) -> dict[str, Any]:
         return self.ledger.summary()
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """See `Learner`."""
+        """A step that has begun, but of which the server knows nothing yet, has not."""
+        begun = self._at_begin if self.between_steps else None
+        other = self.link.state_dict()
+        own = self.half.method.state_dict() if begun is None else begun["method"]
         return {
-            "method": {"client": self.client.method.state_dict(), "server": self.server.method.state_dict()},
+            **other,
+            "method": {"client": own, **other.get("method", {})},
             **self.ledger.state_dict(),
+            "step": self.step,
             "scaler": self._scale.state_dict(),
         }
 
+    @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Learner`."""
-        self.client.method.load_state_dict(state["method"]["client"])
-        self.server.method.load_state_dict(state["method"]["server"])
+        self.half.method.load_state_dict(state["method"]["client"])
+        self.link.load_state_dict(state)
         self.ledger.load_state_dict(state)
+        self.step = state.get("step", 0)  # older runs in one process have none, and `begin` says it
+        self._forget()
         self._scale.load_state_dict(state["scaler"])
 
-    # ---------------------------------------------------------------------------------------------------- helpers
+    def _forget(self) -> None:
+        """Drops what belongs to exchanges that are done again."""
+        self.between_steps, self._at_begin = True, None
+        self.half.forget()
+        self.codec.metrics()
+        self.half.optimizer.zero_grad(set_to_none=True)
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _timed(self) -> Iterator[None]:
         started = time.perf_counter()
         yield
         synchronize(self.device)
-        self.seconds[name] += time.perf_counter() - started
+        self._seconds += time.perf_counter() - started
 
 
-class _OverTheCut(nn.Module):
-    """The cut model in evaluation, over the same frames."""
+class Evaluator(nn.Module):
+    """The cut model in evaluation: normalised pictures (B, 3, H, W) to logits (B, C), over the link.
 
-    def __init__(self, cut: Cut) -> None:
+    Args:
+        half: the client's.
+        exchange: brings a frame to the server's half and its answer back.
+        most: pictures in one frame; None for as many as come.
+    """
+
+    def __init__(self, half: ClientHalf, exchange: Callable[[Frame], Frame], most: int | None = None) -> None:
         super().__init__()
-        self._cut = cut
+        self._half, self._exchange, self._most = half, exchange, most
 
-    def train(self, mode: bool = True) -> "_OverTheCut":
-        """Training or eval mode of both halves and the codec."""
+    def train(self, mode: bool = True) -> "Evaluator":
+        """Switches the client's half and the codec; the server's half switches by the frames that it gets."""
         super().train(mode)
-        for half in (self._cut.client, self._cut.server):
-            half.train(mode)
+        self._half.train(mode)
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, C) of normalised pictures (B, 3, H, W)."""
-        cut = self._cut
-        return cut.client.logits(cut.carry(cut.server.answer(cut.carry(cut.client.evaluate(images)))))
+        """The logits (B, C)."""
+        parts = torch.split(images, self._most or len(images))
+        return torch.cat([self._half.logits(self._exchange(self._half.evaluate(part))) for part in parts])
+
+
+class LocalLink:
+    """A link to a server's half in this process.
+
+    Args:
+        model: the server's half.
+        setup: settings and schedule.
+    """
+
+    may_break = False
+
+    def __init__(self, model: ServerModel, setup: Setup) -> None:
+        self.model, self._bytes, self._device = model, setup.config.split.frames, setup.device
+        self.steps = ServerSteps(model, setup.schedule, setup.config, undo=False)
+        self._seconds, self._norm = 0.0, torch.zeros(())
+
+    def exchange(self, frame: Frame) -> Frame:
+        """The server's answer to a frame, through the bytes of the protocol."""
+        arrived = self._carry(frame)
+        started = time.perf_counter()
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):  # the server has its own
+            answer = self.steps.evaluate(arrived) if frame.kind in EVALUATION_KINDS else self.steps.exchange(arrived)
+        synchronize(self._device)
+        self._seconds += time.perf_counter() - started
+        return self._carry(answer)
+
+    def _carry(self, frame: Frame) -> Frame:
+        return frames.read(frames.write(frame)) if self._bytes else frame
+
+    def begin(self, step: int) -> None:
+        """Makes the server wait for this step."""
+        self._seconds = 0.0
+        self.steps.go_to(step)
+
+    def settle(self, overflow: bool) -> None:
+        """Moves the server's weights."""
+        started = time.perf_counter()
+        self._norm = self.steps.finish(overflow)
+        synchronize(self._device)
+        self._seconds += time.perf_counter() - started
+
+    def metrics(self) -> dict[str, Any]:
+        """Seconds of the server's half, and the norm of its gradients."""
+        return {"server_seconds": round(self._seconds, 4), "grad_norm_server": float(self._norm)}
+
+    def method_metrics(self) -> dict[str, Any] | None:
+        """What the method of the server's half says."""
+        return self.model.half.method.metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The server's half's method and loss scale."""
+        state = self.model.state_dict()
+        return {"method": {"server": state["method"]}, "server_scaler": state["scaler"]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resumes from a `state_dict()`."""
+        scaler = state.get("server_scaler", state["scaler"])
+        self.model.load_state_dict({"method": state["method"]["server"], "scaler": scaler})
+
+
+def make_split_learner(vit: ViT, setup: Setup) -> SplitLearner:
+    """A learner with both halves of a model in this process.
+
+    Raises:
+        ConfigError: where cut, codec or budget do not fit the model.
+    """
+    vit.model.to(setup.device)
+    codec = make_codec(setup.config, str(setup.codec), vit.embed_dim).to(setup.device)
+    lower, upper = cut_model(vit, setup.config)
+    machine: dict[str, Any] = {"device": setup.device, "precision": setup.precision}
+    server = ServerModel(upper, codec, setup.config, num_classes=setup.num_classes, **machine)
+    link = LocalLink(server, setup)
+    learner = SplitLearner(vit, lower, codec, setup, link)
+    link.steps.schedule = replace(setup.schedule, buffer=learner.buffer, max_steps=learner.max_steps)
+    learner.modules = modules_of(vit.model, codec)
+    learner.optimizers = {**learner.optimizers, **server.optimizers}
+    return learner

@@ -10,7 +10,7 @@ from snello.codecs.base import Codec
 from snello.config import Recipe
 from snello.config.units import Link, parse_bytes
 from snello.errors import ConfigError
-from snello.split.halves import ClientHalf, Half
+from snello.split.halves import ClientHalf
 from snello.split.traffic import Exchange, exchange_bytes, uncompressed_bytes
 from snello.split.wire.frames import Counters
 from snello.vit import ViT
@@ -55,7 +55,7 @@ class Ledger:
 
     # ---------------------------------------------------------------------------------------------------- budget
 
-    def plan(self, client: ClientHalf, server: Half | None, step_samples: Sequence[int]) -> int | None:
+    def plan(self, client: ClientHalf, step_samples: Sequence[int]) -> int | None:
         """Steps whose training bytes fit into the budget, given the pictures in each step of an epoch.
 
         Raises:
@@ -63,7 +63,7 @@ class Ledger:
         """
         if self.max_bytes is None:
             return None
-        self._step_bytes = self._plan(client, server, step_samples)
+        self._step_bytes = self._plan(client, step_samples)
         return self._steps_within(self.max_bytes)
 
     def spent(self, step: int) -> bool:
@@ -72,13 +72,13 @@ class Ledger:
             return False
         return self.counters.training + self._step_bytes[step % len(self._step_bytes)] > self.max_bytes
 
-    def _plan(self, client: ClientHalf, server: Half | None, step_samples: Sequence[int]) -> list[int]:
+    def _plan(self, client: ClientHalf, step_samples: Sequence[int]) -> list[int]:
         """The training bytes of an epoch's steps, with ALaST's budgets as they are now."""
         batch_size = self.config.batch_size * self.codec.buffer
         num_tokens = self.vit.num_prefix_tokens + client.method.num_left(self.vit.num_patches)
         head = {id(p) for p in client.vit.head_parameters()}
         below = any(p.requires_grad and id(p) not in head for p in client.parameters())
-        above = self.config.method != "head" if server is None else any(p.requires_grad for p in server.parameters())
+        above = self.config.method != "head"
 
         @lru_cache
         def exchange(num_samples: int) -> int:
@@ -131,7 +131,7 @@ class Ledger:
             row["link_seconds"] = round(seconds, 4)
         return row
 
-    def said(self) -> str:
+    def status(self) -> str:
         """Traffic so far, for the progress bar."""
         up, down = (self.counters.total(way) / 1e6 for way in ("uplink", "downlink"))
         return f"  {up:.1f} MB up {down:.1f} down {self.times_fewer:.1f}x less"

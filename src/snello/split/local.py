@@ -3,40 +3,68 @@
 That is what rounds of federated learning call: run some steps, take a half's weights, put averaged ones back.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Literal
 
 from rich.console import Console
 from torch import Tensor
+from typing_extensions import override
 
 from snello.config import FinetuneConfig
 from snello.data import splits_of
 from snello.errors import AuthenticationError, ConfigError
-from snello.runs.folder import RunFolder
+from snello.runs.summary import Summary
 from snello.split.build import replace_weights
 from snello.split.halves import Half
-from snello.split.learner import Cut
+from snello.split.learner import LocalLink, SplitLearner, make_split_learner
 from snello.split.security.auth import Anyone, Authenticator, Credentials
-from snello.split.wire.frames import Counters
 from snello.train.loop import Trainer
+from snello.train.place import LocalPlace
 
 Side = Literal["client", "server"]
 
 
-class Session(Protocol):
+class Session(ABC):
     """Training across a cut, wherever the other half is."""
+
+    trainer: Trainer
 
     def run(self, steps: int) -> dict[str, float]:
         """Takes up to `steps` optimizer steps; returns their number, mean loss, and the bytes they sent each way."""
+        assert isinstance(self.trainer.learner, SplitLearner)
+        counters = self.trainer.learner.ledger.counters
+        up, down = counters.total("uplink"), counters.total("downlink")
+        losses = self.trainer.advance(steps)
+        return {
+            "steps": len(losses),
+            "loss": sum(losses) / len(losses) if losses else 0.0,
+            "uplink_bytes": counters.total("uplink") - up,
+            "downlink_bytes": counters.total("downlink") - down,
+        }
 
+    @abstractmethod
     def get_state(self, side: Side) -> dict[str, Tensor]:
         """A copy of a half's weights, by their names in the whole model; a codec's begin with `codec.`"""
 
+    @abstractmethod
     def set_state(self, side: Side, state: Mapping[str, Tensor]) -> None:
-        """Goes on with these weights; optimizers keep their state."""
+        """Continues with these weights; optimizers keep their state.
+
+        Raises:
+            CheckpointError: where names or shapes are not those of the half; nothing was changed.
+        """
+
+    def finish(self) -> Summary:
+        """Ends the session on both sides and returns the summary, which is in the run folder too."""
+        return self.trainer.finish()
+
+    def close(self) -> None:
+        """Ends what loads pictures, and the connection where there is one; the session can be resumed."""
+        self.trainer.close()
 
 
-class LocalSession:
+class LocalSession(Session):
     """A session with both halves in this process.
 
     Args:
@@ -62,38 +90,18 @@ class LocalSession:
             raise ConfigError("a session needs a cut: set --split.cut")
         if (authenticator or Anyone()).identify((credentials or Anyone()).credentials()) is None:
             raise AuthenticationError("the server did not admit this client: check its token")
-        self._trainer = Trainer(config, splits_of(config), RunFolder.of(config), {}, console or Console(stderr=True))
-        assert isinstance(self._trainer.learner, Cut)
-        self._cut = self._trainer.learner
+        place = LocalPlace(config, make_split_learner)
+        self.trainer = Trainer(config, splits_of(config), place, console or Console(stderr=True))
+        assert isinstance(self.trainer.learner, SplitLearner) and isinstance(self.trainer.learner.link, LocalLink)
+        self._halves: dict[Side, Half] = {
+            "client": self.trainer.learner.half,
+            "server": self.trainer.learner.link.model.half,
+        }
 
-    def run(self, steps: int) -> dict[str, float]:
-        """See `Session`."""
-        return run_counted(self._trainer, self._cut.counters, steps)
-
+    @override
     def get_state(self, side: Side) -> dict[str, Tensor]:
-        """See `Session`."""
-        return {name: value.detach().clone() for name, value in self._tensors(side).items()}
+        return {name: value.detach().clone() for name, value in self._halves[side].weights().items()}
 
+    @override
     def set_state(self, side: Side, state: Mapping[str, Tensor]) -> None:
-        """See `Session`.
-
-        Raises:
-            CheckpointError: where names or shapes are not those of the half; nothing was changed.
-        """
-        replace_weights(self._tensors(side), state, side)
-
-    def _tensors(self, side: Side) -> dict[str, Tensor]:
-        half: Half = getattr(self._cut, side)
-        return half.weights()
-
-
-def run_counted(trainer: Trainer, counters: Counters, steps: int) -> dict[str, float]:
-    """Takes up to `steps` steps; what `Session.run` says of them."""
-    up, down = counters.total("uplink"), counters.total("downlink")
-    losses = trainer.advance(steps)
-    return {
-        "steps": len(losses),
-        "loss": sum(losses) / len(losses) if losses else 0.0,
-        "uplink_bytes": counters.total("uplink") - up,
-        "downlink_bytes": counters.total("downlink") - down,
-    }
+        replace_weights(self._halves[side].weights(), state, side)

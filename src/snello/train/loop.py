@@ -9,34 +9,30 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from snello import files
 from snello.config import FinetuneConfig
 from snello.config.values import to_dict
 from snello.data import Splits, imbalance
 from snello.data.loaders import Batch, batches, eval_loader, eval_transform, train_loader, train_transform
 from snello.devices import Precision, autocast, resolve_precision
 from snello.errors import ConfigError, TrainingError
-from snello.measure import comparison
-from snello.methods.lora import merged_state
-from snello.models import Preprocessing, architecture_of, create_model, preprocessing
-from snello.runs import checkpoint
-from snello.runs.folder import RunFolder, flat
-from snello.runs.resolved import versions
+from snello.models import architecture_of, preprocessing
+from snello.runs.folder import flat
+from snello.runs.resolved import Resolved, machine
+from snello.runs.summary import Summary, Traffic
 from snello.seeds import mix
-from snello.split import flops as costs
-from snello.split.build import codec_text
-from snello.split.learner import Cut
 from snello.train.display import progress_bar
-from snello.train.learner import Learner, MicroStep, Whole
-from snello.train.ranks import ALONE, Ranks, make_accelerator, require_alone
+from snello.train.learner import MicroStep
+from snello.train.place import GoBack, Place, Progress, Setup, State
+from snello.train.ranks import ALONE, Ranks
 from snello.train.schedule import Schedule
 from snello.train.scoring import Normalize, Score, score
 from snello.train.signals import Interrupted, stopping
@@ -45,82 +41,76 @@ from snello.vit import ViT
 from snello.vit.attention import faster_attention
 
 
-@dataclass
-class Progressed:
-    """How far a run has come; saved in every checkpoint."""
-
-    step: int = 0
-    accuracy: float = -1.0
-    """Best held-out accuracy so far, of the weights in model.safetensors."""
-    best_epoch: int = 0
-    last_accuracy: float = -1.0
-    epochs: int = 0
-    """Epochs trained."""
-    finished: bool = False
-    right: list[int] = field(default_factory=list)
-    """Of each class, the held-out pictures that the weights in model.safetensors recognise."""
-
-
 class Trainer:
-    """One run: model, method, data and where it stands. With several processes, each of them has one."""
+    """One run: model, method, data and where it stands. With several processes, each of them has one.
+
+    Args:
+        config: the settings.
+        splits: the pictures.
+        place: where model, learner and checkpoints are.
+        console: where the run reports to.
+        ranks: the processes of the run.
+
+    Raises:
+        SnelloError: for input that cannot be used; nothing has been written.
+    """
 
     def __init__(
-        self,
-        config: FinetuneConfig,
-        splits: Splits,
-        run: RunFolder,
-        saved: dict[str, Any],
-        console: Console,
-        ranks: Ranks = ALONE,
+        self, config: FinetuneConfig, splits: Splits, place: Place, console: Console, ranks: Ranks = ALONE
     ) -> None:
-        require_alone(config)
-        self.config, self.splits, self.run, self.console, self.ranks = config, splits, run, console, ranks
+        self.config, self.splits, self.place, self.console, self.ranks = config, splits, place, console, ranks
+        self.run, saved = place.run, place.saved
         with ranks.together():
-            self.device = ranks.device(saved.get("device", config.device))
+            self.device = ranks.device(saved.device if saved else config.device)
         self.precision: Precision = ranks.from_main(
-            lambda: resolve_precision(saved.get("precision", config.precision), self.device)
+            lambda: resolve_precision(saved.precision if saved else config.precision, self.device)
         )
         self.schedule = Schedule(len(splits.train), config.batch_size * ranks.size, config.accumulate, config.epochs)
         torch.manual_seed(mix(config.seed))  # the head's random start
-        vit = ViT(ranks.first_here(self._make_model))
+        num_classes = len(splits.train.classes)
+        vit = ViT(ranks.first_here(lambda: place.make_model(num_classes)))
         self.preprocessing = preprocessing(vit.model, config.image_size)
-        self._architecture = architecture_of(vit.model)
-        attention = saved.get("attention", config.attention)
-        if attention == "auto":
-            attention = ranks.from_main(lambda: faster_attention(vit, config.batch_size, self.device, self.precision))
-        vit.set_attention_paths([attention] * vit.depth)
         self.normalize = Normalize(self.preprocessing, self.device)
-        self.trackers = Trackers(config.track if ranks.is_main else (), run, flat(to_dict(config)))
-        self.progressed = Progressed()
+        self.resolved = self._resolve(vit, saved)
+        self.trackers = Trackers(config.track if ranks.is_main else (), self.run, flat(to_dict(config)))
+        self.progress = Progress()
         self._stream: Iterator[MicroStep] | None = None
         self._eval_loader: DataLoader[tuple[Tensor, int]] | None = None
         self._stop: list[int] = []
-        self._shown: Callable[[float, float], None] = lambda loss, seconds: None
-        resolved = self._resolved(str(attention), saved.get("codec"))
-        self.learner = self._make_learner(vit, resolved)
-        self.schedule = replace(self.schedule, buffer=self.learner.buffer, max_steps=self.learner.max_steps)
+        self._display: Callable[[float, float], None] = lambda loss, seconds: None
         if saved:
-            self._resume(saved, resolved)
-        else:
-            ranks.on_main(lambda: run.write_config(config, resolved))
+            self._require_same_pictures(saved)
+        setup = Setup(
+            config, num_classes, self.device, self.precision, self.schedule, self.resolved.codec, ranks, self._stop
+        )
+        self.learner = place.make_learner(vit, setup)
+        self.schedule = replace(self.schedule, buffer=self.learner.buffer, max_steps=self.learner.max_steps)
+        state = place.begin(self.learner, self.resolved, self._state)
+        if state is not None:
+            self._resume(state)
+            self._print(f"resuming after step {self.progress.step} of {self.total_steps}")
 
-    def _make_model(self) -> nn.Module:
-        config = self.config
-        return create_model(config.model, config.weights, len(self.splits.train.classes), config.image_size)
-
-    def _make_learner(self, vit: ViT, resolved: dict[str, Any]) -> Learner:
-        if self.config.split.cut:
-            vit.model.to(self.device)
-            return Cut(
-                vit,
-                self.config,
-                num_classes=len(self.splits.train.classes),
-                device=self.device,
-                precision=self.precision,
-                codec_text=resolved["codec"],
-                step_samples=[self.schedule.num_samples(step) for step in range(self.schedule.steps_per_epoch)],
-            )
-        return Whole(vit, self.config, make_accelerator(self.device, self.precision, self.ranks))
+    def _resolve(self, vit: ViT, saved: Resolved | None) -> Resolved:
+        """What is decided from model, data and machine; for a resumed run most of it has been decided before."""
+        config, ranks, splits = self.config, self.ranks, self.splits
+        attention = saved.attention if saved else config.attention
+        if attention == "auto":
+            attention = ranks.from_main(lambda: faster_attention(vit, config.batch_size, self.device, self.precision))
+        vit.set_attention_paths([attention] * vit.depth)  # type: ignore[list-item]
+        return Resolved(
+            **machine(str(self.device) if ranks.size == 1 else self.device.type, self.precision, str(attention)),
+            classes=tuple(splits.train.classes),
+            preprocessing=self.preprocessing,
+            architecture=architecture_of(vit.model),
+            num_train=len(splits.train),
+            num_val=len(splits.val),
+            num_skipped=splits.num_skipped,
+            processes=ranks.size,
+            codec=saved.codec if saved else config.split.codec_text,
+            server=self.place.server,
+            data=_absolute(config.data),
+            data_root=_absolute(config.data_root),
+        )
 
     @property
     def total_steps(self) -> int:
@@ -128,43 +118,65 @@ class Trainer:
         return self.schedule.total_steps
 
     def fit(self) -> None:
-        """Trains from where the run stands to its end, evaluating and saving after every epoch."""
-        if self.progressed.finished:
-            self.console.print("the run was already complete")
+        """Trains from where the run stands to its end, evaluating and saving after every epoch.
+
+        Raises:
+            Interrupted: where the user asked to stop, with a checkpoint saved.
+            TrainingError: where the loss is not finite; the last checkpoint is kept.
+        """
+        if self.progress.finished:
+            self._print("the run was already complete")
             return
-        with stopping(patient=self.ranks.size > 1) as self._stop, self._progress_bar():
-            while not self.progressed.finished:
+        with stopping(self._stop, patient=self.ranks.size > 1), self._progress_bar():
+            while not self.progress.finished:
                 self.advance(1)
-                if self.ranks.any(bool(self._stop)) and not self.progressed.finished:
+                if self.ranks.any(bool(self._stop)) and not self.progress.finished:
                     self._save_to_stop()
                     raise self.interrupted()
 
     def interrupted(self) -> Interrupted:
-        """What is raised where the run was asked to stop."""
-        return Interrupted(
-            f"stopped after step {self.progressed.step} of {self.total_steps}; go on with: {self._resume_command()}"
-        )
+        """The exception for a run that was asked to stop."""
+        at = f"stopped after step {self.progress.step} of {self.total_steps}"
+        return Interrupted(f"{at}; resume with: {self.place.command()}")
 
-    def _resume_command(self) -> str:
-        return self.ranks.command(["finetune", "--out", str(self.run.path), "--resume"])
+    def finish(self) -> Summary:
+        """Ends the run wherever it lives, doing lost steps again, and returns the summary that it saves."""
+        while True:
+            try:
+                while not self.progress.finished:
+                    self.advance(1)
+                self.place.finish()
+                break
+            except GoBack as back:
+                self._go_back(back)
+        summary = self.ranks.from_main(self._summary)
+        self.ranks.on_main(lambda: summary.write(self.run.summary_file))
+        return summary
 
     def close(self) -> None:
         """Ends trackers, and the processes that load pictures, which the interpreter would else meet at its exit."""
         self.trackers.close()
         self._stream = None
         self._eval_loader = None
+        self.place.close()
 
     def advance(self, steps: int) -> list[float]:
         """Takes up to `steps` optimizer steps, fewer where the run ends, and returns their losses.
 
-        After the last step of an epoch it evaluates, and it saves whenever a checkpoint is due.
+        After the last step of an epoch it evaluates, and it saves whenever a checkpoint is due. Steps that were lost
+        elsewhere are done again.
         """
+        target = min(self.progress.step + steps, self.total_steps)
         losses: list[float] = []
-        while len(losses) < steps and not self.progressed.finished:
+        while self.progress.step < target and not self.progress.finished:
             started = time.perf_counter()
-            losses.append(self._step())
-            self._shown(losses[-1], time.perf_counter() - started)
-            self._after_step()
+            try:
+                loss = self._step()
+                self._display(loss, time.perf_counter() - started)
+                self._after_step()
+                losses.append(loss)
+            except GoBack as back:
+                self._go_back(back)
         return losses
 
     def evaluate(self) -> Score:
@@ -180,58 +192,55 @@ class Trainer:
                 self.ranks.total,
             )
 
-    def summary(self) -> dict[str, Any]:
-        """The run's result; the costs are None until they are measured."""
-        rows = list(self.run.rows("step"))
-        return {
-            "accuracy": self.progressed.accuracy,
+    def _summary(self) -> Summary:
+        """The run's result, without costs."""
+        rows, at, config = list(self.run.rows("step")), self.progress, self.config
+        return Summary(
+            accuracy=at.accuracy,
             **self._by_class(),
-            "last_accuracy": self.progressed.last_accuracy,
-            "best_epoch": self.progressed.best_epoch,
-            "epochs": self.progressed.epochs,
-            "steps": self.progressed.step,
-            "train_time_s": round(sum(row["seconds"] for row in rows), 3),
-            **(self._traffic(rows) if self.config.split.cut else comparison.not_measured(self.config.method)),
-            "num_classes": len(self.splits.train.classes),
-            "method": self.config.method,
-            "model": self.config.model,
-            "seed": self.config.seed,
-            "device": str(self.device),
-            "precision": self.precision,
-            "attention": self.run.read_config()[1]["attention"],
-            "versions": versions(),
-        }
+            last_accuracy=at.last_accuracy,
+            best_epoch=at.best_epoch,
+            epochs=at.epochs,
+            steps=at.step,
+            train_time_s=round(sum(row["seconds"] for row in rows), 3),
+            num_classes=len(self.splits.train.classes),
+            method=config.method,
+            model=config.model,
+            seed=config.seed,
+            device=str(self.device),
+            precision=self.precision,
+            attention=self.resolved.attention,
+            versions=self.resolved.versions,
+            traffic=self._traffic(rows),
+        )
 
     def _by_class(self) -> dict[str, Any]:
-        """What a class contributes to the accuracy of the weights that are kept."""
-        counts, at = self.splits.val.counts(), self.progressed
+        """What each class contributes to the accuracy of the weights that are kept."""
+        counts, at = self.splits.val.counts(), self.progress
         if not at.right:  # of a run that an older version has begun
             return {"balanced_accuracy": None, "per_class": None}
         kept = Score(at.accuracy, math.nan, tuple(at.right), tuple(counts.values()))
         return {"balanced_accuracy": kept.balanced_accuracy, "per_class": kept.per_class(list(counts))}
 
-    def _traffic(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """What a cut adds to the result: bytes, seconds of each side and of the link, FLOPs of each side."""
-        timed = ("client_seconds", "server_seconds", "link_seconds")
+    def _traffic(self, rows: list[dict[str, Any]]) -> Traffic | None:
+        """What crossed a cut, with the seconds that every step has noted."""
+        crossed = self.learner.traffic()
+        if not crossed:
+            return None
+        timed = [field.name for field in fields(Traffic) if field.name.endswith("_seconds")]
         seconds = {name: round(sum(row[name] for row in rows), 3) for name in timed if rows and name in rows[0]}
-        state = self.learner.state_dict()["method"]
-        return {
-            **self.learner.summary(),
-            **seconds,
-            "jpeg_bytes": self.splits.train.file_bytes(),
-            **costs.flops(self.config, self.learner.summary()["codec"], len(self.splits.train.classes), state),
-        }
+        return Traffic(**crossed, **seconds, jpeg_bytes=self.splits.train.file_bytes(), **self.place.traffic())
 
     # ------------------------------------------------------------------------------------------------- one step
 
     def _step(self) -> float:
         """One optimizer step; returns its mean loss."""
-        config, step = self.config, self.progressed.step
+        config, step = self.config, self.progress.step
         if self._stream is None:
             self._stream = self._micro_steps(step)
         started = time.perf_counter()
         num_micro = self.schedule.num_micro(step)
-        self.learner.begin(self.schedule.progress(step), num_micro)
+        self.learner.begin(step, self.schedule.progress(step), num_micro)
         total = torch.zeros((), device=self.device)
         for _ in range(num_micro):
             with self.ranks.together():
@@ -241,8 +250,11 @@ class Trainer:
         norms = self.learner.clip(config.clip_norm)
         self._require_finite(total, list(norms.values()))
         lr = self.schedule.lr(step, config.lr, config.warmup)
-        self.learner.update(lr)
-        self.progressed.step = step + 1
+        try:
+            self.learner.update(lr)
+        except TrainingError as error:
+            raise self._stopped(str(error)) from error
+        self.progress.step = step + 1
         row = {
             "kind": "step",
             "step": step + 1,
@@ -281,13 +293,7 @@ class Trainer:
     def _backward(self, work: MicroStep) -> Tensor:
         torch.manual_seed(work.noise_seed(self.config.seed))
         try:
-            return self.learner.backward(
-                work.batches,
-                step=work.step,
-                micro=work.micro,
-                num_samples=work.num_samples,
-                seed=work.codec_seed(self.config.seed),
-            )
+            return self.learner.backward(work)
         except TrainingError as error:
             raise self._stopped(str(error)) from error
 
@@ -298,16 +304,15 @@ class Trainer:
             raise self._stopped(f"the {bad} is not finite")
 
     def _stopped(self, why: str) -> TrainingError:
-        kept = f"the last good checkpoint is {self.run.checkpoint_file}"
-        if not self.run.checkpoint_file.exists():
-            kept = "no checkpoint had been saved yet"
+        file = self.place.checkpoint()
+        kept = "no checkpoint had been saved yet" if file is None else f"the last good checkpoint is {file}"
         return TrainingError(
-            f"{why} at step {self.progressed.step + 1}; {kept}; try a lower --lr, more --warmup, or --precision fp32"
+            f"{why} at step {self.progress.step + 1}; {kept}; try a lower --lr, more --warmup, or --precision fp32"
         )
 
     def _after_step(self) -> None:
         """At the end of an epoch evaluates, and saves a checkpoint whenever one is due."""
-        at, config = self.progressed, self.config
+        at, config = self.progress, self.config
         last = at.step == self.total_steps or self.learner.spent(at.step)
         if at.step % self.schedule.steps_per_epoch and not last:
             if config.checkpoint_steps and at.step % config.checkpoint_steps == 0:
@@ -319,100 +324,71 @@ class Trainer:
             self._evaluate_epoch()
             if not last and config.patience and at.epochs - at.best_epoch >= config.patience:
                 at.finished = True
-                self.console.print(f"stopped early: no better accuracy in {config.patience} epochs", highlight=False)
+                self._print(f"stopped early: no better accuracy in {config.patience} epochs")
         self._save()
 
     def _evaluate_epoch(self) -> None:
         """Evaluates on the held-out pictures, and keeps the weights where they are the best so far."""
-        at = self.progressed
+        at = self.progress
+        self.place.begin_evaluation()
         result = self.evaluate()
         at.last_accuracy = result.accuracy
         if at.last_accuracy > at.accuracy:
             at.accuracy, at.best_epoch, at.right = at.last_accuracy, at.epochs, list(result.right)
-            self.ranks.on_main(self._save_best)
+            self.ranks.on_main(lambda: self.place.save_best(self.learner))
         row: dict[str, Any] = {"kind": "eval", "step": at.step, "epoch": at.epochs}
         row |= {"accuracy": result.accuracy, "balanced_accuracy": result.balanced_accuracy, "loss": result.loss}
         row |= self.learner.eval_metrics()
         self._log(row)
         sent = f", {row['training_bytes'] / 1e6:.2f} MB" if "training_bytes" in row else ""
-        text = f"epoch {at.epochs}: accuracy {at.last_accuracy:.2%}, loss {result.loss:.4f}{sent}"
-        self.console.print(text, highlight=False)
+        self._print(f"epoch {at.epochs}: accuracy {at.last_accuracy:.2%}, loss {result.loss:.4f}{sent}")
+        self.place.end_evaluation(at)
 
     # ------------------------------------------------------------------------------------- saving and resuming
 
-    def _save_best(self) -> None:
-        for name, module in self.learner.modules.items():
-            files.save_tensors(self.run.weights_files[name], merged_state(module))
-        if isinstance(self.learner, Whole):
-            self.learner.save_adapters(self.run.adapter_folder)
-
     def _save(self) -> None:
-        state = self._state()  # of all ranks
-        self.ranks.on_main(lambda: self._write_checkpoint(state))
-
-    def _write_checkpoint(self, state: dict[str, Any]) -> None:
-        checkpoint.save_checkpoint(self.run.checkpoint_file, self.learner.modules, self.learner.optimizers, state)
-        self._save_method(state)
+        self.place.save(self.learner, self.progress, self._state())
 
     def _save_to_stop(self) -> None:
-        self._save()
+        try:
+            self._save()
+        except GoBack as back:  # to what both sides have saved
+            self._go_back(back)
 
-    def _state(self) -> dict[str, Any]:
-        return {"progressed": asdict(self.progressed), "learner": self.learner.state_dict()}
+    def _state(self) -> State:
+        """The state of all ranks: it is collective."""
+        return {"progressed": asdict(self.progress), "learner": self.learner.state_dict()}
 
-    def _save_method(self, state: dict[str, Any]) -> None:
-        if "alast" in self.config.method and self.progressed.finished:
-            files.save_json(self.run.alast_file, state["learner"]["method"])
-
-    def _resume(self, saved: dict[str, Any], resolved: dict[str, Any]) -> None:
-        self._require_same_pictures(saved, resolved)
-        if not self.ranks.from_main(self.run.checkpoint_file.exists):
-            self.ranks.on_main(lambda: self.run.forget_after(0))
-            return
-        learner = self.learner
-        with self.ranks.together():
-            state = checkpoint.load_checkpoint(self.run.checkpoint_file, learner.modules, learner.optimizers)
-        self._go_on(state)
-        self.console.print(f"resuming after step {self.progressed.step} of {self.total_steps}", highlight=False)
-
-    def _go_on(self, state: dict[str, Any]) -> None:
+    def _resume(self, state: State) -> None:
         """Stands where a checkpoint does that has just been loaded."""
         self.trackers.close()  # they begin anew where the run does
         self.learner.load_state_dict(state["learner"])
-        self.progressed = Progressed(**state["progressed"])
-        self.ranks.on_main(lambda: self.run.forget_after(self.progressed.step))
+        self.progress = Progress(**state["progressed"])
+        self.ranks.on_main(lambda: self.run.forget_after(self.progress.step))
 
-    def _require_same_pictures(self, saved: dict[str, Any], resolved: dict[str, Any]) -> None:
-        if saved["processes"] != self.ranks.size:
+    def _go_back(self, error: GoBack) -> None:
+        """Resumes where the place says, after steps were lost."""
+        self._stream = None
+        state = self.place.go_back(error, self.progress)
+        if state is None:
+            self.learner.restart()
+        else:
+            self._resume(state)
+
+    def _require_same_pictures(self, saved: Resolved) -> None:
+        now = self.resolved
+        if saved.processes != now.processes:
             raise ConfigError(
-                f"--resume: the run was started with {saved['processes']} processes, now it has {self.ranks.size}: "
+                f"--resume: the run was started with {saved.processes} processes, now it has {now.processes}: "
                 "its batches would be others; start as many"
             )
-        changed = [name for name in ("classes", "num_train", "num_val") if saved.get(name) != resolved[name]]
+        names = ("classes", "num_train", "num_val")
+        changed = [name for name in names if getattr(saved, name) != getattr(now, name)]
         if changed:
             raise ConfigError(f"--resume: the pictures are not those the run was started with ({', '.join(changed)})")
         for name in ("versions", "threads"):
-            if saved[name] != resolved[name]:
-                self.console.print(
-                    f"resuming with other {name} than the run began with: results may differ in rounding"
-                )
-
-    def _resolved(self, attention: str, codec: str | None) -> dict[str, Any]:
-        """What was decided from model, data and machine; a resumed run takes it from its config.yaml."""
-        return {
-            "device": str(self.device) if self.ranks.size == 1 else self.device.type,
-            "processes": self.ranks.size,
-            "precision": self.precision,
-            "attention": attention,
-            "threads": torch.get_num_threads(),
-            "preprocessing": asdict(self.preprocessing) | _as_lists(self.preprocessing),
-            "architecture": self._architecture,
-            "classes": list(self.splits.train.classes),
-            "num_train": len(self.splits.train),
-            "num_val": len(self.splits.val),
-            "num_skipped": self.splits.num_skipped,
-            "versions": versions(),
-        } | ({"codec": codec or codec_text(self.config)} if self.config.split.cut else {})
+            if getattr(saved, name) != getattr(now, name):
+                self._print(f"resuming with other {name} than the run began with: results may differ in rounding")
 
     # --------------------------------------------------------------------------------------------- data, display
 
@@ -451,27 +427,29 @@ class Trainer:
         step = self.schedule.batch_size * self.config.accumulate
         return f"{self.ranks.size} processes ({self.device.type}), {step} pictures a step together"
 
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
     @contextmanager
     def _progress_bar(self) -> Iterator[None]:
-        self.console.print(
+        self._print(
             f"{self.config.model}, {self.config.method}, {self.precision} on {self._where()}: "
             f"{len(self.splits.train)} pictures to train, {len(self.splits.val)} held out, "
-            f"{len(self.splits.train.classes)} classes ({self.splits.source})",
-            highlight=False,
-            soft_wrap=True,
+            f"{len(self.splits.train.classes)} classes ({self.splits.source})"
         )
         if line := imbalance(self.splits.train):
-            self.console.print(line, highlight=False, soft_wrap=True)
-        with progress_bar(self.console, total=self.total_steps, completed=self.progressed.step) as bar:
+            self._print(line)
+        with progress_bar(self.console, total=self.total_steps, completed=self.progress.step) as bar:
 
             def show(loss: float, seconds: float) -> None:
                 rate = self.schedule.batch_size * self.config.accumulate / seconds
-                bar(self.progressed.step, f"loss {loss:.4f}  {rate:.0f} pictures/s{self.learner.said()}")
+                bar(self.progress.step, f"loss {loss:.4f}  {rate:.0f} pictures/s{self.learner.status()}")
 
-            before, self._shown = self._shown, show
+            before, self._display = self._display, show
             yield
-            self._shown = before
+            self._display = before
 
 
-def _as_lists(pre: Preprocessing) -> dict[str, list[float]]:
-    return {"mean": list(pre.mean), "std": list(pre.std)}
+def _absolute(source: str | Path | None) -> str | None:
+    """Where a source of pictures is, whatever folder is the current one; None for one that is no path."""
+    return None if source is None or not Path(source).exists() else str(Path(source).absolute())

@@ -11,16 +11,17 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def stopping(*, patient: bool = False) -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C or SIGTERM asks to stop; a second Ctrl-C stops at once.
+def stopping(asked: list[int], *, patient: bool = False) -> Iterator[None]:
+    """Fills a list when Ctrl-C or SIGTERM asks to stop; a second Ctrl-C stops at once.
 
-    Outside the main thread signals cannot be caught: there the list stays empty.
+    Outside the main thread signals cannot be caught: there it stays empty.
 
     Args:
+        asked: what is filled; emptied first.
         patient: takes no notice of a second one, not even when the block has ended. torchrun passes on to its processes
             the Ctrl-C that the terminal has already sent them, and kills those that do not end in 30 s.
     """
-    asked: list[int] = []
+    asked.clear()
 
     def ask(number: int, frame: FrameType | None) -> None:
         if asked and not patient:
@@ -32,7 +33,7 @@ def stopping(*, patient: bool = False) -> Iterator[list[int]]:
     except ValueError:
         before = {}
     try:
-        yield asked
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if patient and asked else handler)

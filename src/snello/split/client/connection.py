@@ -24,6 +24,7 @@ from snello.split.wire import frames
 from snello.split.wire.frames import MAX_CONTROL_BYTES, Frame, Kind, control, control_values
 from snello.split.wire.handshake import Hello, Welcome, parse
 from snello.split.wire.refusals import TRANSIENT, Code, Refused
+from snello.train.place import GoBack
 
 T = TypeVar("T")
 SLOWEST_LINK = 65536
@@ -65,7 +66,7 @@ class Endpoint:
         return grpc.aio.secure_channel(self.address, tls, options=options)
 
 
-class RolledBack(Exception):
+class RolledBack(GoBack):
     """The frame in flight is of no use any more: both sides go on from an earlier checkpoint, or from the step's start.
 
     Args:

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import grpc
-import torch
 from rich.console import Console
 
 from snello.config import ServeConfig
 from snello.config.units import is_loopback, parse_address
 from snello.errors import ConfigError
 from snello.runs.folder import RunFolder, require_same_config
-from snello.runs.resolved import versions
+from snello.runs.resolved import Machine, machine
 from snello.split.security.auth import Anyone, Authenticator, Both, Certificates, Tokens
 from snello.split.security.tls import ServerFiles
 from snello.split.server.registry import Registry
@@ -33,27 +32,22 @@ def serve(config: ServeConfig, console: Console | None = None) -> None:
     console = console or Console(stderr=True)
     security = make_security(config)
     run = RunFolder.of(config, "server-")
-    saved: dict[str, Any] = {}
+    saved = Machine(attention=config.attention)
     if config.resume:
-        saved_config, saved = run.read_config(ServeConfig)
+        saved_config, saved = run.read(ServeConfig, Machine)
         require_same_config(saved_config, config, run.path)
+        run.lock()
     with warnings_on(console):
-        registry = Registry(config, run, saved.get("attention"))
-    resolved = {
-        "device": str(registry.device),
-        "precision": registry.precision,
-        "attention": registry.attention,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
+        registry = Registry(config, run, saved.attention)
     if not config.resume:
-        run.write_config(config, resolved)
+        run.create(config, Machine(**machine(str(registry.device), registry.precision, registry.attention)))
     log = make_logger(run.path, config.log_format, console)
     try:
         with warnings_on(console):
             asyncio.run(_serve(config, registry, security, log, console))
     finally:
         close_logger(log)
+        run.release()
 
 
 def make_security(config: ServeConfig) -> tuple[grpc.ServerCredentials | None, Authenticator]:

@@ -25,8 +25,9 @@ from snello.files import save_json
 from snello.models import architecture_of
 from snello.runs.folder import RunFolder
 from snello.split.checkpoints import Checkpoints
-from snello.split.server.half import Sizes, Upper, make_vit, starting_weights
+from snello.split.server.half import Sizes, make_server_model, make_vit, starting_weights
 from snello.split.server.sessions import InferenceSession, Session, TrainingSession, session_values
+from snello.split.steps import ServerModel
 from snello.split.wire.frames import Frame, Kind, control
 from snello.split.wire.handshake import Hello, Plan, Welcome, parse, recipe_values
 from snello.split.wire.refusals import Code, Refused
@@ -57,7 +58,7 @@ class Registry:
         self._connected: set[str] = set()  # those of evaluation too, under names of their own
         self._left: dict[str, float] = {}  # sessions in memory without a connection: since when
         self.attention = self._attention(attention or config.attention)
-        self._shared: Upper | None = None
+        self._shared: ServerModel | None = None
         self._shared_steps = 0
         self._shared_checkpoints: Checkpoints | None = None
         self._shared_classes = ""
@@ -65,7 +66,9 @@ class Registry:
     def _attention(self, path: str) -> AttentionPath:
         vit = make_vit(self.config, self.config.num_classes or 10)  # also shows that the settings work
         self.architecture = architecture_of(vit.model)
-        Upper(replace(self.config, weights="none"), self.config.num_classes or 10, **self._options("explicit"))
+        make_server_model(
+            replace(self.config, weights="none"), self.config.num_classes or 10, **self._options("explicit")
+        )
         if path == "auto":
             return faster_attention(vit, self.config.batch_size, self.device, self.precision)
         return path  # type: ignore[return-value]
@@ -120,7 +123,7 @@ class Registry:
             raise Refused(Code.NO_CHECKPOINT, "the session has not finished an epoch yet")
         name = f"evaluation-{uuid.uuid4()}"
         self._make_room(name, sizes)
-        upper = Upper(replace(self.config, weights="none"), sizes.terms.num_classes, **self._options())
+        upper = make_server_model(replace(self.config, weights="none"), sizes.terms.num_classes, **self._options())
         session = InferenceSession(upper, run, sizes, self.config)
         self._connected.add(name)
         return name, session, control(Kind.WELCOME, self._welcome())
@@ -223,10 +226,10 @@ class Registry:
         upper = self._shared_half(plan, sizes) if self._is_shared else self._new_half(sizes)
         return TrainingSession(client, run, upper, sizes, plan, self.config)
 
-    def _new_half(self, sizes: Sizes) -> Upper:
-        return Upper(self.config, sizes.terms.num_classes, **self._options())
+    def _new_half(self, sizes: Sizes) -> ServerModel:
+        return make_server_model(self.config, sizes.terms.num_classes, **self._options())
 
-    def _shared_half(self, plan: Plan, sizes: Sizes) -> Upper:
+    def _shared_half(self, plan: Plan, sizes: Sizes) -> ServerModel:
         if self._shared is None:
             self._shared = self._new_half(sizes)
             folder = self.run.path / "shared" / "checkpoints"

@@ -89,6 +89,8 @@ class Flags(IntFlag):
     """Up: the client trains nothing below the cut and wants no gradient."""
     OVERFLOW = 2
     """The gradient overflowed in half precision: both sides skip this step."""
+    SKIPPED = 4
+    """Up: the client's own gradient overflowed at the end of the step before, which both sides skip."""
 
 
 NOTHING = Flags(0)

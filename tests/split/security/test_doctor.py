@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 from conftest import free_port
+from helpers.certificates import LONG_AGO, NOW, grpc_server, made
 from rich.console import Console
-from test_certs import LONG_AGO, NOW, grpc_server, made
 
 from snello.config import DoctorConfig
 from snello.errors import AuthenticationError

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUIET, assert_same_run, flags, resumed, rows_of
+from helpers.resuming import cut_off, whole
 from timm.layers import DropPath
 from torch import nn
 
@@ -24,40 +25,6 @@ from snello.runs.folder import RunFolder
 from snello.train import loop as training
 from snello.train.loop import Trainer
 from snello.train.signals import stopping
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: nothing may catch it."""
-
-
-def whole(config: FinetuneConfig, path: Path) -> Path:
-    """The run folder of the same run, not cut off."""
-    finetune(replace(config, out=path, checkpoint_steps=0), QUIET)
-    return path
-
-
-def killed_at(call: int, function):
-    """`function`, until the `call`-th time (from 1), which is the end."""
-    count = 0
-
-    def wrapped(*args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == call:
-            raise Killed
-        return function(*args, **kwargs)
-
-    return wrapped
-
-
-def cut_off(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch, owner, name: str, call: int) -> None:
-    """Runs until the `call`-th call of `owner.name`."""
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, killed_at(call, getattr(owner, name)))
-        with pytest.raises(Killed):
-            finetune(config, QUIET)
-    assert not RunFolder(config.out).summary_file.exists()
-
 
 # A run of `small` has 7 micro-batches in each of 2 epochs; with accumulate=3 its windows are of 3, 3 and 1.
 CASES = {

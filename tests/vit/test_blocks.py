@@ -6,8 +6,9 @@ import pytest
 import timm
 import torch
 from conftest import tiny_deit, tiny_vit
-from timm.layers import Attention, SwiGLU
-from timm.models.vision_transformer import Block, DiffParallelScalingBlock, ParallelScalingBlock, ResPostBlock
+from helpers.vits import VARIANTS, make
+from timm.layers import Attention
+from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ResPostBlock
 
 from snello import models
 from snello.errors import ModelError
@@ -15,32 +16,7 @@ from snello.methods.alast import ALaST
 from snello.vit import SUPPORTED, ViT, tokens
 from snello.vit.rules import make_rule
 
-VARIANTS = {
-    "plain": {},
-    "layerscale": {"init_values": 0.1},
-    "qk-norm": {"qk_norm": True},
-    "registers": {"reg_tokens": 2},
-    "registers-no-embed-class": {"reg_tokens": 2, "no_embed_class": True},
-    "stochastic": {"drop_path_rate": 0.2, "drop_rate": 0.1, "proj_drop_rate": 0.1, "attn_drop_rate": 0.1},
-    "patch-dropout": {"patch_drop_rate": 0.25},
-    "no-cls": {"class_token": False, "global_pool": "avg"},
-    "avg-with-cls": {"global_pool": "avg"},
-    "max": {"global_pool": "max"},
-    "pre-norm": {"pre_norm": True},
-    "swiglu": {"mlp_layer": SwiGLU},
-    "head-dim": {"block_fn": Block, "num_heads": 4, "qkv_bias": False},
-    "distilled": {"cls": "deit"},
-    "dinov2-like": {"dynamic_img_size": True, "init_values": 1.0, "reg_tokens": 1},
-}
 PATHS = ["fused", "explicit"]
-
-
-def make(variant: str, path: str = "fused"):
-    options = {**VARIANTS[variant]}
-    model = tiny_deit() if options.pop("cls", None) else tiny_vit(**options)
-    vit = ViT(model)
-    vit.set_attention_paths([path] * vit.depth)
-    return model
 
 
 def images(n: int = 3, size: int = 16) -> torch.Tensor:

@@ -27,7 +27,7 @@ CONTEXT.set_forkserver_preload(
         "snello.split.security.certs",
         "snello.split.client.join",
         "snello.split.server.command",
-        "processes",
+        "helpers.processes",
     ]
 )
 SECONDS = 60.0

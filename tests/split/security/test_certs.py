@@ -6,10 +6,8 @@ import json
 import os
 import shutil
 import ssl
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from datetime import datetime, timedelta, timezone
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import grpc
@@ -26,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from helpers.certificates import HOSTS, LONG_AGO, NOW, grpc_server, made
 
 from snello.config import CertsConfig
 from snello.errors import CheckpointError, ConfigError
@@ -33,19 +32,10 @@ from snello.split.security import certs as module
 from snello.split.security.certs import make_certs
 from snello.split.security.tls import ClientFiles, ServerFiles, certificate_hosts, certificate_name
 
-HOSTS = ("server.example", "192.0.2.7")
-NOW = datetime.now(timezone.utc)
-LONG_AGO = NOW - timedelta(days=30)
 PRIVATE = ("ca.key", "server/server.key", "clients/alice/client.key", "clients/alice/token")
 PUBLIC = ("ca.crt", "server/ca.crt", "server/server.crt", "server/tokens.json", "clients/alice/ca.crt")
 SIDES = ("clients/alice/client", "server/server")
 FILES = {*PRIVATE, *PUBLIC, "clients/alice/client.crt"}
-
-
-def made(folder: Path, now: datetime = NOW, **settings) -> Path:
-    settings = {"host": HOSTS, "clients": ("alice",), **settings}
-    make_certs(CertsConfig(folder, **settings), now)
-    return folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -78,29 +68,6 @@ def tls_handshake(folder: Path, host: str, client: str = "alice") -> None:
             except ssl.SSLWantReadError:
                 pass
     assert not ends
-
-
-@contextmanager
-def grpc_server(folder: Path | None) -> Iterator[int]:
-    """A gRPC server that tells the client's certified name; with mutual TLS, or in plaintext without a folder."""
-
-    def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
-        return b",".join(context.auth_context().get("x509_common_name", [b"nobody"]))
-
-    handler = grpc.method_handlers_generic_handler("t", {"Who": grpc.unary_unary_rpc_method_handler(answer)})
-    server = grpc.server(ThreadPoolExecutor(2), handlers=[handler])
-    if folder is None:
-        port = server.add_insecure_port("127.0.0.1:0")
-    else:
-        files = ServerFiles.load(folder)
-        pair = [(files.key, files.certificate)]
-        credentials = grpc.ssl_server_credentials(pair, root_certificates=files.ca, require_client_auth=True)
-        port = server.add_secure_port("127.0.0.1:0", credentials)
-    server.start()
-    try:
-        yield port
-    finally:
-        server.stop(None).wait()
 
 
 def who(port: int, ca: bytes, key: bytes | None, chain: bytes | None) -> bytes:

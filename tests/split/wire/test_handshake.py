@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_sessions import serve_config
+from helpers.clients import serve_config
 from torch import nn
 
 from snello.config import FinetuneConfig, Recipe, ServeConfig, SplitConfig

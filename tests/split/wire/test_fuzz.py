@@ -12,19 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.clients import Client, Largest, ended, picture, registry_in, to_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sessions import (  # noqa: F401
-    Client,
-    Largest,
-    answer_of,
-    ended,
-    known_models,
-    picture,
-    registry_in,
-    to_bytes,
-    undisturbed,
-)
 
 from snello.errors import ProtocolError, SnelloError
 from snello.split.server.sessions import TrainingSession
@@ -32,6 +22,8 @@ from snello.split.wire import chunks as wire
 from snello.split.wire import frames
 from snello.split.wire.frames import ARRAY_KINDS, DTYPES, HEADER, MAGIC, VERSION, Frame, Kind, control
 from snello.split.wire.refusals import Code, Refused
+
+pytestmark = pytest.mark.usefixtures("known_models")
 
 COUNTED: Counter[str] = Counter()
 LIMIT = 1 << 16
@@ -250,7 +242,7 @@ SESSIONS = {
 
 
 @pytest.fixture(scope="module")
-def targets(tmp_path_factory: pytest.TempPathFactory, known_models: None) -> Iterator[dict[str, Target]]:  # noqa: F811
+def targets(tmp_path_factory: pytest.TempPathFactory, known_models: None) -> Iterator[dict[str, Target]]:
     result = {}
     for name, options in SESSIONS.items():
         client = Client(registry_in(tmp_path_factory.mktemp("fuzz"), **options))
@@ -336,7 +328,7 @@ def test_frames_of_other_arrays(targets, floats):
         assert largest.bytes <= 16 * max(target.client.session.max_body, 1 << 20), frame
 
 
-def test_the_sessions_train_on_as_if_nothing_had_come(targets, undisturbed):  # noqa: F811
+def test_the_sessions_train_on_as_if_nothing_had_come(targets, undisturbed):
     for name, target in targets.items():
         assert traces(target.client.session) == target.before, name
         target.finish()

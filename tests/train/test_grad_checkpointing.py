@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import QUIET, assert_same_run, resumed, rows_of
-from test_resume import cut_off, whole
+from helpers.resuming import cut_off, whole
 
 from snello.config import AlastConfig, FinetuneConfig
 from snello.files import load_tensors

@@ -1,0 +1,64 @@
+"""A link to a server's half over a connection."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from snello.split.client.connection import Connection
+from snello.split.wire.frames import EXCHANGE_KINDS, NOTHING, Flags, Frame, Kind
+
+TRAINING_KINDS = (Kind.ACTIVATIONS, Kind.FEATURE_GRADIENTS)
+
+
+class NetworkLink:
+    """Frames to a server (a `snello.split.learner.Link`).
+
+    Args:
+        connection: to the server.
+    """
+
+    may_break = True
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self._step = 0
+        self._flags = NOTHING  # what the next frame says of the step before
+        self._waited = 0.0
+
+    def exchange(self, frame: Frame) -> Frame:
+        """The server's answer to a frame, which it applies exactly once; raises what `Connection.exchange` does."""
+        started = time.perf_counter()
+        frame = replace(frame, flags=frame.flags | self._flags)
+        if frame.kind in TRAINING_KINDS:
+            answer = self.connection.exchange(frame)
+        else:
+            answer = self.connection.request(frame, self._step)
+        self._flags = NOTHING
+        if frame.kind in EXCHANGE_KINDS:
+            self._waited += time.perf_counter() - started
+        return answer
+
+    def begin(self, step: int) -> None:
+        """Begins an optimizer step."""
+        self._waited, self._step = 0.0, step
+
+    def settle(self, overflow: bool) -> None:
+        """Says with the next frame whether the step is skipped."""
+        self._flags = Flags.SKIPPED if overflow else NOTHING
+        self._step += 1
+
+    def metrics(self) -> dict[str, Any]:
+        """Seconds of waiting for the server and the network."""
+        return {"wait_seconds": round(self._waited, 4)}
+
+    def method_metrics(self) -> dict[str, Any] | None:
+        """None: the server logs them."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the server has checkpoints of its own."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stands where the checkpoint does."""
+        self._step, self._flags = state["step"], NOTHING

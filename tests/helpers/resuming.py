@@ -1,0 +1,44 @@
+"""Runs that are cut off as if their process were killed, and the same runs undisturbed."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import QUIET
+
+from snello.config import FinetuneConfig
+from snello.finetuning import finetune
+from snello.runs.folder import RunFolder
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing may catch it."""
+
+
+def whole(config: FinetuneConfig, path: Path) -> Path:
+    """The run folder of the same run, not cut off."""
+    finetune(replace(config, out=path, checkpoint_steps=0), QUIET)
+    return path
+
+
+def killed_at(call: int, function):
+    """`function`, until the `call`-th time (from 1), which is the end."""
+    count = 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == call:
+            raise Killed
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def cut_off(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch, owner, name: str, call: int) -> None:
+    """Runs until the `call`-th call of `owner.name`."""
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed_at(call, getattr(owner, name)))
+        with pytest.raises(Killed):
+            finetune(config, QUIET)
+    assert not RunFolder(config.out).summary_file.exists()
