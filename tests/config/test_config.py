@@ -20,7 +20,7 @@ def parse(*args: str) -> FinetuneConfig:
 def error_of(call, *args, **kwargs) -> str:
     with pytest.raises(ConfigError) as caught:
         call(*args, **kwargs)
-    text = str(caught.value)
+    text = caught.value.for_command_line
     assert text and "\n" not in text
     return text
 

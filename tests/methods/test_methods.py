@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_deit, tiny_vit
+from conftest import QUIET, tiny_deit, tiny_vit
 
-from snello.config import AlastConfig, FinetuneConfig
+from snello.config import AlastConfig, FinetuneConfig, SplitConfig
 from snello.config.registry import METHODS
 from snello.errors import ConfigError
-from snello.methods import make_method
+from snello.finetuning import finetune
+from snello.methods import make_method, training_share
 from snello.train.optim import make_optimizer
 from snello.vit import ViT
 
@@ -48,6 +49,7 @@ def test_a_method_trains_what_it_says_and_detach_restores(name, kind):
     if name == "alast":
         assert trainable(model) == found  # nothing is frozen before its first step, as data parallelism needs
     before = {key: value.clone() for key, value in model.state_dict().items()}
+    described = method.describe()
     method.step(1e-2, optimizer, 0.0)
     if name == "alast":
         drawn = method.metrics()["trained"]
@@ -56,6 +58,9 @@ def test_a_method_trains_what_it_says_and_detach_restores(name, kind):
     else:
         trains = expected(model, name) & found
     assert trainable(model) == trains
+    numbers = [sum(p.numel() for key, p in model.named_parameters() if key in keys) for keys in (trains, before)]
+    blocks = len({key.split(".")[1] for key in trains if key.startswith("blocks.")})
+    assert described == training_share(*numbers, blocks, 4) and method.num_left(16) == (9 if name == "alast" else 16)
     model(torch.randn(4, 3, 16, 16)).square().sum().backward()
     optimizer.step()
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
@@ -125,6 +130,16 @@ def test_the_tail_drops_no_tokens(tail, dropped):
         method.step(1e-3, torch.optim.SGD(model.parameters()), step / 4)
         model(torch.randn(2, 3, 16, 16))
     assert [length < 17 for length in lengths] == [bool(value) for value in dropped]
+
+
+@pytest.mark.filterwarnings("error::snello.errors.SnelloWarning")
+def test_our_own_loop_puts_the_model_into_training_mode_before_the_first_step(small):
+    pytest.importorskip("transformers").ViTConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, image_size=48, patch_size=16
+    ).save_pretrained(small.out / "model")  # what transformers makes is in eval mode
+    for name, settings in (("test_vit", {"compare": True}), (str(small.out / "model"), {"split": SplitConfig(cut=2)})):
+        run = replace(small, model=name, method="alast", epochs=1, out=small.out / name.split("/")[-1] / "run")
+        finetune(replace(run, **settings), QUIET)
 
 
 def test_the_base_learning_rate_is_the_step_size_of_the_budgets():

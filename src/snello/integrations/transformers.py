@@ -74,6 +74,7 @@ class ALaSTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Attaches ALaST, and goes on from the checkpoint or draws the first blocks."""
         _check_parallelism(args)
         self.detach()  # where an error ended the training before
+        kwargs["model"].train()  # the Trainer does it too, but only after ALaST's first step
         self._attachment.attach(kwargs["model"])
         try:
             if isinstance(kwargs["model"], PreTrainedModel):
