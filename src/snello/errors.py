@@ -11,16 +11,18 @@ SnelloError
 └── AuthenticationError  the other side did not admit this client
 """
 
-from typing_extensions import override
-
 
 class SnelloError(Exception):
     """Base of every error a user can cause and mend; its text says what was wrong, where, and what to do."""
 
+    section = ""
+    """Where the flag of the setting stands whose name the text begins with: `alast` for `--alast.blocks`."""
+
     @property
     def for_command_line(self) -> str:
         """The text, naming a setting by its flag."""
-        return str(self)
+        name, _, rest = str(self).partition(" ")
+        return f"--{self.section}.{name.replace('_', '-')} {rest}" if self.section else str(self)
 
 
 class SnelloWarning(UserWarning):
@@ -28,22 +30,7 @@ class SnelloWarning(UserWarning):
 
 
 class ConfigError(SnelloError, ValueError):
-    """A setting is out of range, or two settings contradict each other.
-
-    Args:
-        text: one line.
-        section: where the flag of the setting stands whose name the text begins with: `alast` for `--alast.blocks`.
-    """
-
-    def __init__(self, text: str, section: str = "") -> None:
-        super().__init__(text)
-        self.section = section
-
-    @property
-    @override
-    def for_command_line(self) -> str:
-        name, _, rest = str(self).partition(" ")
-        return f"--{self.section}.{name.replace('_', '-')} {rest}" if self.section else str(self)
+    """A setting is out of range, or two settings contradict each other."""
 
 
 class DataError(SnelloError):
@@ -77,4 +64,6 @@ class AuthenticationError(SnelloError):
 def require(ok: bool, name: str, rule: str, got: object, section: str = "") -> None:
     """Raises the ConfigError `name must be rule, got ...` unless `ok`."""
     if not ok:
-        raise ConfigError(f"{name} must be {rule}, got {got}", section)
+        error = ConfigError(f"{name} must be {rule}, got {got}")
+        error.section = section
+        raise error

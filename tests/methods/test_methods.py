@@ -113,7 +113,7 @@ def test_alast_takes_every_setting_from_the_config():
         optimizer_state="release",
     )
     model = tiny_vit()
-    alast = make_method(ViT(model), FinetuneConfig(alast=settings, seed=7)).alast
+    alast = make_method(ViT(model), FinetuneConfig(alast=settings, seed=7))
     assert alast.config == settings
     assert alast.num_blocks == 2 and alast.budgets == [0.8] * 4
     assert not model.cls_token.requires_grad

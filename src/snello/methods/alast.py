@@ -154,8 +154,8 @@ class ALaST:
         self,
         lr: float | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        *,
         progress: float | None = None,
+        *,
         process_group: "ProcessGroup | None" = None,
     ) -> None:
         """Moves the budgets, draws the blocks that train, freezes the others and drops their gradients.
@@ -338,51 +338,40 @@ class ALaST:
             warnings.warn(text, SnelloWarning, stacklevel=3)
 
 
-class AlastMethod(Method):
-    """ALaST in the training loop."""
+class AlastMethod(ALaST, Method):
+    """ALaST in our own training loop."""
 
     def __init__(self, vit: ViT, config: Recipe) -> None:
-        super().__init__(vit, config)
         settings, whole = config.alast, vit.top_layer - 1
         if settings.blocks is not None and vit.depth < whole:  # a half trains its share of them
             settings = replace(settings, blocks=max(1, round(settings.blocks * vit.depth / whole)))
-        self.alast = ALaST(vit, settings, seed=config.seed)
+        super().__init__(vit, settings, seed=config.seed)
 
     @override
-    def step(self, lr: float, optimizer: torch.optim.Optimizer, progress: float) -> None:
-        self.alast.step(lr, optimizer, progress=progress, process_group=self.process_group)
+    def step(
+        self,
+        lr: float | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        progress: float | None = None,
+        *,
+        process_group: "ProcessGroup | None" = None,
+    ) -> None:
+        super().step(lr, optimizer, progress, process_group=process_group or self.process_group)
 
     @override
-    def discount(self) -> None:
-        self.alast.discount()
+    def state_dict(self, process_group: "ProcessGroup | None" = None) -> dict[str, Any]:
+        return super().state_dict(process_group or self.process_group)
 
     @override
     def num_left(self, num_patches: int) -> int:
         for index in range(self.vit.depth):
-            num_patches = self.alast.num_keep(index, num_patches)
+            num_patches = self.num_keep(index, num_patches)
         return num_patches
 
     @override
-    def describe(self) -> str:
-        return self.alast.describe()
-
-    @override
     def metrics(self) -> dict[str, Any]:
-        alast = self.alast
-        row = {"budgets": list(alast.budgets), "trained": list(alast.trained)}
-        return row if alast.target is None else row | {"step_budgets": alast.step_budgets}
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return self.alast.state_dict(self.process_group)
-
-    @override
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.alast.load_state_dict(state)
-
-    @override
-    def detach(self) -> None:
-        self.alast.detach()
+        row = {"budgets": list(self.budgets), "trained": list(self.trained)}
+        return row if self.target is None else row | {"step_budgets": self.step_budgets}
 
 
 def _places(root: nn.Module, among: set[int] | None = None) -> list[tuple[nn.Module, str]]:

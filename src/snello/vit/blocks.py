@@ -5,6 +5,7 @@ attached and calls the block's own submodules. Switched off, or in eval mode, it
 forward pass knows is in its `ForwardContext`: an adapter holds nothing of it.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
@@ -107,11 +108,6 @@ class BlockAdapter(ABC):
             from_cls: only the CLS token's query.
         """
 
-    def plain(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """The block's own forward, (B, N, D)."""
-        y: Tensor = type(self.block).forward(self.block, x, *args, **options)
-        return y
-
     # What they share.
 
     def wanted(self) -> bool:
@@ -146,32 +142,24 @@ class BlockAdapter(ABC):
         if observer is None or not self.block.training:
             y: Tensor = type(self.block).forward(self.block, x, *args, **options)
             return y
-        again = recomputing()
-        before = passes.current
-        if again:
-            passes.current = self._recalled(observer, x)
-        else:
+        if not recomputing():
             if self.index == 0:
                 passes.begin()
             passes.current.block = self.index
             passes.current.num_keep = observer.num_keep(self.index, x.shape[1] - self.num_prefix_tokens)
             passes.remember(x)
+            return self._observed(observer, passes.current, x, args, options)
+        before, passes.current = passes.current, passes.recall(x) or self._unknown(observer, x)
         try:
             return self._observed(observer, passes.current, x, args, options)
         finally:
-            if again:
-                passes.current = before
+            passes.current = before
 
-    def _recalled(self, observer: BlockObserver, x: Tensor) -> ForwardContext:
-        """The context of a pass that is computed again, as this block found it."""
-        context = self.passes.recall(x)
-        if context is not None:
-            return context
+    def _unknown(self, observer: BlockObserver, x: Tensor) -> ForwardContext:
+        """The context of a pass that is computed again, but of which nothing is known."""
         if not observer.rule.has_places:
-            raise ModelError(
-                "gradient checkpointing gave a block other tensors than before (offloaded?), which merging does not "
-                "support: use rule=drop"
-            )
+            text = "gradient checkpointing gave a block other tensors than before (offloaded?)"
+            raise ModelError(f"{text}, which merging does not support: use rule=drop")
         num_keep = observer.num_keep(self.index, x.shape[1] - self.num_prefix_tokens)
         return ForwardContext(self.num_prefix_tokens, self.index, num_keep)
 
@@ -186,7 +174,7 @@ class BlockAdapter(ABC):
         assert num_keep is not None
         reducing = num_keep < x.shape[1] - self.num_prefix_tokens
         if not reducing and context.sizes is None:
-            y = self.plain(x, *args, **options)
+            y: Tensor = inspect.unwrap(type(self.block).forward)(self.block, x, *args, **options)
             self._record(observer, context, x, y)
             return y
         z = self._attend(context, x, scoring=reducing and rule.needs_scores)

@@ -5,7 +5,6 @@ own (the model's is shared, and saved with it) that names our function, which lo
 """
 
 import copy
-import inspect
 import sys
 import weakref
 from dataclasses import dataclass
@@ -184,23 +183,14 @@ class TransformersBlock(BlockAdapter):
 
     @override
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        # Their layers checkpoint in the forward that ours replaces.
-        block, call = self.block, super().forward
-        observed = self.observer is not None and block.training
-        if observed and self._checkpoints and block.gradient_checkpointing and torch.is_grad_enabled():
-            y: Tensor = block._gradient_checkpointing_func(partial(call, **options), x, *args)
-            return y
-        return call(x, *args, **options)
-
-    @override
-    def plain(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        y: Tensor = inspect.unwrap(type(self.block).forward)(self.block, x, *args, **options)
+        block: Any = self.block
+        call: Any = partial(super().forward, **options)
+        # Their layers checkpoint in the forward that ours replaces, a wrapper around the plain one.
+        wrapped = block.gradient_checkpointing and hasattr(type(block).forward, "__wrapped__")
+        if wrapped and self.observer is not None and block.training and torch.is_grad_enabled():
+            call = partial(block._gradient_checkpointing_func, call)
+        y: Tensor = call(x, *args)
         return y
-
-    @property
-    def _checkpoints(self) -> bool:
-        """Whether the layer's forward does so; in older versions its `__call__` did."""
-        return hasattr(type(self.block).forward, "__wrapped__")
 
     @override
     def arguments(self, attention_mask: Tensor | None = None, **options: Any) -> dict[str, Any] | None:
