@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUIET, flags, run_python, write_pictures
+from conftest import QUIET, finetune, flags, run_python, write_pictures
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from snello import cli, files
 from snello.config import FinetuneConfig
-from snello.finetuning import finetune
 from snello.runs.folder import RunFolder
 
 

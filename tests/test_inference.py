@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import QUIET, run_python, write_pictures
+from conftest import QUIET, finetune, run_python, write_pictures
 from PIL import Image
 
 from snello import cli
 from snello.config import AugmentConfig, EvaluateConfig, PredictConfig
 from snello.data import open_picture
 from snello.errors import CheckpointError, ConfigError, DataError
-from snello.finetuning import finetune
 from snello.inference import Predictor, evaluate, predict
 from snello.runs.folder import RunFolder
 from snello.train.loop import Trainer

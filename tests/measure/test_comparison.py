@@ -5,14 +5,13 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import run_python
+from conftest import finetune, run_python
 from rich.console import Console
 
 from snello import cli
 from snello.config import AlastConfig, FinetuneConfig, LoraConfig
 from snello.config.values import from_dict
 from snello.errors import SnelloError
-from snello.finetuning import finetune
 from snello.measure import comparison
 from snello.measure.comparison import (
     Comparison,

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import QUIET, assert_same_run, flags, resumed, rows_of, tiny_vit
+from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of, tiny_vit
 from helpers.halves import batch, make_cut, step
 from helpers.resuming import cut_off, whole
 from rich.console import Console
@@ -21,7 +21,6 @@ from snello.config import AlastConfig, EvaluateConfig, FinetuneConfig, PredictCo
 from snello.config.registry import AUTO, CODECS
 from snello.config.values import from_dict, to_dict
 from snello.errors import AuthenticationError, CheckpointError, ConfigError
-from snello.finetuning import finetune
 from snello.inference import evaluate, predict
 from snello.models import create_model
 from snello.runs.folder import RunFolder

@@ -4,12 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import QUIET, assert_same_run, resumed, rows_of
+from conftest import QUIET, assert_same_run, finetune, resumed, rows_of
 from helpers.resuming import cut_off, whole
 
 from snello.config import AlastConfig, FinetuneConfig
 from snello.files import load_tensors
-from snello.finetuning import finetune
 from snello.train.loop import Trainer
 
 METHODS = ("full", "alast", "head", "last-k", "lora", "alast+lora")

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import QUIET, flags, resumed, rows_of, write_pictures
+from conftest import QUIET, finetune, flags, resumed, rows_of, write_pictures
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -20,7 +20,6 @@ from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
 from snello.data import load_splits
 from snello.errors import ConfigError, TrainingError
 from snello.files import load_tensors
-from snello.finetuning import finetune
 from snello.models import create_model, preprocessing
 from snello.runs.folder import RunFolder
 from snello.seeds import mix, permutation
@@ -498,7 +497,7 @@ def test_default_run_folder(small, tmp_path, monkeypatch):
 def test_checkpoints_in_between(small, monkeypatch):
     steps: list[int] = []
     save = Trainer._save
-    monkeypatch.setattr(Trainer, "_save", lambda self: (steps.append(self.progressed.step), save(self))[1])
+    monkeypatch.setattr(Trainer, "_save", lambda self: (steps.append(self.progress.step), save(self))[1])
     finetune(replace(small, checkpoint_steps=3), QUIET)
     assert steps == [3, 6, 7, 9, 12, 14]
 

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUIET, assert_same_run, flags, resumed, rows_of, write_pictures
+from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of, write_pictures
 
 from snello.config import AlastConfig, FinetuneConfig
 from snello.config.values import to_dict
 from snello.data import loaders as loading
 from snello.errors import ConfigError
 from snello.files import load_tensors
-from snello.finetuning import finetune
 from snello.runs.folder import RunFolder
 from snello.seeds import mix, permutation
 from snello.train.ranks import ALONE, Ranks, connect
@@ -38,7 +37,6 @@ from snello.train import learner as learners, signals as stopping
 from snello.config import FinetuneConfig
 from snello.config.values import from_dict
 from snello.train.loop import Trainer
-from snello.finetuning import finetune
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 
@@ -46,7 +44,7 @@ folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 def what_is_left():
     tasks = Path("/proc/self/task").glob("*/comm")  # on Linux
     (folder / f"threads.{rank}.json").write_text(json.dumps([file.read_text().strip() for file in tasks]))
-seen, update, step, stop_after = {}, learners.Whole.update, Trainer._step, None
+seen, update, step, stop_after = {}, learners.WholeLearner.update, Trainer._step, None
 
 def watched_update(self, lr):
     before = {name: p.detach().clone() for name, p in self.modules["model"].named_parameters()}
@@ -61,15 +59,15 @@ def watched_update(self, lr):
     seen["steps"].append({"frozen": frozen, "moved": moved, "equal": equal, "noise": noise})
 
 def watched_step(self):
-    if self.progressed.step + 1 == stop_after and rank == 1:
+    if self.progress.step + 1 == stop_after and rank == 1:
         self._stop.append(2)  # only one of them is asked to stop
     return step(self)
 
-learners.Whole.update, Trainer._step = watched_update, watched_step
+learners.WholeLearner.update, Trainer._step = watched_update, watched_step
 for name, values, stop_after in json.loads((folder / "runs.json").read_text()):
     seen = {"steps": [], "result": None}
     try:
-        seen["result"] = finetune(from_dict(FinetuneConfig, values), Console(quiet=True))
+        seen["result"] = finetune(from_dict(FinetuneConfig, values), Console(quiet=True)).to_dict()
     except Exception as error:
         seen["error"] = [type(error).__name__, str(error)]
     (folder / f"{name}.{rank}.json").write_text(json.dumps(seen))

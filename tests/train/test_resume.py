@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUIET, assert_same_run, flags, resumed, rows_of
+from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of
 from helpers.resuming import cut_off, whole
 from timm.layers import DropPath
 from torch import nn
@@ -19,7 +19,6 @@ from torch import nn
 from snello import cli, files, finetuning
 from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
 from snello.errors import CheckpointError, ConfigError
-from snello.finetuning import finetune
 from snello.models import create_model
 from snello.runs.folder import RunFolder
 from snello.train import loop as training
@@ -378,7 +377,7 @@ def test_asked_to_stop_at_the_last_step(small, monkeypatch):
     step = Trainer._step
 
     def interrupted_step(self):
-        if self.progressed.step == self.total_steps - 1:
+        if self.progress.step == self.total_steps - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self)
 

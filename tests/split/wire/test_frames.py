@@ -173,7 +173,7 @@ def test_numbers_of_kinds_and_flags_are_those_of_the_protocol():
         "SET_WEIGHTS": 23,
         "WEIGHTS": 24,
     }
-    assert {flag.name: flag.value for flag in Flags} == {"FORWARD_ONLY": 1, "OVERFLOW": 2}
+    assert {flag.name: flag.value for flag in Flags} == {"FORWARD_ONLY": 1, "OVERFLOW": 2, "SKIPPED": 4}
 
 
 @pytest.mark.parametrize("arrays", [{}, sample().arrays], ids=["none", "sample"])
@@ -361,7 +361,7 @@ def test_trailing_bytes_are_refused(extra):
         ({"kind": 0}, "unknown kind of frame: 0"),
         ({"kind": 7}, "unknown kind of frame: 7"),
         ({"kind": 255}, "unknown kind of frame: 255"),
-        ({"flags": 4}, "unknown flags"),
+        ({"flags": 8}, "unknown flags"),
         ({"flags": 0x8003}, "unknown flags"),
         ({"body": 2**60}, "larger than the limit"),
         ({"body": 2**64 - 1}, "larger than the limit"),
