@@ -18,8 +18,10 @@ from snello.runs.folder import RunFolder
 
 
 @pytest.fixture
-def refused(capfd, small):
+def refused(capfd, small, tmp_path, monkeypatch):
     """Runs the arguments; they must be refused in one line, which is returned, and leave no run folder."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where a run without --out would be; a clone may have some already
 
     def call(*args: str, verb: str = "finetune") -> str:
         capfd.readouterr()
@@ -28,7 +30,6 @@ def refused(capfd, small):
         out, err = capfd.readouterr()
         assert out == "" and err.endswith("\n") and err.count("\n") == 1, err
         assert {path: path.stat().st_mtime_ns for path in small.out.parent.rglob("*")} == before
-        assert not Path("runs").exists()
         prefix, text = err[:15], err[15:-1]
         assert prefix == "snello: error: " and text.strip() and "Traceback" not in text
         return text
@@ -288,7 +289,7 @@ def test_help_of_a_verb(verb, capsys):
     out = capsys.readouterr().out
     assert "--device" in out and "--batch-size" in out
     if verb == "finetune":
-        from snello.config import flag
+        from snello.config.values import flag
 
         for name in FinetuneConfig.__dataclass_fields__:
             assert name in ("alast", "augment") or flag(name) in out, name
