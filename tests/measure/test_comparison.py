@@ -52,7 +52,7 @@ def test_run_with_comparison(small, capsys):
     assert summary["saved_bytes_per_sample"] < summary["full_saved_bytes_per_sample"]
     assert summary["trainable_parameters"] < summary["full_trainable_parameters"]
     assert summary["optimizer_bytes"] <= summary["full_optimizer_bytes"]
-    assert 1e-4 < summary["step_time_s"] < 5 and 1e-4 < summary["full_step_time_s"] < 5
+    assert summary["step_time_s"] > 0 and summary["full_step_time_s"] > 0
     assert 2**20 < summary["full_peak_memory_bytes"] < 2**33
     model = 0.37e6  # parameters of test_vit, roughly
     assert 0.5 * model < summary["full_trainable_parameters"] < 2 * model
