@@ -200,6 +200,7 @@ def test_new_run_from_the_config_of_another(small, tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("os error 28")])
+@pytest.mark.slow
 def test_full_disk(small, monkeypatch, capfd, error):
     """Saving the second checkpoint fails: the first survives byte for byte, and the run can go on from it."""
     save, saved = files.save_file, []
@@ -308,6 +309,7 @@ def test_progress_goes_to_stderr(small, capfd):
     assert out == "" and "epoch 1: accuracy" in err and f"run folder: {small.out}" in err
 
 
+@pytest.mark.slow
 def test_installed_command(small):
     """In a process of its own: exit code, streams, and nothing of libraries in between."""
     result = run_python("-m", "snello.cli", "finetune", *flags(replace(small, epochs=1)), "--lr", "0")

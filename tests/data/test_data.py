@@ -569,6 +569,7 @@ def loaded(workers, start=0):
     return list(loading.batches(loading.train_loader(dataset.pictures, dataset.transform, **settings)))
 
 
+@pytest.mark.slow
 def test_train_loader_is_the_same_with_workers_and_after_a_cut():
     state = torch.get_rng_state()
     alone, together, later = loaded(0), loaded(2), loaded(2, start=2)

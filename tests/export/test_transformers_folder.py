@@ -111,6 +111,7 @@ def test_a_distillation_model_of_timm(tmp_path):
         assert (logits(model, images) - expected(tmp_path / "run", images)).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_the_shipped_model_is_loaded_with_snello(tmp_path):
     """By the card's own code, in a process that knows nothing else."""
     write_run(tmp_path / "run", "vit_micro_patch4_32")

@@ -184,6 +184,7 @@ def test_budgets_and_trained_blocks_are_logged(log, tmp_path):
 
 @pytest.mark.parametrize("ours", [True, False], ids=["alast", "control"])
 @pytest.mark.parametrize("stop_at", [3, 4], ids=["inside-an-epoch", "between-epochs"])
+@pytest.mark.slow
 def test_a_resumed_training_equals_an_uninterrupted_one(stop_at, ours, tmp_path):
     """The control, without ALaST, shows that the Trainer itself does so, dropout included, once it saves right."""
     options = {**OPTIONS, "full_tail": 0.25, "optimizer_state": "release"}
@@ -297,6 +298,7 @@ def test_bf16_trains(tmp_path):
     assert len(set(losses(trainer))) == 3 and [row["forwards"] for row in spy.rows] == [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_torch_compile_traces_the_attached_model(tmp_path, monkeypatch):
     for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
         monkeypatch.delenv(name, raising=False)  # the Trainer sets them; this takes them away again
@@ -351,6 +353,7 @@ def _rank(rank: int, folder: Path) -> dict[str, Any]:
     return {"weights": whole.model.state_dict(), "rows": spy.rows}
 
 
+@pytest.mark.slow
 def test_two_processes_stay_equal_and_resume_exactly(tmp_path):
     one, other = run_ranks(_rank, tmp_path)
     assert one["rows"] == other["rows"] and len(one["rows"]) == 8
@@ -384,6 +387,7 @@ def test_only_the_adapters_of_drawn_blocks_train(tmp_path):
     assert losses(trainer)[-1] != losses(trainer)[0]
 
 
+@pytest.mark.slow
 def test_adapters_resume_exactly(tmp_path):
     peft = pytest.importorskip("peft")
 
@@ -401,6 +405,7 @@ def test_adapters_resume_exactly(tmp_path):
     assert_same_weights(rest.model, whole.model)
 
 
+@pytest.mark.slow
 def test_the_code_in_the_docs_runs(tmp_path, monkeypatch):
     write_pictures(tmp_path / "photos" / "train", {"blue": 9, "green": 9, "red": 8})
     config = ViTConfig(

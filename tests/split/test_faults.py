@@ -33,6 +33,8 @@ from snello.split.security.certs import make_certs
 from snello.split.wire import frames
 from snello.split.wire.frames import UPLINK_KINDS, Kind
 
+pytestmark = pytest.mark.slow
+
 RECIPE = [
     *("--model", "test_vit", "--weights", "none", "--image-size", "48", "--precision", "fp32", "--device", "cpu"),
     *("--batch-size", "4", "--epochs", "2", "--checkpoint-steps", "3", "--split.cut", "2", "--attention", "explicit"),

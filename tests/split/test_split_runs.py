@@ -111,6 +111,7 @@ CUT_OFF = {
 
 @pytest.mark.parametrize("name", CUT_OFF)
 @pytest.mark.parametrize("method", ["full", "alast"])
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(split, tmp_path, monkeypatch, name, method):
     options = dict(CUT_OFF[name])
     config = replace(
@@ -140,6 +141,7 @@ def test_the_budget_ends_the_run_wherever_the_epochs_are(split):
 
 @pytest.mark.parametrize("labels", ["server", "client"])
 @pytest.mark.parametrize("method", ["head", "alast"])
+@pytest.mark.slow
 def test_the_budget_knows_what_will_be_sent(split, labels, method):
     still = AlastConfig(alpha=0.0)
     config = with_codec(replace(split, method=method, alast=still), "int8", labels=labels, max_bytes="300kB")
@@ -284,6 +286,7 @@ class TestCodecs:
         out, err = capfd.readouterr()
         assert out == "" and err.count("\n") == 1 and err.startswith("snello: error: ")
 
+    @pytest.mark.slow
     def test_a_reader_that_has_seen_enough(self):
         command = f"'{sys.executable}' -u -m snello.cli codecs --batch-size 8 | head -1"
         done = subprocess.run(command, shell=True, capture_output=True, text=True)

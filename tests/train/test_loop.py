@@ -65,6 +65,7 @@ def test_learns_an_easy_data_set(small, method):
     assert evaluated[-1] < evaluated[0]
 
 
+@pytest.mark.slow
 def test_learns_the_shipped_pictures_with_the_shipped_model(tmp_path, monkeypatch):
     """A few steps on the 10 classes of Fashion-MNIST, from random weights: above chance."""
     load = training.splits_of
@@ -262,6 +263,7 @@ def test_same_seed_same_run(small, method):
     assert rows_of(one.out, "step")[0]["loss"] != rows_of(third.out, "step")[0]["loss"]
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(small):
     one, other = replace(small, epochs=1), replace(small, epochs=1, workers=2, out=small.out.with_name("b"))
     for config in (one, other):

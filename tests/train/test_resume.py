@@ -54,6 +54,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_cut_off_within_an_epoch(small, tmp_path, monkeypatch, name):
     """The eleventh micro-batch: within the second epoch, and within a window where gradients accumulate."""
     config = replace(small, **CASES[name])
@@ -70,6 +71,7 @@ def test_cut_off_within_an_epoch(small, tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("method", ["full", "alast"])
+@pytest.mark.slow
 def test_cut_off_after_every_step(small, tmp_path, monkeypatch, method):
     config = replace(small, method=method, accumulate=3, checkpoint_steps=1)
     other = whole(config, tmp_path / "whole")
@@ -206,6 +208,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="there are no such signals
 
 @posix
 @pytest.mark.parametrize(("name", "call"), [("last.safetensors", 3), ("model.safetensors", 1)])
+@pytest.mark.slow
 def test_killed_between_write_and_rename(small, tmp_path, name, call):
     config = replace(small, method="alast", checkpoint_steps=3)
     other = whole(config, tmp_path / "whole")
@@ -243,6 +246,7 @@ def wait_for_lines(process: subprocess.Popen[str], config: FinetuneConfig, num: 
 
 @posix
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
 def test_killed_at_any_moment(small, tmp_path, workers):
     config = replace(
         small,
@@ -267,6 +271,7 @@ def test_killed_at_any_moment(small, tmp_path, workers):
 
 @posix
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0)])
+@pytest.mark.slow
 def test_asked_to_stop(small, tmp_path, number, workers):
     """Ctrl-C reaches the whole process group, loaders too; `kill` only the process."""
     config = replace(small, method="alast", epochs=8, workers=workers)

@@ -649,6 +649,7 @@ def test_a_failed_step_is_not_saved_at_the_end(tmp_path):
     assert session.checkpoints.steps() == [0] and refused.code != Code.SHUTDOWN
 
 
+@pytest.mark.slow
 def test_a_connection_ends_without_noise(patient, caplog):
     for _ in range(10):
         assert patient.serves()
