@@ -132,6 +132,7 @@ def test_data_that_cannot_be_used(small, refused, tmp_path):
     assert "--skip-bad leaves them out" in error("bad")
 
 
+@pytest.mark.slow
 def test_bad_picture_that_nobody_looked_for(small, tmp_path, capfd):
     """Without the check at the start it is found in the middle, in a loader: still one line, and the run stays."""
     data = write_pictures(tmp_path / "data", {"a": 6, "b": 6})

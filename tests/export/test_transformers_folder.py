@@ -135,6 +135,7 @@ def test_snello_goes_on_with_an_exported_model_of_timm(of_timm, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_model_of_transformers_is_saved_as_itself(kind, pictures, tmp_path):
     model = make_transformers(tmp_path / "tiny", kind, **KINDS[kind])
     run = make_run(pictures, tmp_path / "run", model=str(model), weights="pretrained", image_size=24)
@@ -216,6 +217,7 @@ def test_the_command_says_what_was_written(native, tmp_path, capsys):
     assert torch.equal(logits(names["model"], images), expected(native, images))
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_leaves_a_plain_model(pictures, tmp_path):
     pytest.importorskip("peft")
     folder = make_transformers(tmp_path / "tiny", **KINDS["ViT"])

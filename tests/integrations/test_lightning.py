@@ -334,6 +334,7 @@ def test_gradient_checkpointing_gives_the_same(tmp_path):
     assert [row["forwards"] for row in recomputed.rows] == [row["forwards"] for row in rows.rows]
 
 
+@pytest.mark.slow
 def test_the_code_in_the_docs_runs(tmp_path, monkeypatch):
     write_pictures(tmp_path / "photos" / "train", {"blue": 9, "green": 9, "red": 8}, size=32)
     text = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()

@@ -148,6 +148,7 @@ def test_the_base_learning_rate_is_the_step_size_not_the_scheduled_one(tmp_path)
     assert ours.rows == expected.rows and len({tuple(row["budgets"]) for row in ours.rows}) > 2
 
 
+@pytest.mark.slow
 def test_evaluation_in_between_changes_nothing(tmp_path):
     evaluating = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
     one, rows = train(tmp_path, ALaSTCallback(**OPTIONS), vit(dropout=0.0))  # the Trainer's evaluation draws numbers
@@ -221,6 +222,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     assert "save_pretrained" not in vars(model)
 
 
+@pytest.mark.slow
 def test_the_trainers_own_restoring_of_callbacks_takes_the_checkpoints_settings(tmp_path):
     train(tmp_path, ALaSTCallback(**OPTIONS), stop_at=3)
     _, whole = train(tmp_path / "whole", ALaSTCallback(**OPTIONS))
@@ -234,6 +236,7 @@ def test_the_trainers_own_restoring_of_callbacks_takes_the_checkpoints_settings(
     assert [row["alast/budget_0"] for row in rows] == [row["budgets"][0] for row in whole.rows]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_ours_is_refused_in_one_line(tmp_path):
     train(tmp_path / "without", None, stop_at=2)
     train(tmp_path / "with", ALaSTCallback(**OPTIONS), stop_at=2)

@@ -273,6 +273,7 @@ def test_alast_costs_less_and_its_budgets_count():
         previous = alast
 
 
+@pytest.mark.slow
 def test_state_of_a_run_is_what_is_measured():
     start = make_step("alast", alast=AlastConfig(min_budget=0.2))
     state = start.method.state_dict() | {"budgets": [0.2] * 6}

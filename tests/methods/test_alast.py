@@ -685,6 +685,7 @@ TARGETED = [
     ("share", "options"),  # merging halves the tokens of a block at most, so that 0.4 is out of its reach
     [(share, options) for share in (0.4, 0.6, 0.7) for options in TARGETED if share > 0.5 or "rule" not in options],
 )
+@pytest.mark.slow
 def test_a_flop_target_is_held_while_the_budgets_move(share, options):
     model = tiny_vit()
     ViT(model).set_attention_paths(["explicit"] * 4)  # torch's counter knows no fused kernel on a CPU

@@ -50,6 +50,7 @@ def with_codec(config: FinetuneConfig, codec: str, **options) -> FinetuneConfig:
 @pytest.mark.parametrize("labels", ["server", "client"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.slow
 def test_a_run_without_compression_ends_as_the_whole_one(small, tmp_path, labels, accumulate, precision):
     config = replace(small, clip_norm=0.0, accumulate=accumulate, precision=precision)
     one = finetune(replace(config, out=tmp_path / "one"), QUIET)
@@ -59,6 +60,7 @@ def test_a_run_without_compression_ends_as_the_whole_one(small, tmp_path, labels
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_summary_metrics_and_files(split, pictures):
     summary = finetune(replace(split, split=replace(split.split, link="1mbit/10ms")), QUIET)
     assert summary.keys() >= FIELDS and summary == json.loads((split.out / "summary.json").read_text())
@@ -157,6 +159,7 @@ def test_a_budget_that_holds_no_step_is_refused(split):
 
 @pytest.mark.parametrize("codec", ["adc(0.5)+int4", "bottlenet(0.5)"])
 @pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.slow
 def test_evaluate_gives_what_training_measured(split, pictures, codec, labels):
     summary = finetune(with_codec(split, codec, labels=labels), QUIET)
     result = evaluate(EvaluateConfig(run=split.out, workers=0))

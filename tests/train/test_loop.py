@@ -250,6 +250,7 @@ def test_a_run_with_a_flop_target_logs_what_its_steps_drop_by(small):
 
 
 @pytest.mark.parametrize("method", ["alast", "full"])
+@pytest.mark.slow
 def test_same_seed_same_run(small, method):
     one = replace(small, method=method, epochs=1)
     other, third = replace(one, out=small.out.with_name("b")), replace(one, seed=1, out=small.out.with_name("c"))
@@ -515,6 +516,7 @@ def test_bad_pictures_are_left_out_and_counted(small, tmp_path, capsys):
     assert summary["num_classes"] == 2
 
 
+@pytest.mark.slow
 def test_shipped_model_with_its_weights(tmp_path, pictures):
     model = create_model("vit_micro_patch4_32", "pretrained", 3)
     saved = load_file(WEIGHTS)

@@ -98,6 +98,7 @@ def with_noise(*args, **kwargs) -> nn.Module:
 
 
 @pytest.mark.parametrize("method", ["full", "alast"])
+@pytest.mark.slow
 def test_noise_of_the_model_goes_on(small, tmp_path, monkeypatch, method):
     monkeypatch.setattr(training, "create_model", with_noise)
     config = replace(small, method=method, accumulate=3, checkpoint_steps=1)
@@ -122,6 +123,7 @@ def test_early_stop_is_remembered(small, tmp_path, monkeypatch):
     assert_same_run(config.out, other)
 
 
+@pytest.mark.slow
 def test_workers_and_checkpoints_may_change(small, tmp_path, monkeypatch):
     config = replace(small, method="alast", checkpoint_steps=3)
     other = whole(config, tmp_path / "whole")
@@ -161,6 +163,7 @@ def test_before_the_model_is_saved(small, tmp_path, monkeypatch):
     assert_same_run(config.out, other)
 
 
+@pytest.mark.slow
 def test_after_the_last_checkpoint(small, tmp_path, monkeypatch):
     """Trained to the end, but without a summary: resuming writes it and trains no further."""
     config = replace(small, method="alast")
