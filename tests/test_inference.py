@@ -263,6 +263,7 @@ def test_a_run_in_bf16_is_used_in_bf16(small):
     assert result["loss"] == row["loss"], "the same batches, in the same precision: the same bits"
 
 
+@pytest.mark.slow
 def test_run_folder_may_be_moved_and_used_elsewhere(run, pictures, tmp_path):
     """In another process and another working directory, without the training pictures."""
     shutil.copytree(run, tmp_path / "moved")

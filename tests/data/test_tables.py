@@ -45,6 +45,7 @@ def test_run_on_a_table(small, table, tmp_path):
     assert [row["class"] for row in summary["per_class"]] == list(NAMES)
 
 
+@pytest.mark.slow
 def test_run_on_parquet_with_parts(small, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -11,6 +11,8 @@ from snello.config import AlastConfig, FinetuneConfig
 from snello.files import load_tensors
 from snello.train.loop import Trainer
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("full", "alast", "head", "last-k", "lora", "alast+lora")
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
 

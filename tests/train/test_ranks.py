@@ -144,6 +144,7 @@ def saw(folder: Path, name: str) -> list[dict]:
 
 @posix
 @pytest.mark.parametrize("name", ["full", "alast"])
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(odd, two, tmp_path, name):
     """With the same global batch; two micro-steps a step, the last of an epoch with one picture for both ranks."""
     config = replace(base(odd), batch_size=6, out=tmp_path / "one", **(ALAST if name == "alast" else {}))
@@ -170,6 +171,7 @@ def test_two_processes_compute_what_one_does(odd, two, tmp_path, name):
 
 @posix
 @pytest.mark.parametrize("name", ["full", "alast", "gone-on"])
+@pytest.mark.slow
 def test_ranks_stay_equal_after_every_step(two, name):
     one, other = (seen["steps"] for seen in saw(two, name))
     assert len(one) == len(other) >= 2
@@ -182,6 +184,7 @@ def test_ranks_stay_equal_after_every_step(two, name):
 
 
 @posix
+@pytest.mark.slow
 def test_one_asked_to_stop_stops_all_at_the_same_step_and_they_go_on_exactly(two):
     one, other = saw(two, "stopped")
     assert one["error"] == other["error"] and one["error"][0] == "Interrupted"
@@ -192,6 +195,7 @@ def test_one_asked_to_stop_stops_all_at_the_same_step_and_they_go_on_exactly(two
 
 
 @posix
+@pytest.mark.slow
 def test_what_fails_on_one_rank_ends_both(two):
     """One says why, in the words of the rank that knows; the other says nothing."""
     one, other = (seen["error"] for seen in saw(two, "bad"))
@@ -208,6 +212,7 @@ def test_what_fails_on_one_rank_ends_both(two):
 
 
 @posix
+@pytest.mark.slow
 def test_no_thread_of_the_group_outlives_it(two):
     """One that lets go of a tensor while the interpreter ends would abort the process."""
     for threads in saw(two, "threads"):
@@ -215,6 +220,7 @@ def test_no_thread_of_the_group_outlives_it(two):
 
 
 @posix
+@pytest.mark.slow
 def test_another_number_of_processes_is_refused(odd, two):
     config = replace(base(odd), **ALAST, out=two / "alast")
     with pytest.raises(ConfigError, match="started with 2 processes, now it has 1: its batches would be others"):
@@ -225,6 +231,7 @@ def test_another_number_of_processes_is_refused(odd, two):
 
 
 @posix
+@pytest.mark.slow
 def test_ctrl_c_reaches_all_and_the_printed_command_goes_on(odd, tmp_path):
     config = replace(base(odd), **ALAST, epochs=10, out=tmp_path / "run")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "snello"]
@@ -249,6 +256,7 @@ def test_ctrl_c_reaches_all_and_the_printed_command_goes_on(odd, tmp_path):
 
 
 @posix
+@pytest.mark.slow
 def test_an_error_is_one_line(two):
     done = launch(
         "-m", "snello", "finetune", "--data", str(two / "bad"), "--out", str(two / "refused"), "--device", "cpu"

@@ -441,6 +441,7 @@ class TestMalformed:
 
 @pytest.mark.parametrize("labels", ["server", "client"])
 @pytest.mark.parametrize("codec", CODEC_TEXTS)
+@pytest.mark.slow
 def test_every_codec_trains(tmp_path, codec, labels):
     client = Client(registry_in(tmp_path, codec=codec, labels=labels))
     client.open()
@@ -467,6 +468,7 @@ class TestSaves:
         ids=["adc", "bottlenet", "alast", "accumulate"],
     )
     @pytest.mark.parametrize("fresh", [False, True], ids=["in memory", "from the folder"])
+    @pytest.mark.slow
     def test_going_back_gives_the_same_bit_for_bit(self, tmp_path, undisturbed, options, fresh):
         registry = registry_in(tmp_path, **options)
         client = Client(registry)

@@ -4,7 +4,6 @@ import gc
 import io
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -628,9 +627,7 @@ def test_a_stop_with_nobody_there_and_with_one_in_mid_step(tmp_path):
     with opened(server, client) as raw:
         raw.send(next(client.step()))
         raw.receive()
-        started = time.monotonic()
         server.stop()
-        assert time.monotonic() - started < 10
         assert raw.end()[0] != grpc.StatusCode.OK
     folders = {path.name[-12:]: path for path in (tmp_path / "server" / "sessions").iterdir()}
     assert steps_in(folders[gone.id[:12]] / "checkpoints") == [0, 1]
@@ -651,6 +648,7 @@ def test_a_failed_step_is_not_saved_at_the_end(tmp_path):
     assert session.checkpoints.steps() == [0] and refused.code != Code.SHUTDOWN
 
 
+@pytest.mark.slow
 def test_a_connection_ends_without_noise(patient, caplog):
     for _ in range(10):
         assert patient.serves()

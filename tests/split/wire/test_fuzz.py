@@ -23,7 +23,7 @@ from snello.split.wire import frames
 from snello.split.wire.frames import ARRAY_KINDS, DTYPES, HEADER, MAGIC, VERSION, Frame, Kind, control
 from snello.split.wire.refusals import Code, Refused
 
-pytestmark = pytest.mark.usefixtures("known_models")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("known_models")]
 
 COUNTED: Counter[str] = Counter()
 LIMIT = 1 << 16
