@@ -22,6 +22,7 @@ from rich.console import Console
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
+from snello import finetuning
 from snello.config import AlastConfig, AugmentConfig, FinetuneConfig, SplitConfig
 from snello.files import load_tensors
 from snello.runs.folder import RunFolder
@@ -32,6 +33,11 @@ pytest_plugins = ["helpers.clients"]  # its fixtures; and pytest says what is wr
 
 QUIET = Console(quiet=True)
 TIMES = ("seconds", "train_time_s", "client_seconds", "server_seconds")
+
+
+def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
+    """The summary of a run, as summary.json holds it."""
+    return finetuning.finetune(config, console).to_dict()
 
 
 def write_pictures(folder: Path, counts: dict[str, int], seed: int = 0, size: int = 16) -> Path:

@@ -51,6 +51,7 @@ def test_kernels_for_ever_new_sizes_do_not_fill_the_memory(monkeypatch):
     assert grown("limited") < 0.6 * unlimited
 
 
+@pytest.mark.slow
 def test_what_the_user_set_stays():
     run = "import os, snello.devices; print(os.environ['LRU_CACHE_CAPACITY'])"
     environment = os.environ | {"LRU_CACHE_CAPACITY": "300"}

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from golden import FILE, fingerprint, names, result
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = json.loads(FILE.read_text())
 
 

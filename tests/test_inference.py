@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import QUIET, run_python, write_pictures
+from conftest import QUIET, finetune, run_python, write_pictures
 from PIL import Image
 
 from snello import cli
 from snello.config import AugmentConfig, EvaluateConfig, PredictConfig
 from snello.data import open_picture
 from snello.errors import CheckpointError, ConfigError, DataError
-from snello.finetuning import finetune
 from snello.inference import Predictor, evaluate, predict
 from snello.runs.folder import RunFolder
 from snello.train.loop import Trainer
@@ -264,6 +263,7 @@ def test_a_run_in_bf16_is_used_in_bf16(small):
     assert result["loss"] == row["loss"], "the same batches, in the same precision: the same bits"
 
 
+@pytest.mark.slow
 def test_run_folder_may_be_moved_and_used_elsewhere(run, pictures, tmp_path):
     """In another process and another working directory, without the training pictures."""
     shutil.copytree(run, tmp_path / "moved")

@@ -109,6 +109,7 @@ def test_help_and_refusals_are_light(args):
 
 
 @pytest.mark.parametrize("imports", ["import snello, timm", "import timm, snello", "import timm.models, snello"])
+@pytest.mark.slow
 def test_micro_model_is_registered(imports):
     """Whichever is imported first, and with nothing else of snello imported."""
     code = (

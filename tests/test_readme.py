@@ -57,6 +57,7 @@ def start(args: list[str], folder: Path) -> tuple[subprocess.Popen[str], str]:
     raise AssertionError(f"the server did not start: {args}")
 
 
+@pytest.mark.slow
 def test_the_snello_commands_run_as_they_stand(tmp_path: Path) -> None:
     """In order, in one folder; only shorter, on free ports, and with the shipped model: nothing is downloaded."""
     write_pictures(tmp_path / "photos", {f"class{i}": 5 for i in range(10)}, size=32)

@@ -145,7 +145,7 @@ def _at_home(predictor: Predictor) -> FinetuneConfig:
     made, resolved = predictor.config, predictor.resolved
     if resolved.data_root is not None:
         made = replace(made, data_root=Path(resolved.data_root))
-    if resolved.data is None or (made.data is not None and Path(made.data).absolute() == Path(resolved.data)):
+    if resolved.data is None:
         return made
     if not Path(resolved.data).exists():
         raise DataError(

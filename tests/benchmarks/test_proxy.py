@@ -1,5 +1,6 @@
 """The proxy that stands for a slow or broken network: what it forwards, how late, and what rules do to it."""
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from concurrent import futures
 
 import grpc
+import proxy as module
 import pytest
 import torch
 from proxy import Proxy, Rule
@@ -153,29 +155,64 @@ def test_another_target_is_for_new_connections(echo):
 # --------------------------------------------------------------------------------------------------- the slow link
 
 
-def test_delay_is_a_pipeline(echo):
-    with Proxy(echo.address, seconds=0.1) as proxy, connect(proxy) as connection:
-        started = time.monotonic()
+class Clock:
+    """Stands for asyncio in the proxy: time passes only where somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def get_running_loop(self) -> "Clock":
+        return self
+
+    def time(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "asyncio", clock)
+    return clock
+
+
+def test_delay_is_a_pipeline(clock):
+    link = module._Link(0.1, None)
+    arrivals = [asyncio.run(link.take(1000)) for _ in range(30)]
+    assert arrivals == [100.1] * 30 and clock.now == 100.0
+
+
+def test_rate_is_that_of_the_link(clock):
+    link = module._Link(0.1, 1e6)
+    arrivals = [asyncio.run(link.take(link.piece)) for _ in range(50)]
+    assert arrivals[-1] == pytest.approx(100.1 + 50 * link.piece * 8e-6 - module.CREDIT_SECONDS)
+    assert arrivals == sorted(arrivals) and clock.now == pytest.approx(arrivals[-1] - 0.1)
+
+
+def test_what_is_delayed_waits_in_both_directions(echo, monkeypatch):
+    sleep, slept = asyncio.sleep, []
+
+    async def noted(seconds: float) -> None:
+        slept.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", noted)
+    with Proxy(echo.address, seconds=60) as proxy, connect(proxy) as connection:
         trip(connection, b"x")
-        assert 0.2 <= time.monotonic() - started < 0.8
-        started = time.monotonic()
-        for _ in range(30):  # one after the other they would take 6 s
-            connection.sendall(b"x" * 1000)
-            time.sleep(0.003)
-        receive(connection, 30 * 1000)
-        assert 0.2 <= time.monotonic() - started < 2
+        assert len(slept) == 2 and all(0 < seconds <= 60 for seconds in slept)
 
 
 @pytest.mark.parametrize("connections", [1, 2])
-def test_rate_is_that_of_the_link(echo, connections):
+def test_connections_share_the_link(echo, connections):
     echo.echoing = False
-    size = 50_000  # 0.4 s at 1 Mbit/s
     with Proxy(echo.address, bits_per_second=1e6) as proxy, contextlib.ExitStack() as stack:
-        started = time.monotonic()
+        begin = proxy._loop.time()
         for _ in range(connections):
-            stack.enter_context(connect(proxy)).sendall(bytes(size // connections))
-        echo.wait_for(size)
-        assert 0.35 <= time.monotonic() - started < 1.2
+            stack.enter_context(connect(proxy)).sendall(bytes(10_000 // connections))
+        echo.wait_for(10_000)
+        assert proxy.links["up"]._free_at - begin >= 10_000 * 8e-6 - module.CREDIT_SECONDS
 
 
 def test_small_messages_do_not_wait_for_large_ones_to_end(echo):

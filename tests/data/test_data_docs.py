@@ -28,6 +28,7 @@ def test_sets_with_val_and_without_parts_are_named():
     assert whole == {"caltech101", "caltech256", "eurosat", "sun397"}
 
 
+@pytest.mark.slow
 def test_commands_run(tmp_path, monkeypatch, capsys):
     """In order, in one folder; only shorter, with a model of the tests."""
     datasets = pytest.importorskip("datasets")

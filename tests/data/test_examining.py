@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import QUIET, write_pictures
+from conftest import QUIET, finetune, write_pictures
 from helpers.whole_runs import save
 from PIL import Image
 
@@ -14,7 +14,6 @@ from snello import cli
 from snello.config import CheckDataConfig
 from snello.data import ArrayPictures, imbalance
 from snello.data.examining import check_data
-from snello.finetuning import finetune
 
 
 @pytest.fixture

@@ -47,6 +47,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_run_on_a_dataset_on_disk(small, tmp_path):
     dataset(rows(6)).save_to_disk(tmp_path / "set")
     summary = assert_whole_run(replace(small, data=f"hf:{tmp_path}/set/"), tmp_path / "runs")
@@ -55,6 +56,7 @@ def test_run_on_a_dataset_on_disk(small, tmp_path):
     assert len(splits.train) + len(splits.val) == 18 and splits.source.endswith("set, 25% of each class held out")
 
 
+@pytest.mark.slow
 def test_run_on_parts_on_disk(small, tmp_path):
     parts = {"train": dataset(rows(4)), "validation": dataset(rows(2, seed=50)), "test": dataset(rows(1, seed=90))}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
@@ -63,6 +65,7 @@ def test_run_on_parts_on_disk(small, tmp_path):
     assert (len(splits.train), len(splits.val)) == (12, 6) and splits.source.endswith("set, train and val")
 
 
+@pytest.mark.slow
 def test_folders_that_load_dataset_understands(small, tmp_path):
     write_pictures(tmp_path / "images" / "train", {"blue": 4, "green": 4})
     write_pictures(tmp_path / "images" / "test", {"blue": 2, "green": 2}, seed=1)
@@ -80,6 +83,7 @@ def _colour(image: Image.Image) -> str:
     return NAMES[2 - max(range(3), key=lambda channel: image.getpixel((0, 0))[channel])]
 
 
+@pytest.mark.slow
 def test_cached_under_its_name(tmp_path):
     """In a process of its own, as the cache lies after `load_dataset` on a machine with a connection."""
     dataset(rows(3)).save_to_disk(tmp_path / "set")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import finetune
 from helpers.whole_runs import assert_whole_run, error_of, load, save
 
 from snello import cli
@@ -44,6 +45,7 @@ def test_run_on_a_table(small, table, tmp_path):
     assert [row["class"] for row in summary["per_class"]] == list(NAMES)
 
 
+@pytest.mark.slow
 def test_run_on_parquet_with_parts(small, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -181,8 +183,6 @@ def test_parquet_without_the_extra(tmp_path, monkeypatch):
 def test_evaluate_on_a_table(small, pictures, tmp_path):
     """Classes go by name, and a part can be chosen."""
     from conftest import QUIET
-
-    from snello.finetuning import finetune
 
     finetune(replace(small, epochs=4, lr=2e-3), QUIET)
     rows = [

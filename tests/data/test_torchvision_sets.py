@@ -31,6 +31,7 @@ def write_idx(folder: Path, per_class: int = 3, classes: int = 10) -> None:
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, len(labels)) + labels.tobytes())
 
 
+@pytest.mark.slow
 def test_run_on_idx_files(small, tmp_path):
     write_idx(tmp_path / "FashionMNIST" / "raw")
     config = replace(small, data="Fashion-MNIST", data_root=tmp_path, batch_size=8)
@@ -42,6 +43,7 @@ def test_run_on_idx_files(small, tmp_path):
     assert splits.val.open(9).getpixel((0, 0))[0] >= 180 and splits.val.name(9) == "FashionMNIST test 9"
 
 
+@pytest.mark.slow
 def test_run_on_a_folder_without_parts(small, tmp_path):
     for channel, name in enumerate(("Forest", "River", "Pasture")):
         for i in range(6):

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import QUIET
+from conftest import QUIET, finetune
 from helpers.run_folders import edit, make_run, write_run
 
 from snello.config import AlastConfig, ExportConfig, LoraConfig, SplitConfig
 from snello.export import export
 from snello.export.card import base_model, card
 from snello.export.trained import Trained, read, read_settings
-from snello.finetuning import finetune
 from snello.measure.comparison import not_measured
 from snello.runs.folder import RunFolder
 

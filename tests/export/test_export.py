@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import QUIET
+from conftest import QUIET, finetune
 from helpers.run_folders import blocks_of, edit, expected, make_run, picture, write_run
 from safetensors import safe_open
 from torch import Tensor
@@ -18,7 +18,6 @@ from snello.config import ExportConfig, SplitConfig
 from snello.errors import CheckpointError, ConfigError, ModelError, SnelloError
 from snello.export import METADATA, export
 from snello.files import load_tensors, save_tensors
-from snello.finetuning import finetune
 from snello.inference import Predictor
 from snello.models import create_model
 from snello.runs.folder import RunFolder

@@ -15,6 +15,8 @@ from snello.config import ExportConfig
 from snello.errors import ConfigError, ModelError
 from snello.export import METADATA, export, onnx_file
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")

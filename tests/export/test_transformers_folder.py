@@ -111,6 +111,7 @@ def test_a_distillation_model_of_timm(tmp_path):
         assert (logits(model, images) - expected(tmp_path / "run", images)).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_the_shipped_model_is_loaded_with_snello(tmp_path):
     """By the card's own code, in a process that knows nothing else."""
     write_run(tmp_path / "run", "vit_micro_patch4_32")
@@ -134,6 +135,7 @@ def test_snello_goes_on_with_an_exported_model_of_timm(of_timm, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_a_model_of_transformers_is_saved_as_itself(kind, pictures, tmp_path):
     model = make_transformers(tmp_path / "tiny", kind, **KINDS[kind])
     run = make_run(pictures, tmp_path / "run", model=str(model), weights="pretrained", image_size=24)
@@ -215,6 +217,7 @@ def test_the_command_says_what_was_written(native, tmp_path, capsys):
     assert torch.equal(logits(names["model"], images), expected(native, images))
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_leaves_a_plain_model(pictures, tmp_path):
     pytest.importorskip("peft")
     folder = make_transformers(tmp_path / "tiny", **KINDS["ViT"])

@@ -17,13 +17,16 @@ from snello.config import FinetuneConfig, ServeConfig, SplitConfig
 from snello.config.values import from_dict
 from snello.models import create_model
 from snello.runs.folder import RunFolder
-from snello.split.client.remote import Remote
+from snello.split.build import cut_model, make_codec
+from snello.split.client.link import NetworkLink
+from snello.split.learner import SplitLearner
 from snello.split.server.registry import Registry, session_name
 from snello.split.server.sessions import Answer, TrainingSession
 from snello.split.wire import frames
 from snello.split.wire.frames import Frame, Kind, control, control_values
 from snello.split.wire.handshake import Hello, Plan, Welcome, parse, recipe_values
 from snello.split.wire.weights import weights_of
+from snello.train.place import Setup
 from snello.train.schedule import Schedule
 from snello.vit import ViT
 
@@ -101,16 +104,11 @@ class Client:
         vit.set_attention_paths(["explicit"] * vit.depth)
         terms = registry.sizes(3).terms
         self.schedule = Schedule(num_train, self.config.batch_size, self.config.accumulate, self.config.epochs)
-        self.remote = Remote(
-            vit,
-            self.config,
-            SimpleNamespace(max_body=0),  # type: ignore[arg-type]
-            num_classes=3,
-            device=torch.device("cpu"),
-            precision="fp32",
-            codec_text=terms.codec,
-            step_samples=[self.schedule.num_samples(step) for step in range(self.schedule.steps_per_epoch)],
-        )
+        codec = make_codec(self.config, terms.codec, vit.embed_dim)
+        lower, _ = cut_model(vit, self.config)
+        lower.model.to_empty(device="cpu")
+        setup = Setup(self.config, 3, torch.device("cpu"), "fp32", self.schedule, terms.codec)
+        self.remote = SplitLearner(vit, lower, codec, setup, NetworkLink(SimpleNamespace()))  # type: ignore[arg-type]
         for value in self.remote.half.vit.model.state_dict().values():
             value.zero_()  # until the starting weights come it is whatever was in memory
         self.schedule = replace(self.schedule, buffer=self.remote.buffer)
@@ -128,9 +126,14 @@ class Client:
         assert isinstance(session, TrainingSession)
         welcome = parse(Welcome, control_values(frame))
         if welcome.fresh:
-            self.remote.load(weights_of(frame))
+            self.load(frame)
         self.session, self.incarnation = session, welcome.incarnation
         return welcome
+
+    def load(self, frame: Frame) -> None:
+        """Begins with the weights that the server sent, where it did."""
+        if weights := weights_of(frame):
+            self.remote.half.vit.model.load_state_dict(weights)
 
     def batches(self, step: int, micro: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Pictures and labels of a micro-step, a function of the client's seed and their number."""
@@ -146,7 +149,7 @@ class Client:
     def step(self) -> Generator[Frame, Frame, None]:
         """One optimizer step: yields the frames to be carried, is sent the answers."""
         remote, step = self.remote, self.remote.step
-        remote.begin(self.schedule.progress(step))
+        remote.begin(step, self.schedule.progress(step), self.schedule.num_micro(step))
         for micro in range(self.schedule.num_micro(step)):
             number = self.schedule.batches_of(step, micro).start
             num_samples = self.schedule.num_samples(step)
@@ -158,6 +161,11 @@ class Client:
                 frame = remote.half.answer((yield frame))
         remote.clip(self.config.clip_norm)
         remote.update(self.schedule.lr(step, self.config.lr, self.config.warmup))
+
+    def counted(self, carry: Callable[[Frame], Frame]) -> Callable[[Frame], Frame]:
+        """`carry`, whose frames this side counts."""
+        self.remote.link.exchange = carry  # type: ignore[method-assign]
+        return self.remote.exchange
 
     def carry(self, frame: Frame) -> Frame:
         """Over the bytes to the session and back, with what the server does after its answer."""
@@ -235,18 +243,18 @@ def digest(value: Any) -> str:
 
 def weights(session: TrainingSession) -> str:
     """Digest of all that a session's steps move: weights, buffers, moments."""
-    upper = session.upper
+    upper = session.model
     return digest([upper.half.vit.model.state_dict(), upper.codec.state_dict(), upper.half.optimizer.state_dict()])
 
 
 def picture(session: TrainingSession) -> dict[str, Any]:
     """All that must be the same before and after a frame that was refused or repeated."""
-    upper = session.upper
+    upper, steps = session.model, session.steps
     return {
         "weights": weights(session),
         "gradients": digest([p.grad for p in upper.half.parameters() if p.grad is not None]),
-        "own": digest(session._gradients),
-        "place": (session.step, session.micro, session.awaited, session.accuracy, session.finished, session.failed),
+        "own": digest(steps._gradients),
+        "place": (steps.step, steps.micro, steps.awaited, session.accuracy, session.finished, session.failed),
         "ledger": session.ledger.state_dict(),
         "method": upper.half.method.state_dict(),
         "checkpoints": session.checkpoints.steps(),

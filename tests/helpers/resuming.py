@@ -4,10 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import QUIET
+from conftest import QUIET, finetune
 
 from snello.config import FinetuneConfig
-from snello.finetuning import finetune
 from snello.runs.folder import RunFolder
 
 

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from conftest import QUIET
+from conftest import QUIET, finetune
 from PIL import Image
 from torch import Tensor
 
 from snello.config import FinetuneConfig
 from snello.files import save_tensors
-from snello.finetuning import finetune
 from snello.inference import Predictor
 from snello.models import create_model
 from snello.runs.folder import RunFolder

@@ -180,7 +180,7 @@ def opened(server: Running, client: Client, **values: Any) -> Raw:
     welcome = parse(Welcome, control_values(frame))
     client.incarnation = welcome.incarnation
     if welcome.fresh:
-        client.remote.load({name[8:]: value for name, value in frame.arrays.items() if name.startswith("weights.")})
+        client.load(frame)
     return raw
 
 
@@ -190,7 +190,7 @@ def connected(server: Running, client: Client) -> Iterator[Connection]:
     connection = Connection(Endpoint(server.address), client.hello, max_body=1 << 24, reconnect_seconds=0)
     try:
         _, frame = connection.open()
-        client.remote.load({name[8:]: value for name, value in frame.arrays.items() if name.startswith("weights.")})
+        client.load(frame)
         yield connection
     finally:
         connection.close()

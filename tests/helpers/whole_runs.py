@@ -7,16 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import QUIET, assert_same_run, resumed
+from conftest import QUIET, assert_same_run, finetune, resumed
 from PIL import Image
 
 from snello.config import EvaluateConfig, FinetuneConfig
 from snello.data import Splits, load_splits, splits_of
 from snello.errors import DataError
-from snello.finetuning import finetune
 from snello.inference import evaluate
-from snello.runs.folder import RunFolder
 from snello.train.loop import Trainer
+from snello.train.place import LocalPlace
 
 
 def coloured(channel: int, seed: int, size: int = 16) -> Image.Image:
@@ -57,7 +56,7 @@ def assert_whole_run(config: FinetuneConfig, folder: Path) -> dict[str, Any]:
     summary = finetune(whole, QUIET)
     assert summary["epochs"] == 2
     cut = replace(config, out=folder / "cut", checkpoint_steps=1, workers=1)
-    trainer = Trainer(cut, splits_of(cut), RunFolder.of(cut), {}, QUIET)
+    trainer = Trainer(cut, splits_of(cut), LocalPlace(cut), QUIET)
     trainer.advance(trainer.total_steps // 2 + 1)
     trainer.close()
     finetune(resumed(cut), QUIET)

@@ -201,6 +201,7 @@ def test_budgets_and_trained_blocks_go_to_the_loggers(log, tmp_path):
 
 @pytest.mark.parametrize("ours", [True, False], ids=["alast", "control"])
 @pytest.mark.parametrize("stop_at", [3, 4], ids=["inside-an-epoch", "between-epochs"])
+@pytest.mark.slow
 def test_a_resumed_training_equals_an_uninterrupted_one(stop_at, ours, tmp_path):
     """The control, without ALaST, shows that Lightning itself does so."""
     options = {**OPTIONS, "full_tail": 0.25, "optimizer_state": "release"}
@@ -301,6 +302,7 @@ def _rank(rank: int, folder: Path) -> dict[str, Any]:
     return {"weights": whole.state_dict(), "rows": spy.rows, "losses": whole.losses}
 
 
+@pytest.mark.slow
 def test_two_processes_stay_equal_and_resume_exactly(tmp_path):
     one, other = run_ranks(_rank, tmp_path)
     assert one["rows"] == other["rows"] and len(one["rows"]) == 8
@@ -332,6 +334,7 @@ def test_gradient_checkpointing_gives_the_same(tmp_path):
     assert [row["forwards"] for row in recomputed.rows] == [row["forwards"] for row in rows.rows]
 
 
+@pytest.mark.slow
 def test_the_code_in_the_docs_runs(tmp_path, monkeypatch):
     write_pictures(tmp_path / "photos" / "train", {"blue": 9, "green": 9, "red": 8}, size=32)
     text = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()

@@ -148,6 +148,7 @@ def test_the_base_learning_rate_is_the_step_size_not_the_scheduled_one(tmp_path)
     assert ours.rows == expected.rows and len({tuple(row["budgets"]) for row in ours.rows}) > 2
 
 
+@pytest.mark.slow
 def test_evaluation_in_between_changes_nothing(tmp_path):
     evaluating = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
     one, rows = train(tmp_path, ALaSTCallback(**OPTIONS), vit(dropout=0.0))  # the Trainer's evaluation draws numbers
@@ -184,6 +185,7 @@ def test_budgets_and_trained_blocks_are_logged(log, tmp_path):
 
 @pytest.mark.parametrize("ours", [True, False], ids=["alast", "control"])
 @pytest.mark.parametrize("stop_at", [3, 4], ids=["inside-an-epoch", "between-epochs"])
+@pytest.mark.slow
 def test_a_resumed_training_equals_an_uninterrupted_one(stop_at, ours, tmp_path):
     """The control, without ALaST, shows that the Trainer itself does so, dropout included, once it saves right."""
     options = {**OPTIONS, "full_tail": 0.25, "optimizer_state": "release"}
@@ -220,6 +222,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     assert "save_pretrained" not in vars(model)
 
 
+@pytest.mark.slow
 def test_the_trainers_own_restoring_of_callbacks_takes_the_checkpoints_settings(tmp_path):
     train(tmp_path, ALaSTCallback(**OPTIONS), stop_at=3)
     _, whole = train(tmp_path / "whole", ALaSTCallback(**OPTIONS))
@@ -233,6 +236,7 @@ def test_the_trainers_own_restoring_of_callbacks_takes_the_checkpoints_settings(
     assert [row["alast/budget_0"] for row in rows] == [row["budgets"][0] for row in whole.rows]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_ours_is_refused_in_one_line(tmp_path):
     train(tmp_path / "without", None, stop_at=2)
     train(tmp_path / "with", ALaSTCallback(**OPTIONS), stop_at=2)
@@ -297,6 +301,7 @@ def test_bf16_trains(tmp_path):
     assert len(set(losses(trainer))) == 3 and [row["forwards"] for row in spy.rows] == [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_torch_compile_traces_the_attached_model(tmp_path, monkeypatch):
     for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
         monkeypatch.delenv(name, raising=False)  # the Trainer sets them; this takes them away again
@@ -351,6 +356,7 @@ def _rank(rank: int, folder: Path) -> dict[str, Any]:
     return {"weights": whole.model.state_dict(), "rows": spy.rows}
 
 
+@pytest.mark.slow
 def test_two_processes_stay_equal_and_resume_exactly(tmp_path):
     one, other = run_ranks(_rank, tmp_path)
     assert one["rows"] == other["rows"] and len(one["rows"]) == 8
@@ -384,6 +390,7 @@ def test_only_the_adapters_of_drawn_blocks_train(tmp_path):
     assert losses(trainer)[-1] != losses(trainer)[0]
 
 
+@pytest.mark.slow
 def test_adapters_resume_exactly(tmp_path):
     peft = pytest.importorskip("peft")
 
@@ -402,6 +409,7 @@ def test_adapters_resume_exactly(tmp_path):
 
 
 @pytest.mark.filterwarnings("error::snello.errors.SnelloWarning")  # from_pretrained gives a model in eval mode
+@pytest.mark.slow
 def test_the_code_in_the_docs_runs(tmp_path, monkeypatch):
     write_pictures(tmp_path / "photos" / "train", {"blue": 9, "green": 9, "red": 8})
     config = ViTConfig(

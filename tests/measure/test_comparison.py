@@ -5,14 +5,13 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import run_python
+from conftest import finetune, run_python
 from rich.console import Console
 
 from snello import cli
 from snello.config import AlastConfig, FinetuneConfig, LoraConfig
 from snello.config.values import from_dict
 from snello.errors import SnelloError
-from snello.finetuning import finetune
 from snello.measure import comparison
 from snello.measure.comparison import (
     Comparison,
@@ -35,6 +34,7 @@ def request(config: FinetuneConfig, **changes):
 # ------------------------------------------------------------------------------------------------------- for real
 
 
+@pytest.mark.slow
 def test_run_with_comparison(small, capsys):
     """From the training to the summary and the table that is printed."""
     config = replace(small, method="alast", alast=AlastConfig(blocks=3, alpha=5.0), epochs=1, compare=True)
@@ -52,7 +52,7 @@ def test_run_with_comparison(small, capsys):
     assert summary["saved_bytes_per_sample"] < summary["full_saved_bytes_per_sample"]
     assert summary["trainable_parameters"] < summary["full_trainable_parameters"]
     assert summary["optimizer_bytes"] <= summary["full_optimizer_bytes"]
-    assert 1e-4 < summary["step_time_s"] < 5 and 1e-4 < summary["full_step_time_s"] < 5
+    assert summary["step_time_s"] > 0 and summary["full_step_time_s"] > 0
     assert 2**20 < summary["full_peak_memory_bytes"] < 2**33
     model = 0.37e6  # parameters of test_vit, roughly
     assert 0.5 * model < summary["full_trainable_parameters"] < 2 * model
@@ -62,12 +62,14 @@ def test_run_with_comparison(small, capsys):
         assert text in err
 
 
+@pytest.mark.slow
 def test_process_out_of_memory(small):
     """Not a mock: a batch for which the operating system gives no memory."""
     with pytest.raises(OutOfMemoryError):
         Process(request(small, batch_size=10**6, memory_limit=4 * 2**30))
 
 
+@pytest.mark.slow
 def test_process_that_fails_otherwise_is_a_snello_error(small, capfd):
     config = replace(small, model="no_such_model")
     with pytest.raises(SnelloError, match=r"measuring process failed with exit code 1$"):
@@ -76,6 +78,7 @@ def test_process_that_fails_otherwise_is_a_snello_error(small, capfd):
         compare(config, SUMMARY, {})
 
 
+@pytest.mark.slow
 def test_process_answers_on_a_clean_line(small):
     """Whatever libraries print, an answer is JSON; after the first question come others."""
     text = json.dumps(request(small)) + "\nstep\ncosts\n"

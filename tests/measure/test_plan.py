@@ -139,6 +139,7 @@ def test_nothing_fits(fake, memory):
     assert not fake.started
 
 
+@pytest.mark.slow
 def test_estimates_lie_on_a_line():
     """Estimated at the ends; a batch between them is what it would be alone."""
     planner = plan._Planner(settings(precisions=("fp32",)), torch.device("cpu"))

@@ -173,6 +173,7 @@ def test_working_memory_of_checkpointing_and_of_the_head():
 @pytest.mark.parametrize("method", ["full", "alast", "head", "lora", "alast+lora"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("grad_checkpointing", [False, True])
+@pytest.mark.slow
 def test_memory_without_data_is_that_of_a_real_step(method, precision, grad_checkpointing):
     if "lora" in method:
         pytest.importorskip("peft")
@@ -195,6 +196,7 @@ def test_memory_without_data_of_a_transformers_model(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 @pytest.mark.parametrize(("method", "options"), [("full", []), ("alast", []), ("full", ["--grad-checkpointing"])])
+@pytest.mark.slow
 def test_counted_memory_is_near_the_peak_of_a_process(method, options):
     """On a model of DeiT-T's size, in a process of its own."""
     config = FinetuneConfig(
@@ -271,6 +273,7 @@ def test_alast_costs_less_and_its_budgets_count():
         previous = alast
 
 
+@pytest.mark.slow
 def test_state_of_a_run_is_what_is_measured():
     start = make_step("alast", alast=AlastConfig(min_budget=0.2))
     state = start.method.state_dict() | {"budgets": [0.2] * 6}

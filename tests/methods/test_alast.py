@@ -564,6 +564,7 @@ def test_gradient_checkpointing_keeps_the_same_tokens_and_records_once(drop_at, 
             assert (grad - plain[3][name]).abs().max() <= 1e-5, name
 
 
+@pytest.mark.slow
 def test_compiling_after_attaching_gives_the_same():
     torch._dynamo.reset()
     results = []
@@ -685,6 +686,7 @@ TARGETED = [
     ("share", "options"),  # merging halves the tokens of a block at most, so that 0.4 is out of its reach
     [(share, options) for share in (0.4, 0.6, 0.7) for options in TARGETED if share > 0.5 or "rule" not in options],
 )
+@pytest.mark.slow
 def test_a_flop_target_is_held_while_the_budgets_move(share, options):
     model = tiny_vit()
     ViT(model).set_attention_paths(["explicit"] * 4)  # torch's counter knows no fused kernel on a CPU
@@ -855,6 +857,7 @@ def _sharded(rank: int, shard: bool) -> tuple[dict[str, torch.Tensor], list]:
     return state, log
 
 
+@pytest.mark.slow
 def test_ranks_stay_equal_and_average_their_deltas(tmp_path):
     torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

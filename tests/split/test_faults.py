@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -33,6 +32,8 @@ from snello.split.checkpoints import steps_in
 from snello.split.security.certs import make_certs
 from snello.split.wire import frames
 from snello.split.wire.frames import UPLINK_KINDS, Kind
+
+pytestmark = pytest.mark.slow
 
 RECIPE = [
     *("--model", "test_vit", "--weights", "none", "--image-size", "48", "--precision", "fp32", "--device", "cpu"),
@@ -69,7 +70,6 @@ class Scene:
     done_again: int = 0
     port: int = 0
     happened: bool = False
-    stopped_in: float = 0.0
 
     def __post_init__(self) -> None:
         self.folder.mkdir(exist_ok=True)
@@ -531,10 +531,8 @@ def test_a_bit_flips_under_tls(secured, same, direction):
 
 def stop(scene: Scene) -> None:
     """SIGTERM to the server, to its end."""
-    begun = time.monotonic()
     scene.server.send(signal.SIGTERM)
     assert scene.server.wait(20.0) == 0, scene.server
-    scene.stopped_in = time.monotonic() - begun
 
 
 @pytest.mark.parametrize(
@@ -548,7 +546,7 @@ def test_sigterm_to_the_server_between_steps(scene, same, method):
     assert "the server shuts down; step 10 is saved" in scene.server.said
     scene.serve(resume=True)
     same("SIGTERM to the server", f"before ACTIVATIONS of step 10, method {method}")
-    assert scene.summary["rolled_back_steps"] == 0 and scene.stopped_in < 10
+    assert scene.summary["rolled_back_steps"] == 0
     assert "the server shuts down" in scene.client.said
 
 
@@ -611,10 +609,8 @@ def test_ctrl_c_to_the_client(scene, certs, same, how):
 def test_ctrl_c_to_the_client_while_the_server_is_gone(scene, same):
     scene.start(scene.killing("server", Kind.ACTIVATIONS, 10, "before"))
     scene.client.wait_for("connection lost: ")
-    begun = time.monotonic()
     scene.client.send(signal.SIGINT)
     assert scene.client.wait(20.0) == 130, scene.client
-    assert time.monotonic() - begun < 10
     line = resume_line(scene.client)
     scene.serve(resume=True).wait_for("listening on")
     scene.snello(line)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import QUIET, assert_same_run, flags, resumed, rows_of, tiny_vit
+from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of, tiny_vit
 from helpers.halves import batch, make_cut, step
 from helpers.resuming import cut_off, whole
 from rich.console import Console
@@ -21,7 +21,6 @@ from snello.config import AlastConfig, EvaluateConfig, FinetuneConfig, PredictCo
 from snello.config.registry import AUTO, CODECS
 from snello.config.values import from_dict, to_dict
 from snello.errors import AuthenticationError, CheckpointError, ConfigError
-from snello.finetuning import finetune
 from snello.inference import evaluate, predict
 from snello.models import create_model
 from snello.runs.folder import RunFolder
@@ -50,6 +49,7 @@ def with_codec(config: FinetuneConfig, codec: str, **options) -> FinetuneConfig:
 @pytest.mark.parametrize("labels", ["server", "client"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.slow
 def test_a_run_without_compression_ends_as_the_whole_one(small, tmp_path, labels, accumulate, precision):
     config = replace(small, clip_norm=0.0, accumulate=accumulate, precision=precision)
     one = finetune(replace(config, out=tmp_path / "one"), QUIET)
@@ -59,6 +59,7 @@ def test_a_run_without_compression_ends_as_the_whole_one(small, tmp_path, labels
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_summary_metrics_and_files(split, pictures):
     summary = finetune(replace(split, split=replace(split.split, link="1mbit/10ms")), QUIET)
     assert summary.keys() >= FIELDS and summary == json.loads((split.out / "summary.json").read_text())
@@ -111,6 +112,7 @@ CUT_OFF = {
 
 @pytest.mark.parametrize("name", CUT_OFF)
 @pytest.mark.parametrize("method", ["full", "alast"])
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_ends_as_one_that_was_not(split, tmp_path, monkeypatch, name, method):
     options = dict(CUT_OFF[name])
     config = replace(
@@ -140,6 +142,7 @@ def test_the_budget_ends_the_run_wherever_the_epochs_are(split):
 
 @pytest.mark.parametrize("labels", ["server", "client"])
 @pytest.mark.parametrize("method", ["head", "alast"])
+@pytest.mark.slow
 def test_the_budget_knows_what_will_be_sent(split, labels, method):
     still = AlastConfig(alpha=0.0)
     config = with_codec(replace(split, method=method, alast=still), "int8", labels=labels, max_bytes="300kB")
@@ -155,6 +158,7 @@ def test_a_budget_that_holds_no_step_is_refused(split):
 
 @pytest.mark.parametrize("codec", ["adc(0.5)+int4", "bottlenet(0.5)"])
 @pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.slow
 def test_evaluate_gives_what_training_measured(split, pictures, codec, labels):
     summary = finetune(with_codec(split, codec, labels=labels), QUIET)
     result = evaluate(EvaluateConfig(run=split.out, workers=0))
@@ -284,6 +288,7 @@ class TestCodecs:
         out, err = capfd.readouterr()
         assert out == "" and err.count("\n") == 1 and err.startswith("snello: error: ")
 
+    @pytest.mark.slow
     def test_a_reader_that_has_seen_enough(self):
         command = f"'{sys.executable}' -u -m snello.cli codecs --batch-size 8 | head -1"
         done = subprocess.run(command, shell=True, capture_output=True, text=True)

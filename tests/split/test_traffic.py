@@ -6,16 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_deit, tiny_vit
+from helpers.halves import Cut
 
 from snello.codecs.base import Codec, Message
 from snello.config import FinetuneConfig, SplitConfig
 from snello.errors import ProtocolError
 from snello.split.halves import Targets, labels_from_arrays, labels_to_arrays, number_type
-from snello.split.learner import Cut
 from snello.split.traffic import Exchange, exchange_bytes, uncompressed_bytes
 from snello.split.wire import frames
 from snello.split.wire.frames import UPLINK_KINDS, Kind
-from snello.vit import ViT
 
 CODECS = ["none", "int4", "adc(0.2)+int8", "topk(0.1)", "c3sl(3)", "bottlenet(0.2)", "fedlite(8)"]
 SHAPE = Exchange(
@@ -28,9 +27,7 @@ def make_cut(codec: str, labels: str, model=tiny_vit, num_classes: int = 5, **op
         **{"method": "full", "weights": "none", "batch_size": 8, **options},
         split=SplitConfig(cut=2, codec=codec, labels=labels),
     )
-    vit = ViT(model(num_classes=num_classes))
-    device = torch.device("cpu")
-    return Cut(vit, config, num_classes=num_classes, device=device, precision="fp32", codec_text=codec)
+    return Cut(model(num_classes=num_classes), config, num_classes=num_classes)
 
 
 def batch(num: int = 8, num_classes: int = 5):
@@ -41,8 +38,9 @@ def batch(num: int = 8, num_classes: int = 5):
 def exchange(cut: Cut, num: int = 8) -> tuple[int, int]:
     """Bytes counted up and down in one step of one batch."""
     before = cut.counters.total("uplink"), cut.counters.total("downlink")
-    cut.begin(0.0)
-    cut.backward([batch(num, cut.num_classes)], step=0, micro=0, num_samples=num, seed=0)
+    batches = [batch(num, cut.num_classes)]
+    cut.begin(0, batches)
+    cut.backward(batches, 0, 0, num)
     return cut.counters.total("uplink") - before[0], cut.counters.total("downlink") - before[1]
 
 
@@ -114,9 +112,9 @@ def test_without_a_codec_all_is_sent_as_it_is_and_the_ratio_is_one(labels):
     for counter, kinds in zip((cut.counters.uplink, cut.counters.downlink), expected, strict=True):
         assert {kind: size for kind, size in counter.items() if kind != "headers"} == kinds
         assert 0 < counter["headers"] < 1000
-    assert cut.uncompressed == uncompressed_bytes(replace(SHAPE, labels=labels)) == up + down
+    assert cut.ledger.uncompressed == uncompressed_bytes(replace(SHAPE, labels=labels)) == up + down
     exchange(cut, 5)
-    summary = cut.summary()
+    summary = cut.learner.traffic()
     assert summary["ratio"] == 1 and isinstance(summary["ratio"], float)
     assert summary["uplink_bytes"] + summary["downlink_bytes"] == summary["uncompressed_bytes"] > up + down
 
@@ -126,7 +124,7 @@ def test_without_a_codec_all_is_sent_as_it_is_and_the_ratio_is_one(labels):
 def test_ratio_is_one_too_where_less_is_trained(labels, method):
     cut = make_cut("none", labels, method=method, last_k=1)
     exchange(cut)
-    assert cut.summary()["ratio"] == 1
+    assert cut.learner.traffic()["ratio"] == 1
 
 
 @pytest.mark.parametrize("labels", ["server", "client"])
@@ -134,8 +132,8 @@ def test_ratio_is_one_too_where_less_is_trained(labels, method):
 def test_with_a_codec_the_ratio_is_counted_over_uncompressed(codec, labels):
     cut = make_cut(codec, labels)
     up, down = exchange(cut)
-    assert cut.uncompressed == uncompressed_bytes(replace(SHAPE, labels=labels))
-    assert cut.summary()["ratio"] == (up + down) / cut.uncompressed < 1
+    assert cut.ledger.uncompressed == uncompressed_bytes(replace(SHAPE, labels=labels))
+    assert cut.learner.traffic()["ratio"] == (up + down) / cut.ledger.uncompressed < 1
 
 
 @pytest.mark.parametrize("labels", ["server", "client"])
@@ -149,7 +147,7 @@ def test_evaluation_is_counted_apart(codec, labels, written):
     assert (cut.counters.total("uplink"), cut.counters.total("downlink")) == counted
     apart = cut.counters.uplink["evaluation"], cut.counters.downlink["evaluation"]
     assert apart == (written[0] - counted[0], written[1] - counted[1]) and min(apart) > 0
-    assert cut.summary()["eval_bytes"] == sum(apart)
+    assert cut.learner.traffic()["eval_bytes"] == sum(apart)
 
 
 @pytest.mark.parametrize("labels", ["server", "client"])
@@ -157,7 +155,7 @@ def test_bytes_are_the_same_where_they_are_only_counted(labels, written):
     cut = make_cut("adc(0.2)+int8", labels)
     counted = exchange(cut)
     silent = make_cut("adc(0.2)+int8", labels)
-    silent.config = replace(silent.config, split=replace(silent.config.split, frames=False))
+    silent.link._bytes = False
     assert exchange(silent) == counted == tuple(written)
     assert silent.counters == cut.counters
 

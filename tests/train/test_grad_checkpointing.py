@@ -4,13 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import QUIET, assert_same_run, resumed, rows_of
+from conftest import QUIET, assert_same_run, finetune, resumed, rows_of
 from helpers.resuming import cut_off, whole
 
 from snello.config import AlastConfig, FinetuneConfig
 from snello.files import load_tensors
-from snello.finetuning import finetune
 from snello.train.loop import Trainer
+
+pytestmark = pytest.mark.slow
 
 METHODS = ("full", "alast", "head", "last-k", "lora", "alast+lora")
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}

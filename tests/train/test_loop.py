@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import QUIET, flags, resumed, rows_of, write_pictures
+from conftest import QUIET, finetune, flags, resumed, rows_of, write_pictures
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -20,7 +20,6 @@ from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
 from snello.data import load_splits
 from snello.errors import ConfigError, TrainingError
 from snello.files import load_tensors
-from snello.finetuning import finetune
 from snello.models import create_model, preprocessing
 from snello.runs.folder import RunFolder
 from snello.seeds import mix, permutation
@@ -65,6 +64,7 @@ def test_learns_an_easy_data_set(small, method):
     assert evaluated[-1] < evaluated[0]
 
 
+@pytest.mark.slow
 def test_learns_the_shipped_pictures_with_the_shipped_model(tmp_path, monkeypatch):
     """A few steps on the 10 classes of Fashion-MNIST, from random weights: above chance."""
     load = training.splits_of
@@ -249,6 +249,7 @@ def test_a_run_with_a_flop_target_logs_what_its_steps_drop_by(small):
 
 
 @pytest.mark.parametrize("method", ["alast", "full"])
+@pytest.mark.slow
 def test_same_seed_same_run(small, method):
     one = replace(small, method=method, epochs=1)
     other, third = replace(one, out=small.out.with_name("b")), replace(one, seed=1, out=small.out.with_name("c"))
@@ -262,6 +263,7 @@ def test_same_seed_same_run(small, method):
     assert rows_of(one.out, "step")[0]["loss"] != rows_of(third.out, "step")[0]["loss"]
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(small):
     one, other = replace(small, epochs=1), replace(small, epochs=1, workers=2, out=small.out.with_name("b"))
     for config in (one, other):
@@ -498,7 +500,7 @@ def test_default_run_folder(small, tmp_path, monkeypatch):
 def test_checkpoints_in_between(small, monkeypatch):
     steps: list[int] = []
     save = Trainer._save
-    monkeypatch.setattr(Trainer, "_save", lambda self: (steps.append(self.progressed.step), save(self))[1])
+    monkeypatch.setattr(Trainer, "_save", lambda self: (steps.append(self.progress.step), save(self))[1])
     finetune(replace(small, checkpoint_steps=3), QUIET)
     assert steps == [3, 6, 7, 9, 12, 14]
 
@@ -513,6 +515,7 @@ def test_bad_pictures_are_left_out_and_counted(small, tmp_path, capsys):
     assert summary["num_classes"] == 2
 
 
+@pytest.mark.slow
 def test_shipped_model_with_its_weights(tmp_path, pictures):
     model = create_model("vit_micro_patch4_32", "pretrained", 3)
     saved = load_file(WEIGHTS)

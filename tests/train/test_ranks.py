@@ -12,14 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUIET, assert_same_run, flags, resumed, rows_of, write_pictures
+from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of, write_pictures
 
 from snello.config import AlastConfig, FinetuneConfig
 from snello.config.values import to_dict
 from snello.data import loaders as loading
 from snello.errors import ConfigError
 from snello.files import load_tensors
-from snello.finetuning import finetune
 from snello.runs.folder import RunFolder
 from snello.seeds import mix, permutation
 from snello.train.ranks import ALONE, Ranks, connect
@@ -38,7 +37,6 @@ from snello.train import learner as learners, signals as stopping
 from snello.config import FinetuneConfig
 from snello.config.values import from_dict
 from snello.train.loop import Trainer
-from snello.finetuning import finetune
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 
@@ -46,7 +44,7 @@ folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 def what_is_left():
     tasks = Path("/proc/self/task").glob("*/comm")  # on Linux
     (folder / f"threads.{rank}.json").write_text(json.dumps([file.read_text().strip() for file in tasks]))
-seen, update, step, stop_after = {}, learners.Whole.update, Trainer._step, None
+seen, update, step, stop_after = {}, learners.WholeLearner.update, Trainer._step, None
 
 def watched_update(self, lr):
     before = {name: p.detach().clone() for name, p in self.modules["model"].named_parameters()}
@@ -61,15 +59,15 @@ def watched_update(self, lr):
     seen["steps"].append({"frozen": frozen, "moved": moved, "equal": equal, "noise": noise})
 
 def watched_step(self):
-    if self.progressed.step + 1 == stop_after and rank == 1:
+    if self.progress.step + 1 == stop_after and rank == 1:
         self._stop.append(2)  # only one of them is asked to stop
     return step(self)
 
-learners.Whole.update, Trainer._step = watched_update, watched_step
+learners.WholeLearner.update, Trainer._step = watched_update, watched_step
 for name, values, stop_after in json.loads((folder / "runs.json").read_text()):
     seen = {"steps": [], "result": None}
     try:
-        seen["result"] = finetune(from_dict(FinetuneConfig, values), Console(quiet=True))
+        seen["result"] = finetune(from_dict(FinetuneConfig, values), Console(quiet=True)).to_dict()
     except Exception as error:
         seen["error"] = [type(error).__name__, str(error)]
     (folder / f"{name}.{rank}.json").write_text(json.dumps(seen))
@@ -146,6 +144,7 @@ def saw(folder: Path, name: str) -> list[dict]:
 
 @posix
 @pytest.mark.parametrize("name", ["full", "alast"])
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(odd, two, tmp_path, name):
     """With the same global batch; two micro-steps a step, the last of an epoch with one picture for both ranks."""
     config = replace(base(odd), batch_size=6, out=tmp_path / "one", **(ALAST if name == "alast" else {}))
@@ -172,6 +171,7 @@ def test_two_processes_compute_what_one_does(odd, two, tmp_path, name):
 
 @posix
 @pytest.mark.parametrize("name", ["full", "alast", "gone-on"])
+@pytest.mark.slow
 def test_ranks_stay_equal_after_every_step(two, name):
     one, other = (seen["steps"] for seen in saw(two, name))
     assert len(one) == len(other) >= 2
@@ -184,6 +184,7 @@ def test_ranks_stay_equal_after_every_step(two, name):
 
 
 @posix
+@pytest.mark.slow
 def test_one_asked_to_stop_stops_all_at_the_same_step_and_they_go_on_exactly(two):
     one, other = saw(two, "stopped")
     assert one["error"] == other["error"] and one["error"][0] == "Interrupted"
@@ -194,6 +195,7 @@ def test_one_asked_to_stop_stops_all_at_the_same_step_and_they_go_on_exactly(two
 
 
 @posix
+@pytest.mark.slow
 def test_what_fails_on_one_rank_ends_both(two):
     """One says why, in the words of the rank that knows; the other says nothing."""
     one, other = (seen["error"] for seen in saw(two, "bad"))
@@ -210,6 +212,7 @@ def test_what_fails_on_one_rank_ends_both(two):
 
 
 @posix
+@pytest.mark.slow
 def test_no_thread_of_the_group_outlives_it(two):
     """One that lets go of a tensor while the interpreter ends would abort the process."""
     for threads in saw(two, "threads"):
@@ -217,6 +220,7 @@ def test_no_thread_of_the_group_outlives_it(two):
 
 
 @posix
+@pytest.mark.slow
 def test_another_number_of_processes_is_refused(odd, two):
     config = replace(base(odd), **ALAST, out=two / "alast")
     with pytest.raises(ConfigError, match="started with 2 processes, now it has 1: its batches would be others"):
@@ -227,6 +231,7 @@ def test_another_number_of_processes_is_refused(odd, two):
 
 
 @posix
+@pytest.mark.slow
 def test_ctrl_c_reaches_all_and_the_printed_command_goes_on(odd, tmp_path):
     config = replace(base(odd), **ALAST, epochs=10, out=tmp_path / "run")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "snello"]
@@ -251,6 +256,7 @@ def test_ctrl_c_reaches_all_and_the_printed_command_goes_on(odd, tmp_path):
 
 
 @posix
+@pytest.mark.slow
 def test_an_error_is_one_line(two):
     done = launch(
         "-m", "snello", "finetune", "--data", str(two / "bad"), "--out", str(two / "refused"), "--device", "cpu"

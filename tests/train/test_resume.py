@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUIET, assert_same_run, flags, resumed, rows_of
+from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of
 from helpers.resuming import cut_off, whole
 from timm.layers import DropPath
 from torch import nn
@@ -19,7 +19,6 @@ from torch import nn
 from snello import cli, files, finetuning
 from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
 from snello.errors import CheckpointError, ConfigError
-from snello.finetuning import finetune
 from snello.models import create_model
 from snello.runs.folder import RunFolder
 from snello.train import loop as training
@@ -54,6 +53,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_cut_off_within_an_epoch(small, tmp_path, monkeypatch, name):
     """The eleventh micro-batch: within the second epoch, and within a window where gradients accumulate."""
     config = replace(small, **CASES[name])
@@ -70,6 +70,7 @@ def test_cut_off_within_an_epoch(small, tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize("method", ["full", "alast"])
+@pytest.mark.slow
 def test_cut_off_after_every_step(small, tmp_path, monkeypatch, method):
     config = replace(small, method=method, accumulate=3, checkpoint_steps=1)
     other = whole(config, tmp_path / "whole")
@@ -96,6 +97,7 @@ def with_noise(*args, **kwargs) -> nn.Module:
 
 
 @pytest.mark.parametrize("method", ["full", "alast"])
+@pytest.mark.slow
 def test_noise_of_the_model_goes_on(small, tmp_path, monkeypatch, method):
     monkeypatch.setattr(training, "create_model", with_noise)
     config = replace(small, method=method, accumulate=3, checkpoint_steps=1)
@@ -120,6 +122,7 @@ def test_early_stop_is_remembered(small, tmp_path, monkeypatch):
     assert_same_run(config.out, other)
 
 
+@pytest.mark.slow
 def test_workers_and_checkpoints_may_change(small, tmp_path, monkeypatch):
     config = replace(small, method="alast", checkpoint_steps=3)
     other = whole(config, tmp_path / "whole")
@@ -159,6 +162,7 @@ def test_before_the_model_is_saved(small, tmp_path, monkeypatch):
     assert_same_run(config.out, other)
 
 
+@pytest.mark.slow
 def test_after_the_last_checkpoint(small, tmp_path, monkeypatch):
     """Trained to the end, but without a summary: resuming writes it and trains no further."""
     config = replace(small, method="alast")
@@ -206,6 +210,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="there are no such signals
 
 @posix
 @pytest.mark.parametrize(("name", "call"), [("last.safetensors", 3), ("model.safetensors", 1)])
+@pytest.mark.slow
 def test_killed_between_write_and_rename(small, tmp_path, name, call):
     config = replace(small, method="alast", checkpoint_steps=3)
     other = whole(config, tmp_path / "whole")
@@ -243,6 +248,7 @@ def wait_for_lines(process: subprocess.Popen[str], config: FinetuneConfig, num: 
 
 @posix
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
 def test_killed_at_any_moment(small, tmp_path, workers):
     config = replace(
         small,
@@ -267,6 +273,7 @@ def test_killed_at_any_moment(small, tmp_path, workers):
 
 @posix
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0)])
+@pytest.mark.slow
 def test_asked_to_stop(small, tmp_path, number, workers):
     """Ctrl-C reaches the whole process group, loaders too; `kill` only the process."""
     config = replace(small, method="alast", epochs=8, workers=workers)
@@ -378,7 +385,7 @@ def test_asked_to_stop_at_the_last_step(small, monkeypatch):
     step = Trainer._step
 
     def interrupted_step(self):
-        if self.progressed.step == self.total_steps - 1:
+        if self.progress.step == self.total_steps - 1:
             os.kill(os.getpid(), signal.SIGINT)
         return step(self)
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import QUIET, resumed, rows_of
+from conftest import QUIET, finetune, resumed, rows_of
 from rich.console import Console
 
 from snello import cli
 from snello.config import FinetuneConfig, SplitConfig
 from snello.config.values import from_dict
 from snello.errors import ConfigError, SnelloError
-from snello.finetuning import finetune
 from snello.runs.folder import RunFolder
 from snello.train import tracking
 from snello.train.loop import Trainer

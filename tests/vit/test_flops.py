@@ -93,6 +93,7 @@ def test_adapters_count_and_full_fine_tuning_has_none(targets):
     assert sum(costs) / len(costs) / full == pytest.approx(0.5, rel=0.03)
 
 
+@pytest.mark.slow
 def test_it_holds_at_the_size_of_a_real_model():
     model = models.create_model("deit_small_patch16_224", "none", 10, None)
     flops, images = StepFlops(explicit(model)), torch.randn(1, 3, 224, 224)

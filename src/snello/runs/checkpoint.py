@@ -3,30 +3,15 @@
 One file, because one rename is what the file system does at once.
 """
 
-
-import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from snello.errors import CheckpointError
 from snello.files import load_tensors, save_tensors
-
-
-
-
-
-
-
-
-
 
 
 def save_checkpoint(

@@ -28,15 +28,15 @@ from typing import Any, TypeVar, overload
 
 import yaml
 
-from snello.files import replacing
 from snello.config import FinetuneConfig, Recipe
+from snello.config.values import from_dict, read_yaml, to_dict
 from snello.errors import CheckpointError, ConfigError
+from snello.files import replacing
 from snello.models import create_model
 from snello.runs.lock import NAME as LOCK
 from snello.runs.lock import Lock
 from snello.runs.resolved import VERSION, Machine, Resolved
 from snello.vit import ViT
-from snello.config.values import from_dict, read_yaml, to_dict
 
 # Settings that may differ when a run is resumed: they change where or how it runs, not what it computes.
 FREE = frozenset(
@@ -136,7 +136,11 @@ class RunFolder:
         except OSError as error:
             raise CheckpointError(f"--out {self.path} cannot be created: {error.strerror or error}") from error
         self.lock()
-        self._require_empty()
+        try:
+            self._require_empty()
+        except ConfigError:
+            self.release()
+            raise
         values = to_dict(replace(config, config=None, resume=False)) | {"resolved": to_dict(resolved)}
         with replacing(self.config_file) as temporary:
             temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
@@ -207,9 +211,7 @@ class RunFolder:
             weights: as for `create_model`: where they are in the names of the model's library.
         """
         config, resolved = self.read()
-        vit = ViT(
-            create_model(config.model, weights, len(resolved.classes), config.image_size, resolved.architecture)
-        )
+        vit = ViT(create_model(config.model, weights, len(resolved.classes), config.image_size, resolved.architecture))
         vit.set_attention_paths([resolved.attention] * vit.depth)  # type: ignore[list-item]
         return vit
 

@@ -128,7 +128,7 @@ def test_both_sides_count_the_same(tmp_path, labels):
     client.open()
 
     def carry(frame: Frame) -> Frame:
-        return client.remote.carry(frame, client.carry)
+        return client.counted(client.carry)(frame)
 
     client.train(carry=carry)
     assert client.session.ledger.counters.state_dict() == client.remote.ledger.counters.state_dict()
@@ -441,11 +441,12 @@ class TestMalformed:
 
 @pytest.mark.parametrize("labels", ["server", "client"])
 @pytest.mark.parametrize("codec", CODEC_TEXTS)
+@pytest.mark.slow
 def test_every_codec_trains(tmp_path, codec, labels):
     client = Client(registry_in(tmp_path, codec=codec, labels=labels))
     client.open()
     before = weights(client.session), client.weights
-    client.train(2, carry=lambda frame: client.remote.carry(frame, client.carry))
+    client.train(2, carry=client.counted(client.carry))
     assert weights(client.session) != before[0] and client.weights != before[1] and client.session.step == 2
     assert client.session.ledger.counters == client.remote.ledger.counters
     evaluated = client.remote.half.logits(client.carry(client.evaluation()))
@@ -467,6 +468,7 @@ class TestSaves:
         ids=["adc", "bottlenet", "alast", "accumulate"],
     )
     @pytest.mark.parametrize("fresh", [False, True], ids=["in memory", "from the folder"])
+    @pytest.mark.slow
     def test_going_back_gives_the_same_bit_for_bit(self, tmp_path, undisturbed, options, fresh):
         registry = registry_in(tmp_path, **options)
         client = Client(registry)
@@ -495,7 +497,7 @@ class TestSaves:
                 value.copy_(before)
             client.remote.half.optimizer.load_state_dict(tree_map(_clone, kept[1]))
             client.remote.codec.load_state_dict(
-                {**kept[2], **{n: v for n, v in client.session.upper.codec.state_dict().items() if ".decoder." in n}}
+                {**kept[2], **{n: v for n, v in client.session.model.codec.state_dict().items() if ".decoder." in n}}
             )
             client.remote.load_state_dict(kept[0])
         assert len(ran) % 2 == 0 and ran[: len(ran) // 2] == ran[len(ran) // 2 :]
@@ -507,7 +509,7 @@ class TestSaves:
         client.open()
         client.train(1)
         client.carry(client.save(accuracy=0.5, best=True))
-        best = {name: value.clone() for name, value in client.session.upper.half.vit.model.state_dict().items()}
+        best = {name: value.clone() for name, value in client.session.model.half.vit.model.state_dict().items()}
         client.train(1)
         client.carry(client.save(accuracy=0.25, best=False))
         saved = files_of.load_tensors(client.session.run.model_file)[0]
@@ -634,7 +636,7 @@ class TestShared:
         for client in clients:
             client.open()
         seen = gradients_at_updates(registry, monkeypatch)
-        assert clients[0].session.upper is clients[1].session.upper
+        assert clients[0].session.model is clients[1].session.model
         interleaved(clients)
         assert len(set(alone)) == 2 and seen == alone
 
@@ -666,7 +668,7 @@ class TestShared:
         before, counters = weights(bob.session), bob.session.ledger.state_dict()
         welcome = ann.open(checkpoints=[0, 1])
         assert (welcome.step, welcome.back, welcome.fresh, welcome.lost_steps) == (1, True, False, 2)
-        assert weights(ann.session) == before and ann.session.upper is bob.session.upper
+        assert weights(ann.session) == before and ann.session.model is bob.session.model
         assert bob.session.step == 2 and bob.session.ledger.state_dict() == counters
         assert [row["step"] for row in ann.session.run.rows("step")] == [1]
         bob.train(1)
@@ -1021,12 +1023,12 @@ class TestInference:
             if change not in (SHAPES["a row less"], SHAPES["uint8"], SHAPES["int64"]):
                 with pytest.raises(ProtocolError):
                     session.take(to_bytes(change(frame)))
-        before["method"] = client.session.upper.half.method.state_dict()
+        before["method"] = client.session.model.half.method.state_dict()
         assert picture(client.session) == before
 
     def test_gives_the_best_weights(self, tmp_path):
         client = self.finished(tmp_path)
-        best = {name: value.clone() for name, value in client.session.upper.weights().items()}
+        best = {name: value.clone() for name, value in client.session.model.half.weights().items()}
         client.train(1)
         frame = answer_of(self.open(client).take(to_bytes(client.request(control(Kind.GET_WEIGHTS, {})))))
         given = weights_of(frame)
@@ -1059,7 +1061,7 @@ class TestWeights:
         client.session.max_body = 1 << 30
         before = picture(client.session)
         with pytest.raises(Refused, match="--accept-weights") as caught:
-            client.carry(client.request(weights_frame(Kind.SET_WEIGHTS, client.session.upper.weights())))
+            client.carry(client.request(weights_frame(Kind.SET_WEIGHTS, client.session.model.half.weights())))
         assert caught.value.code == Code.FORBIDDEN and picture(client.session) == before
 
     @pytest.mark.parametrize("limited", [pytest.param(True), False])
@@ -1068,7 +1070,7 @@ class TestWeights:
         client.open()
         if not limited:
             client.session.max_body = 1 << 30
-        wanted = {name: value + 1 for name, value in client.session.upper.weights().items()}
+        wanted = {name: value + 1 for name, value in client.session.model.half.weights().items()}
         assert client.carry(client.request(weights_frame(Kind.SET_WEIGHTS, wanted))).kind == Kind.WEIGHTS
         given = weights_of(client.carry(client.request(control(Kind.GET_WEIGHTS, {}))))
         assert given.keys() == wanted.keys() and any(name.startswith("codec.") for name in given)
@@ -1079,7 +1081,7 @@ class TestWeights:
         client = Client(registry_in(tmp_path, accept_weights=True))
         client.open()
         client.session.max_body = 1 << 30
-        own = client.session.upper.weights()
+        own = client.session.model.half.weights()
         first = next(iter(own))
         before = picture(client.session)
         wrong = {first: own[first][:1]}, {"more": torch.ones(1)}

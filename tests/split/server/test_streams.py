@@ -4,7 +4,6 @@ import gc
 import io
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from conftest import QUIET, rows_of
+from conftest import QUIET, finetune, rows_of
 from helpers.clients import Client, serve_config, to_bytes, weights
 from helpers.servers import DEADLINE, Raw, Running, anyone, connected, hello_of, join_config, opened, until
 from rich.console import Console
@@ -21,7 +20,6 @@ from rich.console import Console
 from snello.config import AlastConfig, CertsConfig, FinetuneConfig, ServeConfig, SplitConfig
 from snello.errors import CheckpointError, NetworkError
 from snello.files import load_tensors
-from snello.finetuning import finetune
 from snello.runs.folder import RunFolder
 from snello.split import build as sides
 from snello.split.checkpoints import steps_in
@@ -90,7 +88,7 @@ def assert_as_in_one_process(config: FinetuneConfig, session: RemoteSession, out
             assert names >= {"step", "loss"}
             assert {name: one[name] for name in names} == {name: other[name] for name in names}
             if kind == "step":
-                assert one["grad_norm"] == other["grad_norm_client"]
+                assert one["grad_norm_client"] == other["grad_norm_client"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -101,7 +99,7 @@ def test_a_run_over_the_socket_ends_as_in_one_process(small, pictures, tmp_path,
         session = RemoteSession(join_config(server, pictures, tmp_path / "client"), console=QUIET)
         session.trainer.fit()
         assert_as_in_one_process(config, session, tmp_path / "client")
-        summary = session.finish()
+        summary = session.finish().to_dict()
         session.close()
         until(lambda: server.value("snello_sessions", mode="train") == 0)
         (folder,) = (tmp_path / "server" / "sessions").iterdir()
@@ -138,7 +136,7 @@ def test_a_model_of_transformers_whose_folder_only_the_server_has(small, picture
             assert args[-1] is not None, "the client has no folder to look into"
             return make("hf:nowhere/to-be-found", *args)
 
-        monkeypatch.setattr("snello.split.client.join.meta_vit", lambda *args: ViT(meta(without_folder, *args)))
+        monkeypatch.setattr("snello.split.client.place.meta_vit", lambda *args: ViT(meta(without_folder, *args)))
         session = RemoteSession(join_config(server, pictures, tmp_path / "client"), console=QUIET)
         session.trainer.fit()
         assert session.trainer.preprocessing.mean == (0.1, 0.2, 0.3)
@@ -250,7 +248,7 @@ def test_two_at_once_get_what_each_gets_alone(tmp_path):
 
         def work(client: Client, connection: Connection) -> None:
             try:
-                client.train(carry=lambda frame: client.remote.carry(frame, connection.exchange))
+                client.train(carry=client.counted(connection.exchange))
             except BaseException as error:
                 failures.append(error)
 
@@ -593,7 +591,7 @@ def test_a_stop_between_two_steps_costs_nothing(small, pictures, tmp_path):
             try:
                 session.run(1)
                 assert "the server shuts down; step 3 is saved" in text.export_text()
-                assert session.trainer.rolled_back == 0
+                assert session.place.rolled_back == 0
                 assert 3 in steps_in(tmp_path / "client" / "checkpoints")
                 session.run(100)
                 assert_as_in_one_process(config, session, tmp_path / "client")
@@ -629,9 +627,7 @@ def test_a_stop_with_nobody_there_and_with_one_in_mid_step(tmp_path):
     with opened(server, client) as raw:
         raw.send(next(client.step()))
         raw.receive()
-        started = time.monotonic()
         server.stop()
-        assert time.monotonic() - started < 10
         assert raw.end()[0] != grpc.StatusCode.OK
     folders = {path.name[-12:]: path for path in (tmp_path / "server" / "sessions").iterdir()}
     assert steps_in(folders[gone.id[:12]] / "checkpoints") == [0, 1]
@@ -644,7 +640,7 @@ def test_a_failed_step_is_not_saved_at_the_end(tmp_path):
     with opened(server, client) as raw:
         raw.send(next(client.step()))
         session = server.registry._in_memory[anyone(client)]
-        session.upper.update = lambda lr: torch.tensor(float("nan"))  # type: ignore[method-assign]
+        session.model.half.clip = lambda most: torch.tensor(float("nan"))  # type: ignore[method-assign]
         raw.receive()
         until(lambda: session.failed is not None)
         server.stop()
@@ -652,6 +648,7 @@ def test_a_failed_step_is_not_saved_at_the_end(tmp_path):
     assert session.checkpoints.steps() == [0] and refused.code != Code.SHUTDOWN
 
 
+@pytest.mark.slow
 def test_a_connection_ends_without_noise(patient, caplog):
     for _ in range(10):
         assert patient.serves()

@@ -107,6 +107,7 @@ def test_after_close_nothing_is_served_and_no_thread_left():
     telemetry.close()
 
 
+@pytest.mark.slow
 def test_a_process_ends_without_closing():
     code = """
 import logging

@@ -23,7 +23,7 @@ from snello.split.wire import frames
 from snello.split.wire.frames import ARRAY_KINDS, DTYPES, HEADER, MAGIC, VERSION, Frame, Kind, control
 from snello.split.wire.refusals import Code, Refused
 
-pytestmark = pytest.mark.usefixtures("known_models")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("known_models")]
 
 COUNTED: Counter[str] = Counter()
 LIMIT = 1 << 16
@@ -209,7 +209,7 @@ class Target:
             # Two bugs that test_sessions.py shows leave something behind: gradients that are not finite, and in
             # U-shape an exchange that is forgotten.
             polluted = isinstance(error, Refused) and error.code == Code.NOT_FINITE
-            if polluted or (self.labels == "client" and session.upper.half._pending is None):
+            if polluted or (self.labels == "client" and session.model.half._pending is None):
                 self.reset()
                 COUNTED["refused, reset"] += 1
             elif check:
