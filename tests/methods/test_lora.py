@@ -248,7 +248,7 @@ def test_a_run_resumes_exactly_and_its_weights_are_merged(lora, tmp_path, monkey
     state, _ = load_tensors(tmp_path / "whole" / "model.safetensors")
     assert set(state) == set(create_model("test_vit", "none", 3, 48).state_dict())
     result = evaluate(EvaluateConfig(run=tmp_path / "whole", workers=0, device="cpu"))
-    assert result["accuracy"] == pytest.approx(summary["accuracy"])
+    assert result["accuracy"] == pytest.approx(summary.accuracy)
     assert (tmp_path / "whole" / "budgets.png").exists() and (tmp_path / "whole" / "alast.json").exists()
 
 

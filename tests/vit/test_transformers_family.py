@@ -439,7 +439,7 @@ def test_a_run_resumes_exactly_and_needs_its_folder_no_more(run_config, tmp_path
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(run_config.model.removeprefix("hf:"))
     result = evaluate(EvaluateConfig(run=tmp_path / "whole", workers=0, device="cpu"))
-    assert result["accuracy"] == pytest.approx(summary["accuracy"])
+    assert result["accuracy"] == pytest.approx(summary.accuracy)
 
 
 def test_cut_in_one_process_equals_the_whole(run_config, tmp_path):
@@ -447,7 +447,7 @@ def test_cut_in_one_process_equals_the_whole(run_config, tmp_path):
     whole = finetune(replace(plain, out=tmp_path / "whole"))
     split = SplitConfig(cut=2, codec="none", eval_codec="none")
     halves = finetune(replace(plain, out=tmp_path / "halves", split=split))
-    assert halves["accuracy"] == whole["accuracy"]
+    assert halves.accuracy == whole.accuracy
 
 
 def test_default_run_folder_has_no_slashes(run_config):
