@@ -6,9 +6,8 @@ from typing import TypeVar
 
 from PIL import Image
 
-from snello.data.reading import some
 from snello.data.sets import P, PictureSet
-from snello.errors import DataError
+from snello.errors import DataError, listing
 
 T = TypeVar("T")
 
@@ -35,7 +34,7 @@ def without_bad(sets: Sequence[P], skip_bad: bool, check: bool) -> tuple[list[P]
     for pictures, reasons in zip(sets, bad, strict=True):
         kept.append(pictures.subset([i for i in range(len(pictures)) if i not in reasons]) if reasons else pictures)
         if lost := sorted(set(pictures.labels) - set(kept[-1].labels)):
-            names = some([pictures.classes[label] for label in lost])
+            names = listing([pictures.classes[label] for label in lost])
             raise DataError(f"no picture of class {names} can be read ({num_bad} bad ones in all, first {first})")
     return kept, num_bad
 

@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from snello.data.reading import EXTENSIONS, shown, some
+from snello.data.reading import EXTENSIONS
 from snello.data.sets import FilePictures
 from snello.data.source import PARTS, Source
-from snello.errors import DataError
+from snello.errors import DataError, listing, printable
 
 
 class Folder(Source):
@@ -16,7 +16,7 @@ class Folder(Source):
     same_classes = True
 
     def __init__(self, root: Path) -> None:
-        self.root, self.where, self.title = root, f"--data {shown(root)}", shown(root)
+        self.root, self.where, self.title = root, f"--data {printable(root)}", printable(root)
         self.parts = tuple(part for part in PARTS if (root / part).is_dir())
 
     def read(self, part: str | None, known: Sequence[str] | None = None) -> FilePictures:
@@ -41,10 +41,10 @@ def find_pictures(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if not path.exists():
-            raise DataError(f"{shown(path)}: no such file or folder")
+            raise DataError(f"{printable(path)}: no such file or folder")
         files = _files(path) if path.is_dir() else [path]
         if not files:
-            raise DataError(f"{shown(path)}: no pictures in it ({' '.join(EXTENSIONS)})")
+            raise DataError(f"{printable(path)}: no pictures in it ({' '.join(EXTENSIONS)})")
         found += files
     return found
 
@@ -53,7 +53,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Folders from `folder` down, with the sorted names of subfolders and files; none hidden, no links followed."""
 
     def fail(error: OSError) -> None:
-        raise DataError(f"{shown(Path(error.filename))}: {error.strerror}")
+        raise DataError(f"{printable(Path(error.filename))}: {error.strerror}")
 
     for parent, folders, names in os.walk(folder, onerror=fail):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -68,7 +68,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _scan(folder: Path, known: Sequence[str] | None = None) -> FilePictures:
     """The pictures in the class folders of `folder`; classes are those `known`, else the folders' sorted names."""
-    where = f"--data {shown(folder)}"
+    where = f"--data {printable(folder)}"
     _, names, files = next(_walk(folder))
     if not names:
         pictures = any(name.lower().endswith(EXTENSIONS) for name in files)
@@ -76,10 +76,10 @@ def _scan(folder: Path, known: Sequence[str] | None = None) -> FilePictures:
         raise DataError(f"{where}: {what}; put the pictures of each class in a folder of its own, as in cats/1.jpg")
     classes = names if known is None else list(known)
     if unknown := [name for name in names if name not in classes]:
-        raise DataError(f"{where}: class folders unknown to the model: {some(unknown)}; known: {some(classes)}")
+        raise DataError(f"{where}: class folders unknown to the model: {listing(unknown)}; known: {listing(classes)}")
     of_class = {name: _files(folder / name) for name in names}
     if without := [name for name in names if not of_class[name]]:
-        what = "its class folders" if without == names else f"class folder {some(without)}"
+        what = "its class folders" if without == names else f"class folder {listing(without)}"
         raise DataError(f"{where}: no pictures in {what} (looked for {' '.join(EXTENSIONS)})")
     labels = {name: classes.index(name) for name in names}
     paths = [path for name in names for path in of_class[name]]

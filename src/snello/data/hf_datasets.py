@@ -8,11 +8,11 @@ from typing import Any
 from PIL import Image
 
 from snello.config import ColumnsConfig
-from snello.data.reading import UNREADABLE, decode_picture, open_picture, shown, some
+from snello.data.reading import UNREADABLE, decode_picture, open_picture
 from snello.data.sets import PictureSet
 from snello.data.source import PART_NAMES, PARTS, Source, known_as
 from snello.data.tables import HF_EXTRA, IMAGE_COLUMNS, LABEL_COLUMNS, require_column, sorted_names, text_of
-from snello.errors import DataError
+from snello.errors import DataError, listing, printable
 
 PREFIX = "hf:"
 
@@ -65,7 +65,7 @@ class HfDataset(Source):
     """
 
     def __init__(self, text: str, columns: ColumnsConfig) -> None:
-        self.where, self.title = f"--data {PREFIX}{shown(text)}", f"{PREFIX}{shown(text)}"
+        self.where, self.title = f"--data {PREFIX}{printable(text)}", f"{PREFIX}{printable(text)}"
         if not text:
             raise DataError(f"{self.where}: a folder or a name is missing")
         try:
@@ -78,7 +78,7 @@ class HfDataset(Source):
         self._parts = {PART_NAMES[name.lower()]: d for name, d in splits.items() if name.lower() in PART_NAMES}
         self._only = next(iter(splits.values())) if len(splits) == 1 else None
         if self._only is None and not self._parts:
-            raise DataError(f"{self.where}: no split is called train, val or test; there are {some(list(splits))}")
+            raise DataError(f"{self.where}: no split is called train, val or test; there are {listing(list(splits))}")
         self.parts = tuple(part for part in PARTS if part in self._parts)
 
     def read(self, part: str | None, known: Sequence[str] | None = None) -> HfPictures:
@@ -96,7 +96,7 @@ class HfDataset(Source):
         found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
         if not found:
             columns = [f"{name} ({type(feature).__name__})" for name, feature in dataset.features.items()]
-            raise DataError(f"{self.where}: no column holds pictures; there are {some(columns, 12)}")
+            raise DataError(f"{self.where}: no column holds pictures; there are {listing(columns, 12)}")
         if len(found) == 1 and self._columns.image is None:
             column: str = found[0]
             return column
@@ -144,11 +144,11 @@ def _load(text: str, where: str) -> Any:
     except Exception as error:  # the package, its cache, its readers: each raises its own
         line = " ".join(str(error).split()) or type(error).__name__
         if folder.exists():
-            raise DataError(f"{where}: cannot be loaded: {shown(line[:300])}") from None
+            raise DataError(f"{where}: cannot be loaded: {printable(line[:300])}") from None
         arguments = f'"{name}"' + (f', "{config}"' if config else "")
         raise DataError(
-            f"{where}: no such folder, and not in the local cache ({shown(line[:160])}); nothing is downloaded: on a "
-            f"machine with a connection run python -c 'from datasets import load_dataset; "
+            f"{where}: no such folder, and not in the local cache ({printable(line[:160])}); nothing is downloaded: on "
+            f"a machine with a connection run python -c 'from datasets import load_dataset; "
             f'load_dataset({arguments}).save_to_disk("FOLDER")\', copy FOLDER here and use --data {PREFIX}FOLDER'
         ) from None
 

@@ -1,13 +1,12 @@
 """Reading one picture, from a file or from bytes: 8-bit RGB, whatever it was, or one line that says why not."""
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from snello.errors import DataError
+from snello.errors import DataError, printable
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 UNREADABLE = "cannot be read as a picture"
@@ -23,7 +22,7 @@ def open_picture(path: Path, *, draft: bool = False) -> Image.Image:
     Raises:
         DataError: naming the file and the reason, where it cannot be read.
     """
-    return _decode(path, shown(path), draft)
+    return _decode(path, printable(path), draft)
 
 
 def decode_picture(data: bytes, name: str, *, draft: bool = False) -> Image.Image:
@@ -67,14 +66,3 @@ def _reason(source: Path | bytes, error: Exception) -> str:
         return "not a known picture format" if size else "the file is empty"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
-
-
-def shown(text: Path | str) -> str:
-    """A path or name as it can be printed on one line, whatever bytes it is made of."""
-    return "".join(char if char.isprintable() else "?" for char in str(text))
-
-
-def some(names: Sequence[str], most: int = 8) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(shown(name) for name in names[:most]) + more

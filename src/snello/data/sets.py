@@ -11,7 +11,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from snello.data.reading import open_picture, shown
+from snello.data.reading import open_picture
+from snello.errors import printable
 
 P = TypeVar("P", bound="PictureSet")
 
@@ -78,7 +79,7 @@ class FilePictures(PictureSet):
 
     def name(self, index: int) -> str:
         """The path."""
-        return shown(self.paths[index])
+        return printable(self.paths[index])
 
     def open(self, index: int) -> Image.Image:
         """See `open_picture`."""

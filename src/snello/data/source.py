@@ -3,9 +3,8 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from snello.data.reading import some
 from snello.data.sets import P, PictureSet
-from snello.errors import DataError
+from snello.errors import DataError, listing
 
 PARTS = ("train", "val", "test")
 # What others call them.
@@ -66,5 +65,5 @@ def known_as(pictures: P, known: Sequence[str] | None, where: str) -> P:
     if known is None:
         return pictures
     if unknown := [name for name, count in pictures.counts().items() if count and name not in known]:
-        raise DataError(f"{where}: classes unknown to the model: {some(unknown)}; known: {some(known)}")
+        raise DataError(f"{where}: classes unknown to the model: {listing(unknown)}; known: {listing(known)}")
     return pictures.relabelled(known)

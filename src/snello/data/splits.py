@@ -11,13 +11,12 @@ from snello.config import ColumnsConfig, FinetuneConfig
 from snello.data.checking import without_bad
 from snello.data.folders import Folder
 from snello.data.hf_datasets import PREFIX, HfDataset
-from snello.data.reading import shown, some
 from snello.data.sets import P, PictureSet, Splits
 from snello.data.shipped import Shipped
 from snello.data.source import Source
 from snello.data.tables import SUFFIXES, Table
 from snello.data.torchvision_sets import TorchvisionSet, names, spec_of
-from snello.errors import DataError
+from snello.errors import DataError, listing, printable
 from snello.seeds import mix, permutation
 
 _SPLIT = 0x73706C6974  # keeps the seeds of the split apart from those of order and augmentation
@@ -43,11 +42,11 @@ def find_source(text: str | Path | None, columns: ColumnsConfig | None = None, d
     if path.suffix.lower() in SUFFIXES:
         return Table(path, columns)
     if path.exists():
-        raise DataError(f"--data {shown(text)}: is a file; a folder or a table ({' '.join(SUFFIXES)}) is needed")
+        raise DataError(f"--data {printable(text)}: is a file; a folder or a table ({' '.join(SUFFIXES)}) is needed")
     if (spec := spec_of(text)) is not None:
         return TorchvisionSet(text, spec, data_root)
     raise DataError(
-        f"--data {shown(text)}: no such folder or file; a source is a folder, a table ({' '.join(SUFFIXES)}), "
+        f"--data {printable(text)}: no such folder or file; a source is a folder, a table ({' '.join(SUFFIXES)}), "
         f"{PREFIX}PATH_OR_NAME, or a torchvision set: {', '.join(names())}"
     )
 
@@ -85,7 +84,7 @@ def load_splits(
     train = found.read(part)
     if len(train.classes) < 2:
         where = found.where if part is None else f"{found.where}, {found.called(part)}"
-        raise DataError(f"{where}: only one class ({some(train.classes)}); two or more are needed")
+        raise DataError(f"{where}: only one class ({listing(train.classes)}); two or more are needed")
     if part is None or held_out is None:
         (pictures,), num_skipped = without_bad([train], skip_bad, check)
         title = found.title if part is None else f"{found.title}, {found.called(part)}"
@@ -151,7 +150,7 @@ def _require_same_classes(source: Source, part: str, train: PictureSet, held_out
     only_train = [name for name in in_use[0] if name not in val.classes] if source.same_classes else []
     only_val = [name for name in in_use[1] if name not in train.classes]
     only = ((source.called(part), only_train), (source.called(held_out), only_val))
-    if differences := [f"only in {name}: {some(classes)}" for name, classes in only if classes]:
+    if differences := [f"only in {name}: {listing(classes)}" for name, classes in only if classes]:
         names = f"{source.called(part)} and {source.called(held_out)}"
         raise DataError(f"{source.where}: {names} differ in classes, {'; '.join(differences)}")
 
@@ -165,8 +164,8 @@ def _hold_out(pictures: P, where: str, val_share: float, seed: int) -> tuple[P, 
     for label, indices in enumerate(of_class):
         if len(indices) == 1:
             raise DataError(
-                f"{where}: class {shown(pictures.classes[label])} has only one picture; to hold some out each class "
-                "needs two or more, or there must be pictures for train and for val"
+                f"{where}: class {printable(pictures.classes[label])} has only one picture; to hold some out each "
+                "class needs two or more, or there must be pictures for train and for val"
             )
         num_val = min(max(round(val_share * len(indices)), 1), len(indices) - 1) if indices else 0
         order = permutation(len(indices), mix(_SPLIT, seed, label))

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from snello.config import ColumnsConfig
-from snello.data.reading import shown, some
 from snello.data.sets import FilePictures
 from snello.data.source import PART_NAMES, PARTS, Source, known_as
-from snello.errors import DataError
+from snello.errors import DataError, listing, printable
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 IMAGE_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img", "img_path")
@@ -30,7 +29,7 @@ class Table(Source):
     """A table; relative paths in it are relative to its own folder."""
 
     def __init__(self, path: Path, columns: ColumnsConfig) -> None:
-        self.where, self.title = f"--data {shown(path)}", shown(path)
+        self.where, self.title = f"--data {printable(path)}", printable(path)
         if not path.is_file():
             raise DataError(f"{self.where}: {'is a folder' if path.exists() else 'no such file'}")
         header, rows = _parquet(path, self.where) if path.suffix.lower() == ".parquet" else _csv(path, self.where)
@@ -49,7 +48,7 @@ class Table(Source):
         path = text_of(values.get(image), where, "path", image)
         part = None if split is None else text_of(values.get(split), where, "split", split)
         if part is not None and part.lower() not in PART_NAMES:
-            raise DataError(f"{where}: unknown split {shown(part)!r} in column {split}; known: {', '.join(PARTS)}")
+            raise DataError(f"{where}: unknown split {printable(part)!r} in column {split}; known: {', '.join(PARTS)}")
         return _Row(
             folder / path,
             text_of(values.get(label), where, "label", label),
@@ -73,7 +72,7 @@ def find_column(where: str, header: Sequence[str], usual: Sequence[str], given: 
     """
     if given is not None:
         if given not in header:
-            raise DataError(f"{where}: no column {shown(given)!r} (--columns.{what}); {_there_are(header)}")
+            raise DataError(f"{where}: no column {printable(given)!r} (--columns.{what}); {_there_are(header)}")
         return given
     lower = {name.strip().lower(): name for name in reversed(header)}
     return next((lower[name] for name in usual if name in lower), None)
@@ -91,7 +90,7 @@ def require_column(where: str, header: Sequence[str], usual: Sequence[str], give
 
 
 def _there_are(header: Sequence[str]) -> str:
-    return f"there are {some(header, 12)}" if header else "there are none"
+    return f"there are {listing(header, 12)}" if header else "there are none"
 
 
 def text_of(value: Any, where: str, what: str, column: str) -> str:
@@ -106,7 +105,8 @@ def text_of(value: Any, where: str, what: str, column: str) -> str:
     if text:
         return text
     empty = value is None or value == "" or isinstance(value, str) or value != value
-    raise DataError(f"{where}: {f'no {what}' if empty else f'{what} {shown(str(value))}'} in column {shown(column)}")
+    got = f"no {what}" if empty else f"{what} {printable(str(value))}"
+    raise DataError(f"{where}: {got} in column {printable(column)}")
 
 
 def sorted_names(names: set[str]) -> list[str]:

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from snello.data.reading import shown
 from snello.data.sets import ArrayPictures, FilePictures, PictureSet
 from snello.data.source import Source, known_as
-from snello.errors import DataError
+from snello.errors import DataError, printable
 
 DEFAULT_ROOT = Path("~/.cache/snello/torchvision")
 
@@ -130,10 +129,12 @@ class TorchvisionSet(Source):
     def __init__(self, name: str, spec: Spec, root: Path | None) -> None:
         self.where = f"--data {name}"
         self._spec, self._root = spec, (root or DEFAULT_ROOT).expanduser()
-        self.title = f"{spec.cls} in {shown(self._root)}"
+        self.title = f"{spec.cls} in {printable(self._root)}"
         self.parts = () if "all" in spec.parts else tuple(spec.parts)
         if not (self._root / spec.files).exists():
-            raise DataError(f"{self.where}: there is no {spec.files} in {shown(self._root)}; {self._how_to_fetch()}")
+            raise DataError(
+                f"{self.where}: there is no {spec.files} in {printable(self._root)}; {self._how_to_fetch()}"
+            )
 
     def read(self, part: str | None, known: Sequence[str] | None = None) -> PictureSet:
         """See `Source`; files in the order of their paths."""
@@ -159,7 +160,7 @@ class TorchvisionSet(Source):
             line = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, ImportError) or "scipy" in line.lower():
                 raise DataError(f"{self.where}: needs the package scipy: pip install scipy") from None
-            what = f"its files in {shown(self._root)} are incomplete or damaged ({shown(line[:200])})"
+            what = f"its files in {printable(self._root)} are incomplete or damaged ({printable(line[:200])})"
             raise DataError(f"{self.where}: {what}; {self._how_to_fetch()}") from None
 
     def _how_to_fetch(self) -> str:
