@@ -1,86 +1,194 @@
-"""Folders of pictures: train/, val/ and test/ with a folder per class, or one folder per class."""
+"""Folders of pictures: a folder per class, or folders for train, val and test that each hold a folder per class.
+
+Names of parts go by `PART_NAMES`, in any case. What is left out is counted, by its kind and the reason.
+"""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from snello.data.reading import EXTENSIONS
+from typing_extensions import override
+
+from snello.data.reading import extension_of, has_picture_name, reason_against
 from snello.data.sets import FilePictures
-from snello.data.source import PARTS, Source
+from snello.data.source import PART_NAMES, PARTS, Source
 from snello.errors import DataError, listing, printable
+
+JUNK = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information")
+"""What systems leave behind, beside hidden files; in lower case."""
+IRREGULAR = "not regular files (pipes, sockets, devices, broken links)"
+
+
+class Omissions(Counter[tuple[str, str]]):
+    """How many files are left out, by (kind, reason)."""
+
+    def add(self, name: str, reason: str) -> None:
+        """Counts a file; its kind is its extension, where that looks like one."""
+        kind = extension_of(name)
+        self[kind if kind[1:].isalnum() and not kind[1:].isdecimal() else "without extension", reason] += 1
+
+    def lines(self, most: int = 8) -> list[str]:
+        """A line for each kind and reason, the most frequent first."""
+        listed = [f"{count} {kind}: {reason}" for (kind, reason), count in self.most_common(most)]
+        more = self.total() - sum(count for _, count in self.most_common(most))
+        return [f"left out: {line}" for line in [*listed, *([f"{more} more of other kinds"] if more else [])]]
+
+    def __str__(self) -> str:
+        return "; ".join(self.lines()).replace("; left out: ", "; ")
 
 
 class Folder(Source):
-    """A folder that exists."""
+    """A folder that exists.
+
+    Raises:
+        DataError: where two of its folders mean the same part.
+    """
 
     same_classes = True
 
     def __init__(self, root: Path) -> None:
         self.root, self.where, self.title = root, f"--data {printable(root)}", printable(root)
-        self.parts = tuple(part for part in PARTS if (root / part).is_dir())
+        self._omissions: dict[Path, Omissions] = {}
+        self._notes: list[str] = []
+        folders, files = _visible(root)
+        self._folders: dict[str, str] = {}
+        for name in (entry.name for entry in folders if entry.name.lower() in PART_NAMES):
+            part = PART_NAMES[name.lower()]
+            if part in self._folders:
+                both = f"{self.part_name(part)} and {name}/"
+                raise DataError(f"{self.where}: {both} both mean {part}; keep one of them")
+            self._folders[part] = name
+        self._others = [entry.name for entry in folders if entry.name not in self._folders.values()]
+        if list(self._folders) == ["train"] and self._is_class_folder(folders):
+            name = self.part_name("train")
+            others = f"as {listing(self._others, 3)} do"
+            self._notes.append(f"{name} is taken for a class: it holds pictures, not class folders, {others}")
+            self._folders, self._others = {}, []
+        self.parts = tuple(part for part in PARTS if part in self._folders)
+        if self.parts:
+            self._omissions[root] = _loose(files)
+            if self._others:
+                kind = "folders" if len(self._others) > 1 else "folder"
+                beside = ", ".join(map(self.part_name, self.parts))
+                self._notes.append(f"left out: {kind} {listing(self._others)}: beside {beside}")
 
+    def _is_class_folder(self, folders: Sequence[os.DirEntry[str]]) -> bool:
+        """Whether train is a class among others, as of vehicles: two or more folders hold pictures as it does."""
+        inside = [_visible(Path(entry.path)) for entry in folders]
+        return len(inside) > 2 and all(not deeper and _loose(files) for deeper, files in inside)
+
+    @property
+    @override
+    def notes(self) -> tuple[str, ...]:
+        omissions = Omissions()
+        for counted in self._omissions.values():
+            omissions += counted
+        return (*self._notes, *omissions.lines())
+
+    @override
     def read(self, part: str | None, known: Sequence[str] | None = None) -> FilePictures:
-        """See `Source`; not every known class needs a folder."""
-        return _scan(self.root if part is None else self.root / part, known)
+        if part is None and self.parts:  # all there is
+            part = "train"
+        folder = self.root if part is None else self.root / self._folders[part]
+        self._omissions[folder] = Omissions()
+        return _labelled(folder, known, self._omissions[folder])
 
-    def called(self, part: str) -> str:
-        """With a slash."""
-        return f"{part}/"
+    @override
+    def part_name(self, part: str) -> str:
+        return f"{printable(self._folders.get(part, part))}/"
 
+    @override
     def training_part(self) -> str | None:
-        """`train/`, where it is there; else the folder holds the class folders itself."""
-        return "train" if "train" in self.parts else None
+        try:
+            return super().training_part()
+        except DataError as error:
+            if not self._others:
+                raise
+            what = f"put the class folders ({listing(self._others)}) into train/"
+            names = " and ".join(map(self.part_name, self.parts))
+            raise DataError(f"{error}; {what}, or rename {names} if it is a class") from None
 
 
-def find_pictures(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are given, and the pictures in folders and their subfolders, sorted.
+def find_pictures(paths: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
+    """Files as they are given and the pictures in folders and their subfolders, sorted; and what is left out of these.
 
     Raises:
         DataError: for a path that does not exist, and for a folder without pictures.
     """
     found: list[Path] = []
+    omissions = Omissions()
     for path in paths:
         if not path.exists():
             raise DataError(f"{printable(path)}: no such file or folder")
-        files = _files(path) if path.is_dir() else [path]
+        own = Omissions()
+        files = _pictures(path, own) if path.is_dir() else [path]
         if not files:
-            raise DataError(f"{printable(path)}: no pictures in it ({' '.join(EXTENSIONS)})")
+            raise DataError(f"{printable(path)}: no pictures in it{f' ({own})' if own else ''}")
         found += files
-    return found
+        omissions += own
+    return found, tuple(omissions.lines())
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Folders from `folder` down, with the sorted names of subfolders and files; none hidden, no links followed."""
+def _visible(folder: Path) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
+    """The folders, linked ones too, and the other entries of a folder, sorted; neither hidden ones nor junk."""
+    try:
+        with os.scandir(folder) as found:
+            entries = [entry for entry in found if entry.name[0] != "." and entry.name.lower() not in JUNK]
+    except OSError as error:
+        raise DataError(f"{printable(folder)}: {error.strerror}") from None
+    folders: list[os.DirEntry[str]] = []
+    others: list[os.DirEntry[str]] = []
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        is_folder = os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+        (folders if is_folder else others).append(entry)
+    return folders, others
 
-    def fail(error: OSError) -> None:
-        raise DataError(f"{printable(Path(error.filename))}: {error.strerror}")
 
-    for parent, folders, names in os.walk(folder, onerror=fail):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield Path(parent), folders, sorted(name for name in names if not name.startswith("."))
-
-
-def _files(folder: Path) -> list[Path]:
-    """Pictures, told by their extension, in a folder and its subfolders, sorted."""
-    found = [parent / name for parent, _, names in _walk(folder) for name in names if name.lower().endswith(EXTENSIONS)]
+def _pictures(folder: Path, omissions: Omissions) -> list[Path]:
+    """The pictures in a folder and its subfolders, sorted; no links to folders are followed."""
+    found: list[Path] = []
+    waiting = [folder]
+    while waiting:
+        folders, files = _visible(waiting.pop())
+        for entry in folders:
+            if entry.is_symlink():
+                omissions["linked folders", "not followed"] += 1
+            else:
+                waiting.append(Path(entry.path))
+        for entry in files:
+            if reason := IRREGULAR if not _is_regular(entry) else reason_against(entry.path):
+                omissions.add(entry.name, reason)
+            else:
+                found.append(Path(entry.path))
     return sorted(found, key=lambda path: path.parts)
 
 
-def _scan(folder: Path, known: Sequence[str] | None = None) -> FilePictures:
+def _is_regular(entry: os.DirEntry[str]) -> bool:
+    return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+
+
+def _loose(files: Sequence[os.DirEntry[str]]) -> Omissions:
+    """The pictures, told by their names, that lie where class folders should be."""
+    return Omissions((extension_of(e.name), "in no class folder") for e in files if has_picture_name(e.name))
+
+
+def _labelled(folder: Path, known: Sequence[str] | None, omissions: Omissions) -> FilePictures:
     """The pictures in the class folders of `folder`; classes are those `known`, else the folders' sorted names."""
     where = f"--data {printable(folder)}"
-    _, names, files = next(_walk(folder))
+    folders, files = _visible(folder)
+    names, loose = [entry.name for entry in folders], _loose(files)
     if not names:
-        pictures = any(name.lower().endswith(EXTENSIONS) for name in files)
-        what = "pictures but no class folders" if pictures else "no class folders" if files else "empty"
+        what = "pictures but no class folders" if loose else "no class folders" if files else "empty"
         raise DataError(f"{where}: {what}; put the pictures of each class in a folder of its own, as in cats/1.jpg")
     classes = names if known is None else list(known)
     if unknown := [name for name in names if name not in classes]:
         raise DataError(f"{where}: class folders unknown to the model: {listing(unknown)}; known: {listing(classes)}")
-    of_class = {name: _files(folder / name) for name in names}
+    omissions += loose
+    of_class = {name: _pictures(folder / name, omissions) for name in names}
     if without := [name for name in names if not of_class[name]]:
         what = "its class folders" if without == names else f"class folder {listing(without)}"
-        raise DataError(f"{where}: no pictures in {what} (looked for {' '.join(EXTENSIONS)})")
+        raise DataError(f"{where}: no pictures in {what}{f' ({omissions})' if omissions else ''}")
     labels = {name: classes.index(name) for name in names}
     paths = [path for name in names for path in of_class[name]]
     return FilePictures(paths, [labels[name] for name in names for _ in of_class[name]], classes)

@@ -137,3 +137,5 @@ class Splits:
     """Pictures left out because they cannot be read."""
     source: str
     """Where the pictures come from, in words."""
+    notes: tuple[str, ...] = ()
+    """What was left out of the source, and why, in a line each."""

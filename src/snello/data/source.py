@@ -37,8 +37,13 @@ class Source(ABC):
             DataError: where they cannot be found, or a class is not known.
         """
 
-    def called(self, part: str) -> str:
-        """A part as messages call it."""
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is left out of the parts that were read, in a line each, and what else is to be known of them."""
+        return ()
+
+    def part_name(self, part: str) -> str:
+        """What messages call a part."""
         return part
 
     def training_part(self) -> str | None:
@@ -48,7 +53,8 @@ class Source(ABC):
             DataError: where there are parts, but none to train on.
         """
         if self.parts and "train" not in self.parts:
-            raise DataError(f"{self.where}: nothing to train on: only {', '.join(self.parts)} and no train")
+            only = ", ".join(map(self.part_name, self.parts))
+            raise DataError(f"{self.where}: nothing to train on: only {only} and no {self.part_name('train')}")
         return "train" if self.parts else None
 
     def held_out_part(self) -> str | None:

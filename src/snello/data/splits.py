@@ -34,6 +34,9 @@ def find_source(text: str | Path | None, columns: ColumnsConfig | None = None, d
     if text is None:
         return Shipped()
     text = os.fspath(text)
+    if "://" in text:
+        what = "is an address, and nothing is downloaded: fetch the pictures, and name their folder or table"
+        raise DataError(f"--data {printable(text)}: {what}")
     if text.startswith(PREFIX):
         return HfDataset(text.removeprefix(PREFIX), columns)
     path = Path(text)
@@ -83,20 +86,22 @@ def load_splits(
     held_out = None if part is None else found.held_out_part()
     train = found.read(part)
     if len(train.classes) < 2:
-        where = found.where if part is None else f"{found.where}, {found.called(part)}"
+        where = found.where if part is None else f"{found.where}, {found.part_name(part)}"
         raise DataError(f"{where}: only one class ({listing(train.classes)}); two or more are needed")
     if part is None or held_out is None:
         (pictures,), num_skipped = without_bad([train], skip_bad, check)
-        title = found.title if part is None else f"{found.title}, {found.called(part)}"
+        title = found.title if part is None else f"{found.title}, {found.part_name(part)}"
         return Splits(
             *_hold_out(pictures, found.where, val_share, seed),
             num_skipped,
             f"{title}, {val_share:.0%} of each class held out",
+            found.notes,
         )
     val = found.read(held_out)
     _require_same_classes(found, part, train, held_out, val)
     (train, val), num_skipped = without_bad([train, val.relabelled(train.classes)], skip_bad, check)
-    return Splits(train, val, num_skipped, f"{found.title}, {found.called(part)} and {found.called(held_out)}")
+    title = f"{found.title}, {found.part_name(part)} and {found.part_name(held_out)}"
+    return Splits(train, val, num_skipped, title, found.notes)
 
 
 def splits_of(config: FinetuneConfig, *, skip_bad: bool | None = None, check: bool | None = None) -> Splits:
@@ -121,8 +126,10 @@ def load_pictures(
     part: str | None = None,
     columns: ColumnsConfig | None = None,
     data_root: Path | None = None,
-) -> tuple[PictureSet, int]:
-    """Labelled pictures of known classes, and how many were left out; labels are indices into `classes`.
+) -> tuple[PictureSet, int, tuple[str, ...]]:
+    """Labelled pictures of known classes, how many bad ones were left out, and notes as in `Splits`.
+
+    Labels are indices into `classes`.
 
     Args:
         source: As --data takes it.
@@ -141,7 +148,7 @@ def load_pictures(
         raise DataError(f"{found.where}: there is no {part} part; there is {', '.join(found.parts) or 'only one part'}")
     pictures = found.read(part or found.held_out_part(), classes)
     (pictures,), num_skipped = without_bad([pictures], skip_bad, check)
-    return pictures, num_skipped
+    return pictures, num_skipped, found.notes
 
 
 def _require_same_classes(source: Source, part: str, train: PictureSet, held_out: str, val: PictureSet) -> None:
@@ -149,9 +156,9 @@ def _require_same_classes(source: Source, part: str, train: PictureSet, held_out
     in_use = [[name for name, count in pictures.counts().items() if count] for pictures in (train, val)]
     only_train = [name for name in in_use[0] if name not in val.classes] if source.same_classes else []
     only_val = [name for name in in_use[1] if name not in train.classes]
-    only = ((source.called(part), only_train), (source.called(held_out), only_val))
+    only = ((source.part_name(part), only_train), (source.part_name(held_out), only_val))
     if differences := [f"only in {name}: {listing(classes)}" for name, classes in only if classes]:
-        names = f"{source.called(part)} and {source.called(held_out)}"
+        names = f"{source.part_name(part)} and {source.part_name(held_out)}"
         raise DataError(f"{source.where}: {names} differ in classes, {'; '.join(differences)}")
 
 

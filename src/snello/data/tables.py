@@ -31,7 +31,7 @@ class Table(Source):
     def __init__(self, path: Path, columns: ColumnsConfig) -> None:
         self.where, self.title = f"--data {printable(path)}", printable(path)
         if not path.is_file():
-            raise DataError(f"{self.where}: {'is a folder' if path.exists() else 'no such file'}")
+            raise DataError(f"{self.where}: {'is not a regular file' if path.exists() else 'no such file'}")
         header, rows = _parquet(path, self.where) if path.suffix.lower() == ".parquet" else _csv(path, self.where)
         image = require_column(self.where, header, IMAGE_COLUMNS, columns.image, "image")
         label = require_column(self.where, header, LABEL_COLUMNS, columns.label, "label")

@@ -460,8 +460,9 @@ class Trainer:
             highlight=False,
             soft_wrap=True,
         )
-        if line := imbalance(self.splits.train):
-            self.console.print(line, highlight=False, soft_wrap=True)
+        for line in (*self.splits.notes, imbalance(self.splits.train)):
+            if line:
+                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         with progress_bar(self.console, total=self.total_steps, completed=self.progressed.step) as bar:
 
             def show(loss: float, seconds: float) -> None:
