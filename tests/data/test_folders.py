@@ -212,8 +212,8 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path):
     pillow_heif = pytest.importorskip("pillow_heif")
     write_pictures(tmp_path, PETS)
     pillow_heif.from_pillow(Image.new("RGB", (9, 7))).save(tmp_path / "cat" / "x.heic")
-    code = f"from snello.data import open_picture; print(open_picture({str(tmp_path / 'cat' / 'x.heic')!r}).size)"
-    assert run_python("-c", code).stdout == "(9, 7)\n"
+    code = "import sys, pathlib, snello.data as data; print(data.open_picture(pathlib.Path(sys.argv[1])).size)"
+    assert run_python("-c", code, str(tmp_path / "cat" / "x.heic")).stdout == "(9, 7)\n"
     assert tmp_path / "cat" / "x.heic" in find_pictures([tmp_path])[0]
 
 

@@ -1,4 +1,4 @@
-"""Whether classes differ much in size."""
+"""Says whether classes differ much in size."""
 
 from snello.data.sets import PictureSet
 from snello.errors import printable
@@ -7,7 +7,7 @@ RATIO = 2
 
 
 def imbalance(pictures: PictureSet) -> str | None:
-    """One line where the largest class has more than twice the pictures of the smallest, else None."""
+    """Returns one line where the largest class has more than twice the pictures of the smallest, else None."""
     counts = pictures.counts()
     largest, smallest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     if counts[largest] <= RATIO * counts[smallest]:

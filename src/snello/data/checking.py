@@ -1,4 +1,4 @@
-"""Which pictures cannot be read: every one is looked at once, in threads, for Pillow decodes without the GIL."""
+"""Finds pictures that cannot be read: opens every one once, in threads, for Pillow decodes without the GIL."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def without_bad(sets: Sequence[P], skip_bad: bool, check: bool) -> tuple[list[P], int]:
-    """The sets without the pictures that cannot be read, and how many those are.
+    """Removes the pictures that cannot be read from the sets, and counts them.
 
     Args:
         sets: The pictures.
@@ -40,7 +40,7 @@ def without_bad(sets: Sequence[P], skip_bad: bool, check: bool) -> tuple[list[P]
 
 
 def failures(pictures: PictureSet) -> dict[int, str]:
-    """Why pictures cannot be read, by their index; only the bad ones, in order."""
+    """Finds out why pictures cannot be read, by their index; only the bad ones, in order."""
 
     def failure(index: int) -> str | None:
         try:
@@ -53,7 +53,7 @@ def failures(pictures: PictureSet) -> dict[int, str]:
 
 
 def in_threads(look: Callable[[int], T], num: int) -> Iterator[T]:
-    """`look(0)`, ... `look(num - 1)`, in this order."""
+    """Yields `look(0)`, ... `look(num - 1)`, in this order."""
     Image.init()  # Pillow registers formats lazily, and threads that do so at once may miss some
     with ThreadPoolExecutor() as pool:
         for start in range(0, num, 1024):  # in parts, to be stopped by Ctrl-C and to hold few futures

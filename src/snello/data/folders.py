@@ -29,7 +29,7 @@ class Omissions(Counter[tuple[str, str]]):
         self[kind if kind[1:].isalnum() and not kind[1:].isdecimal() else "without extension", reason] += 1
 
     def lines(self, most: int = 8) -> list[str]:
-        """A line for each kind and reason, the most frequent first."""
+        """Makes a line of each kind and reason, the most frequent first."""
         listed = [f"{count} {kind}: {reason}" for (kind, reason), count in self.most_common(most)]
         more = self.total() - sum(count for _, count in self.most_common(most))
         return [f"left out: {line}" for line in [*listed, *([f"{more} more of other kinds"] if more else [])]]
@@ -74,7 +74,7 @@ class Folder(Source):
                 self._notes.append(f"left out: {kind} {listing(self._others)}: beside {beside}")
 
     def _is_class_folder(self, folders: Sequence[os.DirEntry[str]]) -> bool:
-        """Whether train is a class among others, as of vehicles: two or more folders hold pictures as it does."""
+        """Says whether train is a class among others, as of vehicles: two or more folders hold pictures as it does."""
         inside = [_visible(Path(entry.path)) for entry in folders]
         return len(inside) > 2 and all(not deeper and _loose(files) for deeper, files in inside)
 
@@ -111,7 +111,7 @@ class Folder(Source):
 
 
 def find_pictures(paths: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
-    """Files as they are given and the pictures in folders and their subfolders, sorted; and what is left out of these.
+    """Finds the pictures in folders and their subfolders, sorted, beside files as given; and names what it leaves out.
 
     Raises:
         DataError: for a path that does not exist, and for a folder without pictures.
@@ -131,7 +131,7 @@ def find_pictures(paths: Sequence[Path]) -> tuple[list[Path], tuple[str, ...]]:
 
 
 def _visible(folder: Path) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
-    """The folders, linked ones too, and the other entries of a folder, sorted; neither hidden ones nor junk."""
+    """Lists folders, linked ones too, and other entries of a folder, sorted, but neither hidden ones nor junk."""
     try:
         with os.scandir(folder) as found:
             entries = [entry for entry in found if entry.name[0] != "." and entry.name.lower() not in JUNK]
@@ -146,7 +146,7 @@ def _visible(folder: Path) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str
 
 
 def _pictures(folder: Path, omissions: Omissions) -> list[Path]:
-    """The pictures in a folder and its subfolders, sorted; no links to folders are followed."""
+    """Finds the pictures in a folder and its subfolders, sorted; follows no links to folders."""
     found: list[Path] = []
     waiting = [folder]
     while waiting:
@@ -169,12 +169,12 @@ def _is_regular(entry: os.DirEntry[str]) -> bool:
 
 
 def _loose(files: Sequence[os.DirEntry[str]]) -> Omissions:
-    """The pictures, told by their names, that lie where class folders should be."""
+    """Counts the files with names of pictures that lie where class folders should be."""
     return Omissions((extension_of(e.name), "in no class folder") for e in files if has_picture_name(e.name))
 
 
 def _labelled(folder: Path, known: Sequence[str] | None, omissions: Omissions) -> FilePictures:
-    """The pictures in the class folders of `folder`; classes are those `known`, else the folders' sorted names."""
+    """Finds the pictures in class folders; the classes are those `known`, else the folders' sorted names."""
     where = f"--data {printable(folder)}"
     folders, files = _visible(folder)
     names, loose = [entry.name for entry in folders], _loose(files)

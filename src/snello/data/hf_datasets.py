@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from typing_extensions import override
 
 from snello.config import ColumnsConfig
 from snello.data.reading import UNREADABLE, decode_picture, open_picture
 from snello.data.sets import PictureSet
-from snello.data.source import PART_NAMES, PARTS, Source, known_as
+from snello.data.source import PART_NAMES, PARTS, Source, with_classes
 from snello.data.tables import HF_EXTRA, IMAGE_COLUMNS, LABEL_COLUMNS, require_column, sorted_names, text_of
 from snello.errors import DataError, listing, printable
 
@@ -27,16 +28,16 @@ class HfPictures(PictureSet):
         self._column, self._rows = column, list(range(len(self.labels)))
         self._dataset = dataset.select_columns([column]).cast_column(column, ImageFeature(decode=False))
 
+    @override
     def name(self, index: int) -> str:
-        """Title and row, from 0."""
         return f"{self.title} row {self._rows[index]}"
 
+    @override
     def open(self, index: int) -> Image.Image:
-        """See `open_picture`."""
         return self._open(index, draft=False)
 
+    @override
     def check(self, index: int) -> None:
-        """Decodes it, a JPEG in small."""
         self._open(index, draft=True)
 
     def _open(self, index: int, *, draft: bool) -> Image.Image:
@@ -47,11 +48,12 @@ class HfPictures(PictureSet):
             raise DataError(f"{self.name(index)}: {UNREADABLE}: there is none in this row")
         return open_picture(Path(value["path"]), draft=draft)
 
+    @override
     def file_bytes(self) -> int:
-        """The sizes of the encoded pictures."""
         values = (self._dataset[row][self._column] for row in self._rows)
         return sum(len(v["bytes"]) if v["bytes"] is not None else Path(v["path"]).stat().st_size for v in values)
 
+    @override
     def _keep(self, indices: Sequence[int]) -> None:
         self._rows = [self._rows[i] for i in indices]
 
@@ -81,14 +83,14 @@ class HfDataset(Source):
             raise DataError(f"{self.where}: no split is called train, val or test; there are {listing(list(splits))}")
         self.parts = tuple(part for part in PARTS if part in self._parts)
 
+    @override
     def read(self, part: str | None, known: Sequence[str] | None = None) -> HfPictures:
-        """See `Source`; in the order of the dataset."""
         dataset = self._only if part is None else self._parts[part]
         if dataset is None:
             raise DataError(f"{self.where}: only {', '.join(self.parts)}, and none to evaluate on")
         image, (labels, classes) = self._image_column(dataset), self._labels(dataset)
         title = self.title if part is None else f"{self.title} {part}"
-        return known_as(HfPictures(dataset, image, labels, classes, title), known, self.where)
+        return with_classes(HfPictures(dataset, image, labels, classes, title), known, self.where)
 
     def _image_column(self, dataset: Any) -> str:
         import datasets
@@ -103,7 +105,7 @@ class HfDataset(Source):
         return require_column(self.where, found, IMAGE_COLUMNS, self._columns.image, "image")
 
     def _labels(self, dataset: Any) -> tuple[list[int], list[str]]:
-        """The label of every row, and the names of the classes."""
+        """Finds the label of every row, and the names of the classes."""
         import datasets
 
         named = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -126,7 +128,7 @@ class HfDataset(Source):
 
 
 def _load(text: str, where: str) -> Any:
-    """The Dataset or DatasetDict that `PATH_OR_NAME[:CONFIG]` names."""
+    """Loads the Dataset or DatasetDict that `PATH_OR_NAME[:CONFIG]` names."""
     import datasets
 
     name, colon, config = (text, "", "") if Path(text).exists() else text.rpartition(":")
@@ -155,7 +157,7 @@ def _load(text: str, where: str) -> Any:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """The package told to look on this machine only, and to be quiet."""
+    """Makes the package look on this machine only, and be quiet."""
     import datasets
     from datasets.utils import logging
 

@@ -29,7 +29,7 @@ HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"
 
 
 def open_picture(path: Path, *, draft: bool = False) -> Image.Image:
-    """The picture in a file as 8-bit RGB, turned as its EXIF tag says, transparent parts on white.
+    """Reads the picture in a file as 8-bit RGB, turned as its EXIF tag says, transparent parts on white.
 
     Args:
         path: The file; its contents decide the format, not its name.
@@ -42,7 +42,7 @@ def open_picture(path: Path, *, draft: bool = False) -> Image.Image:
 
 
 def decode_picture(data: bytes, name: str, *, draft: bool = False) -> Image.Image:
-    """The picture in the bytes of a file, as `open_picture` gives it; `name` is what messages call it.
+    """Reads the picture in the bytes of a file as `open_picture` does; `name` is what messages call it.
 
     Raises:
         DataError: naming the picture and the reason, where it cannot be read.
@@ -91,7 +91,7 @@ def _reason(source: Path | bytes, error: Exception) -> str:
 
 @cache
 def _formats() -> list[str]:
-    """Those of `FORMATS` that can be read here: by Pillow, and by pillow-heif where that is installed."""
+    """Returns those of `FORMATS` that can be read here: by Pillow, and by pillow-heif where that is installed."""
     with contextlib.suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
     return sorted(set(FORMATS) & set(Image.registered_extensions().values()))
@@ -99,24 +99,24 @@ def _formats() -> list[str]:
 
 @cache
 def _kinds() -> dict[str, str]:
-    """The kind of file that an extension stands for: `picture` where it can be read here, else a MIME type."""
+    """Returns what kind of file an extension stands for: `picture` where it can be read here, else a MIME type."""
     kinds = dict.fromkeys(Image.registered_extensions(), "image/other") | mimetypes.MimeTypes().types_map[True]
     readable = {ext for ext, name in Image.registered_extensions().items() if name in _formats()}
     return kinds | dict.fromkeys(readable.intersection(EXTENSIONS), "picture")
 
 
 def extension_of(name: str) -> str:
-    """The extension in lower case, as .jpg."""
+    """Returns the extension in lower case, as .jpg."""
     return os.path.splitext(name)[1].lower()
 
 
 def has_picture_name(name: str) -> bool:
-    """Whether a file's extension is that of a picture, of a format that can be read here."""
+    """Says whether a file's extension is that of a picture, of a format that can be read here."""
     return _kinds().get(extension_of(name)) == "picture"
 
 
 def reason_against(path: str) -> str | None:
-    """Why a regular file is no picture, or none that can be read here; None where it is one, perhaps a damaged one.
+    """Says why a regular file is no picture that can be read here; None where it is one, perhaps a damaged one.
 
     Known extensions decide; files with others are opened.
     """
@@ -148,7 +148,7 @@ def _head(path: Path) -> bytes:
 
 
 def _advice(head: bytes) -> str | None:
-    """What would make a file readable that begins so, where something would."""
+    """Says what would make a file readable that begins so, where something would."""
     if head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS and "HEIF" not in _formats():
         return "pip install pillow-heif"
     if head[4:8] == b"ftyp" and head[8:] in (b"avif", b"avis") and "AVIF" not in _formats():

@@ -29,7 +29,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, part: str | None, known: Sequence[str] | None = None) -> PictureSet:
-        """The pictures of a part, or all where it is None.
+        """Finds the pictures of a part, or all where it is None.
 
         Labels are indices into the `known` classes, else into those of the part.
 
@@ -39,15 +39,15 @@ class Source(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is left out of the parts that were read, in a line each, and what else is to be known of them."""
+        """Names what the parts that were read leave out, and how folders were taken, in a line each."""
         return ()
 
     def part_name(self, part: str) -> str:
-        """What messages call a part."""
+        """Returns what messages call a part."""
         return part
 
     def training_part(self) -> str | None:
-        """The part to train on; None where all pictures are in one.
+        """Chooses the part to train on; None where all pictures are in one.
 
         Raises:
             DataError: where there are parts, but none to train on.
@@ -58,12 +58,12 @@ class Source(ABC):
         return "train" if self.parts else None
 
     def held_out_part(self) -> str | None:
-        """The part to evaluate on: val, else test, else None."""
+        """Chooses the part to evaluate on: val, else test, else None."""
         return next((part for part in ("val", "test") if part in self.parts), None)
 
 
-def known_as(pictures: P, known: Sequence[str] | None, where: str) -> P:
-    """The pictures with labels that are indices into `known`, where that is given.
+def with_classes(pictures: P, known: Sequence[str] | None, where: str) -> P:
+    """Makes the labels indices into `known`, where that is given.
 
     Raises:
         DataError: for a class that is in use and not known.

@@ -23,7 +23,7 @@ _SPLIT = 0x73706C6974  # keeps the seeds of the split apart from those of order 
 
 
 def find_source(text: str | Path | None, columns: ColumnsConfig | None = None, data_root: Path | None = None) -> Source:
-    """The source that --data names; None are the pictures that ship with snello.
+    """Finds the source that --data names; None are the pictures that ship with snello.
 
     What exists as a file or folder wins over a torchvision set of that name.
 
@@ -64,7 +64,7 @@ def load_splits(
     columns: ColumnsConfig | None = None,
     data_root: Path | None = None,
 ) -> Splits:
-    """The training and held-out pictures of a source, or those shipped with snello if it is None.
+    """Finds the training and held-out pictures of a source, or of those shipped with snello if it is None.
 
     Where the source has a train part, that and val, else test; with neither of these, or without parts, `val_share` of
     every class is held out (at least one picture, never all).
@@ -105,7 +105,7 @@ def load_splits(
 
 
 def splits_of(config: FinetuneConfig, *, skip_bad: bool | None = None, check: bool | None = None) -> Splits:
-    """The pictures of a run, as its config says where not told otherwise; see `load_splits`."""
+    """Finds the pictures of a run as its config says, with `load_splits`; `skip_bad` and `check` may differ."""
     return load_splits(
         config.data,
         val_share=config.val_share,
@@ -127,7 +127,7 @@ def load_pictures(
     columns: ColumnsConfig | None = None,
     data_root: Path | None = None,
 ) -> tuple[PictureSet, int, tuple[str, ...]]:
-    """Labelled pictures of known classes, how many bad ones were left out, and notes as in `Splits`.
+    """Finds pictures of known classes; returns also how many bad ones are left out, and notes as in `Splits`.
 
     Labels are indices into `classes`.
 
@@ -152,7 +152,7 @@ def load_pictures(
 
 
 def _require_same_classes(source: Source, part: str, train: PictureSet, held_out: str, val: PictureSet) -> None:
-    """No class is held out only; none is trained only, where that is a mistake."""
+    """Refuses a class that is only held out, and one that is only trained where that is a mistake."""
     in_use = [[name for name, count in pictures.counts().items() if count] for pictures in (train, val)]
     only_train = [name for name in in_use[0] if name not in val.classes] if source.same_classes else []
     only_val = [name for name in in_use[1] if name not in train.classes]
@@ -163,7 +163,7 @@ def _require_same_classes(source: Source, part: str, train: PictureSet, held_out
 
 
 def _hold_out(pictures: P, where: str, val_share: float, seed: int) -> tuple[P, P]:
-    """Every class split at random, in proportion, with at least one picture on either side."""
+    """Splits every class at random, in proportion, with at least one picture on either side."""
     of_class: list[list[int]] = [[] for _ in pictures.classes]
     for index, label in enumerate(pictures.labels):
         of_class[label].append(index)

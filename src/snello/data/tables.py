@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from snello.config import ColumnsConfig
 from snello.data.sets import FilePictures
-from snello.data.source import PART_NAMES, PARTS, Source, known_as
+from snello.data.source import PART_NAMES, PARTS, Source, with_classes
 from snello.errors import DataError, listing, printable
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -55,17 +57,17 @@ class Table(Source):
             None if part is None else PART_NAMES[part.lower()],
         )
 
+    @override
     def read(self, part: str | None, known: Sequence[str] | None = None) -> FilePictures:
-        """See `Source`; in the order of the table."""
         rows = [row for row in self._rows if part is None or row.part == part]
         classes = sorted_names({row.label for row in rows})
         place = {name: i for i, name in enumerate(classes)}
         pictures = FilePictures([row.path for row in rows], [place[row.label] for row in rows], classes)
-        return known_as(pictures, known, self.where)
+        return with_classes(pictures, known, self.where)
 
 
 def find_column(where: str, header: Sequence[str], usual: Sequence[str], given: str | None, what: str) -> str | None:
-    """The column that is given, else the first of the usual names, whatever their case, else None.
+    """Finds the column that is given, else the first of the usual names, whatever their case, else None.
 
     Raises:
         DataError: where the given one is not there.
@@ -79,7 +81,11 @@ def find_column(where: str, header: Sequence[str], usual: Sequence[str], given: 
 
 
 def require_column(where: str, header: Sequence[str], usual: Sequence[str], given: str | None, what: str) -> str:
-    """See `find_column`; a DataError where there is none."""
+    """Finds a column as `find_column` does.
+
+    Raises:
+        DataError: where there is none.
+    """
     found = find_column(where, header, usual, given, what)
     if found is None:
         raise DataError(
@@ -94,7 +100,7 @@ def _there_are(header: Sequence[str]) -> str:
 
 
 def text_of(value: Any, where: str, what: str, column: str) -> str:
-    """A cell as text; whole numbers have no point.
+    """Makes a cell text; whole numbers have no point.
 
     Raises:
         DataError: for an empty cell, and for one that is neither text nor a whole number.
@@ -110,13 +116,13 @@ def text_of(value: Any, where: str, what: str, column: str) -> str:
 
 
 def sorted_names(names: set[str]) -> list[str]:
-    """Sorted, as numbers where all are whole numbers."""
+    """Sorts names, as numbers where all are whole numbers."""
     numbers = all(name.isdecimal() for name in names)
     return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
 
 
 def _csv(path: Path, where: str) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
-    """Header and numbered rows; lines count from 1 with the header, as editors do."""
+    """Reads header and numbered rows; lines count from 1 with the header, as editors do."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -135,7 +141,7 @@ def _csv(path: Path, where: str) -> tuple[list[str], Iterator[tuple[int, dict[st
 
 
 def _parquet(path: Path, where: str) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
-    """Header and numbered rows, from 1."""
+    """Reads header and numbered rows, from 1."""
     try:
         import pyarrow.parquet
     except ImportError:
