@@ -66,7 +66,7 @@ def test_two_folders_for_one_part(tmp_path, one, other, part):
         write_pictures(tmp_path / name, PETS)
     if len(list(tmp_path.iterdir())) < len({"train", one, other}):
         pytest.skip("the file system does not tell upper from lower case")
-    assert error_of(tmp_path) == f"--data {tmp_path}: {one}/ and {other}/ both mean {part}; keep one of them"
+    assert error_of(tmp_path) == f"--data {tmp_path}: {one} and {other} both mean {part}; keep one of them"
 
 
 def test_folders_beside_the_parts_are_named(tmp_path, small):
@@ -77,7 +77,7 @@ def test_folders_beside_the_parts_are_named(tmp_path, small):
         write_pictures(tmp_path / name, PETS)
     write_pictures(tmp_path / "Train", {"__MACOSX": 1, ".x": 1})
     Image.new("RGB", (4, 4)).save(tmp_path / "loose.png")
-    told = ("left out: folders bird, extra: beside Train/, Test/", "left out: 1 .png: in no class folder")
+    told = ("left out: folders bird, extra: beside Train, Test", "left out: 1 .png: in no class folder")
     splits = load(tmp_path)
     assert splits.train.classes == ("cat", "dog") and splits.notes == told
     result = check_data(CheckDataConfig(str(tmp_path)), QUIET)
@@ -90,6 +90,15 @@ def test_junk_is_no_class(tmp_path):
     put(tmp_path / "cat" / "Thumbs.db", b"x")
     splits = load(tmp_path)
     assert splits.train.classes == ("cat", "dog") and len(splits.train) + len(splits.val) == 8 and splits.notes == ()
+
+
+def test_parts_of_unknown_names_are_told(tmp_path):
+    """As in Kaggle's seg_train/ and seg_test/: two classes to look at, but hardly to mean."""
+    for name in ("seg_test", "seg_train"):
+        write_pictures(tmp_path / name, PETS)
+    assert load(tmp_path).notes == (
+        "class folders seg_test, seg_train all hold cat, dog: if they are parts, name them train and val",
+    )
 
 
 def test_train_may_be_a_class(tmp_path):

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from snello.data.reading import extension_of, has_picture_name, reason_against
 from snello.data.sets import FilePictures
-from snello.data.source import PART_NAMES, PARTS, Source
+from snello.data.source import PARTS, Source, left_out_beside, parts_among
 from snello.errors import DataError, listing, printable
 
 JUNK = ("__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information")
@@ -50,33 +50,22 @@ class Folder(Source):
     def __init__(self, root: Path) -> None:
         self.root, self.where, self.title = root, f"--data {printable(root)}", printable(root)
         self._omissions: dict[Path, Omissions] = {}
-        self._notes: list[str] = []
         folders, files = _visible(root)
-        self._folders: dict[str, str] = {}
-        for name in (entry.name for entry in folders if entry.name.lower() in PART_NAMES):
-            part = PART_NAMES[name.lower()]
-            if part in self._folders:
-                both = f"{self.part_name(part)} and {name}/"
-                raise DataError(f"{self.where}: {both} both mean {part}; keep one of them")
-            self._folders[part] = name
-        self._others = [entry.name for entry in folders if entry.name not in self._folders.values()]
-        if list(self._folders) == ["train"] and self._is_class_folder(folders):
-            name = self.part_name("train")
-            others = f"as {listing(self._others, 3)} do"
-            self._notes.append(f"{name} is taken for a class: it holds pictures, not class folders, {others}")
-            self._folders, self._others = {}, []
+        names = [entry.name for entry in folders]
+        self._folders = parts_among(names, self.where)
+        self._remarks: list[str] = []
+        if list(self._folders) == ["train"] and _are_class_folders(folders):
+            name = self._folders.pop("train")
+            others = listing([other for other in names if other != name], 3)
+            self._remarks = [f"{name}/ is taken for a class: it holds pictures, not class folders, as {others} do"]
+        elif not self._folders and (held := _same_folders(folders)):
+            what = f"class folders {listing(names)} all hold {listing(held)}"
+            self._remarks = [f"{what}: if they are parts, name them train and val"]
         self.parts = tuple(part for part in PARTS if part in self._folders)
+        self._others = [name for name in names if name not in self._folders.values()]
+        self._remarks += left_out_beside("folder", names, [self._folders[part] for part in self.parts])
         if self.parts:
             self._omissions[root] = _loose(files)
-            if self._others:
-                kind = "folders" if len(self._others) > 1 else "folder"
-                beside = ", ".join(map(self.part_name, self.parts))
-                self._notes.append(f"left out: {kind} {listing(self._others)}: beside {beside}")
-
-    def _is_class_folder(self, folders: Sequence[os.DirEntry[str]]) -> bool:
-        """Says whether train is a class among others, as of vehicles: two or more folders hold pictures as it does."""
-        inside = [_visible(Path(entry.path)) for entry in folders]
-        return len(inside) > 2 and all(not deeper and _loose(files) for deeper, files in inside)
 
     @property
     @override
@@ -84,7 +73,7 @@ class Folder(Source):
         omissions = Omissions()
         for counted in self._omissions.values():
             omissions += counted
-        return (*self._notes, *omissions.lines())
+        return (*self._remarks, *omissions.lines())
 
     @override
     def read(self, part: str | None, known: Sequence[str] | None = None) -> FilePictures:
@@ -171,6 +160,20 @@ def _is_regular(entry: os.DirEntry[str]) -> bool:
 def _loose(files: Sequence[os.DirEntry[str]]) -> Omissions:
     """Counts the files with names of pictures that lie where class folders should be."""
     return Omissions((extension_of(e.name), "in no class folder") for e in files if has_picture_name(e.name))
+
+
+def _are_class_folders(folders: Sequence[os.DirEntry[str]]) -> bool:
+    """Says whether three or more folders hold pictures and no folders; two may be train and test without labels."""
+    inside = [_visible(Path(entry.path)) for entry in folders]
+    return len(inside) > 2 and all(not deeper and _loose(files) for deeper, files in inside)
+
+
+def _same_folders(folders: Sequence[os.DirEntry[str]]) -> list[str]:
+    """Returns the names of the folders that each of a few folders holds, where these are the same, as parts have."""
+    if not 2 <= len(folders) <= 4:
+        return []
+    first, *others = [[entry.name for entry in _visible(Path(folder.path))[0]] for folder in folders]
+    return first if len(first) > 1 and all(names == first for names in others) else []
 
 
 def _labelled(folder: Path, known: Sequence[str] | None, omissions: Omissions) -> FilePictures:

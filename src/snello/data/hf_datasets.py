@@ -11,7 +11,7 @@ from typing_extensions import override
 from snello.config import ColumnsConfig
 from snello.data.reading import UNREADABLE, decode_picture, open_picture
 from snello.data.sets import PictureSet
-from snello.data.source import PART_NAMES, PARTS, Source, with_classes
+from snello.data.source import PARTS, Source, left_out_beside, parts_among, with_classes
 from snello.data.tables import HF_EXTRA, IMAGE_COLUMNS, LABEL_COLUMNS, require_column, sorted_names, text_of
 from snello.errors import DataError, listing, printable
 
@@ -77,11 +77,18 @@ class HfDataset(Source):
         self._columns = columns
         loaded = _load(text, self.where)
         splits: dict[str, Any] = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
-        self._parts = {PART_NAMES[name.lower()]: d for name, d in splits.items() if name.lower() in PART_NAMES}
+        names = parts_among(splits, self.where)
+        self._parts = {part: splits[name] for part, name in names.items()}
         self._only = next(iter(splits.values())) if len(splits) == 1 else None
         if self._only is None and not self._parts:
             raise DataError(f"{self.where}: no split is called train, val or test; there are {listing(list(splits))}")
         self.parts = tuple(part for part in PARTS if part in self._parts)
+        self._notes = left_out_beside("split", list(splits), [names[part] for part in self.parts])
+
+    @property
+    @override
+    def notes(self) -> tuple[str, ...]:
+        return self._notes
 
     @override
     def read(self, part: str | None, known: Sequence[str] | None = None) -> HfPictures:

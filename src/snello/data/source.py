@@ -1,10 +1,10 @@
 """What every source of pictures answers: which parts it has, and the pictures of one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from snello.data.sets import P, PictureSet
-from snello.errors import DataError, listing
+from snello.errors import DataError, listing, printable
 
 PARTS = ("train", "val", "test")
 # What others call them.
@@ -60,6 +60,30 @@ class Source(ABC):
     def held_out_part(self) -> str | None:
         """Chooses the part to evaluate on: val, else test, else None."""
         return next((part for part in ("val", "test") if part in self.parts), None)
+
+
+def parts_among(names: Iterable[str], where: str) -> dict[str, str]:
+    """Finds which of the names mean which parts.
+
+    Raises:
+        DataError: where two mean the same.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        part = PART_NAMES.get(name.lower())
+        if part in found:
+            both = f"{printable(found[part])} and {printable(name)}"
+            raise DataError(f"{where}: {both} both mean {part}; keep one of them")
+        if part is not None:
+            found[part] = name
+    return found
+
+
+def left_out_beside(kind: str, names: Sequence[str], used: Sequence[str]) -> tuple[str, ...]:
+    """Names the folders or splits that are none of the parts; nothing where there are no parts."""
+    others = [name for name in names if name not in used] if used else []
+    kinds = kind if len(others) == 1 else f"{kind}s"
+    return (f"left out: {kinds} {listing(others)}: beside {listing(used)}",) if others else ()
 
 
 def with_classes(pictures: P, known: Sequence[str] | None, where: str) -> P:
