@@ -139,17 +139,18 @@ def _pictures(folder: Path, omissions: Omissions) -> list[Path]:
     found: list[Path] = []
     waiting = [folder]
     while waiting:
-        folders, files = _visible(waiting.pop())
+        parent = waiting.pop()
+        folders, files = _visible(parent)
         for entry in folders:
             if entry.is_symlink():
                 omissions["linked folders", "not followed"] += 1
             else:
-                waiting.append(Path(entry.path))
+                waiting.append(parent / entry.name)
         for entry in files:
             if reason := IRREGULAR if not _is_regular(entry) else reason_against(entry.path):
                 omissions.add(entry.name, reason)
             else:
-                found.append(Path(entry.path))
+                found.append(parent / entry.name)
     return sorted(found, key=lambda path: path.parts)
 
 
