@@ -11,6 +11,9 @@ SnelloError
 └── AuthenticationError  the other side did not admit this client
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 
 class SnelloError(Exception):
     """Base of every error a user can cause and mend; its text says what was wrong, where, and what to do."""
@@ -56,3 +59,14 @@ def require(ok: bool, name: str, rule: str, got: object) -> None:
     """Raises the ConfigError `name must be rule, got ...` unless `ok`."""
     if not ok:
         raise ConfigError(f"{name} must be {rule}, got {got}")
+
+
+def printable(text: Path | str) -> str:
+    """A path or name as it can be printed on one line, whatever bytes it is made of."""
+    return "".join(char if char.isprintable() else "?" for char in str(text))
+
+
+def listing(names: Sequence[str], most: int = 8) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(printable(name) for name in names[:most]) + more

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from snello.config import DoctorConfig
 from snello.config.units import is_loopback, parse_address
-from snello.errors import ConfigError, SnelloError
+from snello.errors import ConfigError, SnelloError, printable
 from snello.split.security.tls import RENEW_CLIENT, RENEW_SERVER, ClientFiles, certificate_hosts, date_problem, when
 
 TIMEOUT_S = 5.0
@@ -51,8 +51,8 @@ class Finding:
 
     def __post_init__(self) -> None:
         """Names and reasons come from the other side: no control characters reach the terminal, nor endless texts."""
-        shown = "".join(char if char.isprintable() else "?" for char in self.text)
-        object.__setattr__(self, "text", shown if len(shown) <= MAX_TEXT else shown[:MAX_TEXT] + "...")
+        text = printable(self.text)
+        object.__setattr__(self, "text", text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "...")
 
     def __str__(self) -> str:
         return f"{self.text}; {self.advice}" if self.advice else self.text
