@@ -13,8 +13,8 @@ from snello.config import AlastConfig, FinetuneConfig, PlanConfig
 from snello.config.values import from_dict
 from snello.errors import ConfigError
 from snello.measure import plan
-from snello.measure.comparison import OutOfMemoryError
 from snello.measure.plan import Measured, command, make_plan, methods_of
+from snello.measure.process import OutOfMemoryError
 from snello.measure.step import Memory
 
 MIB = 2**20

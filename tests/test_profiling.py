@@ -10,7 +10,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from snello.config import AlastConfig, FinetuneConfig
-from snello.measure.comparison import Process, make_request
+from snello.measure.process import Process, make_request
 from snello.measure.step import (
     LiveBytes,
     Memory,

@@ -15,6 +15,7 @@ from snello.runs.folder import RunFolder, require_same_config
 from snello.train.display import warnings_on
 from snello.train.loop import Trainer
 from snello.train.ranks import Ranks, connect, require_alone
+from snello.train.signals import interruptible
 from snello.train.tracking import require_trackers
 
 
@@ -39,10 +40,11 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
         pictures.plot_traffic(run)
     elif config.compare:
         gc.collect()  # the trainer's memory is the comparison's
-        costs = comparison.compare(config, summary, state)
-        summary |= costs.summary()
-        save_json(run.summary_file, summary)
-        terminal.print_costs(console, costs)
+        costs = _compare(config, run, summary, state, console)
+        if costs is not None:
+            summary |= costs.summary()
+            save_json(run.summary_file, summary)
+            terminal.print_costs(console, costs)
     console.print(f"run folder: {run.path}", highlight=False, soft_wrap=True)
     return summary
 
@@ -68,6 +70,19 @@ def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunF
         save_json(run.summary_file, summary)  # safe before the comparison, which may take long
         terminal.print_result(console, summary, splits.num_skipped)
     return run, summary, state
+
+
+def _compare(
+    config: FinetuneConfig, run: RunFolder, summary: dict[str, Any], state: dict[str, Any], console: Console
+) -> comparison.Comparison | None:
+    """Measures what the run's method costs beside others; None where Ctrl-C or SIGTERM skips it."""
+    try:
+        with interruptible(), terminal.measuring(console, config.method, run.path) as progress:
+            return comparison.compare(config, summary, state, progress)
+    except KeyboardInterrupt:
+        text = f"measuring skipped; the model is in {run.path}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        return None
 
 
 def _open(config: FinetuneConfig) -> tuple[RunFolder, dict[str, Any]]:

@@ -19,7 +19,7 @@ from snello.config import AlastConfig, FinetuneConfig, PlanConfig
 from snello.config.units import parse_bytes
 from snello.devices import Precision, resolve_device, resolve_precision
 from snello.errors import ConfigError
-from snello.measure.comparison import OutOfMemoryError, Process, available_memory, make_request
+from snello.measure.process import OutOfMemoryError, Process, available_memory, make_request
 from snello.measure.step import Memory, TrainingStep, resident_memory
 from snello.models import create_model
 from snello.vit import AttentionPath, ViT

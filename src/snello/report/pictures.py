@@ -4,7 +4,7 @@ from itertools import accumulate
 from typing import Any
 
 from snello.files import replacing
-from snello.report.terminal import beside_the_client
+from snello.report.terminal import server_time
 from snello.runs.folder import RunFolder
 
 
@@ -48,7 +48,7 @@ def plot_traffic(run: RunFolder) -> None:
     steps = list(run.rows("step"))
     evaluations = list(run.rows("eval"))
     per_epoch = next((row["step"] for row in evaluations if row["epoch"] == 1), len(steps))
-    compute = [0.0, *accumulate(row["client_seconds"] + beside_the_client(row)[1] for row in steps)]
+    compute = [0.0, *accumulate(row["client_seconds"] + server_time(row)[1] for row in steps)]
     link = [0.0, *accumulate(row.get("link_seconds", 0.0) for row in steps)]
     at = [row["step"] for row in evaluations]
     accuracy = [100 * row["accuracy"] for row in evaluations]
@@ -58,7 +58,7 @@ def plot_traffic(run: RunFolder) -> None:
     by_epoch.set(xlabel="epochs", ylabel="held-out accuracy, %")
     by_bytes.plot([row["training_bytes"] / 1e6 for row in evaluations], accuracy, "o-")
     by_bytes.set_xlabel("training traffic, MB")
-    by_time.plot([compute[step] for step in at], accuracy, "o-", label=f"client and {beside_the_client(steps[0])[0]}")
+    by_time.plot([compute[step] for step in at], accuracy, "o-", label=f"client and {server_time(steps[0])[0]}")
     if link[-1]:
         by_time.plot([compute[step] + link[step] for step in at], accuracy, "s--", label="and the link")
     by_time.set_xlabel("seconds")
