@@ -1,4 +1,4 @@
-"""What a user sees at the end: the result, the cost table, and the plot of budgets and trained blocks."""
+"""What is printed: the result of a run, tables of costs and traffic, the plan, the codecs."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
