@@ -59,6 +59,16 @@ def test_a_storage_that_is_kept_twice_counts_once():
     assert saved_bytes(lambda: (b @ b.t()).sum(), set()) == 4 * 24  # a view is its storage
 
 
+def test_what_autograd_gives_up_on_the_way_does_not_count():
+    a, b = torch.randn(10, requires_grad=True), torch.randn(7, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        (a * a).sum()
+        return (b * b).sum()
+
+    assert saved_bytes(forward, set()) == 28
+
+
 def test_parameters_are_left_out_only_if_asked():
     model = nn.Linear(3, 5, bias=False)
     x = torch.randn(7, 3, requires_grad=True)  # for its gradient, Linear keeps its weight too

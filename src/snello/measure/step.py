@@ -176,10 +176,9 @@ class TrainingStep:
         """Takes a step, with the optimizer's where there is data, and says where its memory goes."""
         gradients, moments = self.trained_bytes
         state = self.method.state_dict()
-        with self._data:
-            saved = self._saved_bytes()
-            with LiveBytes() as live:
-                torch.autograd.backward(self.loss())
+        with self._data, LiveBytes() as live:
+            loss, saved = saving(self.loss, storages_of(self.model.parameters()))
+            torch.autograd.backward(loss)
         if not isinstance(self._data, FakeTensorMode):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -233,20 +232,23 @@ def storages_of(tensors: Iterable[Tensor]) -> set[int]:
 
 def saved_bytes(forward: Callable[[], Tensor], excluded: set[int]) -> int:
     """Bytes of the unique storages that `forward` makes autograd keep, without those `excluded` (`storages_of`)."""
-    storages: dict[int, int] = {}
-    held: list[Tensor] = []  # kept alive, so that no storage takes the place of another
+    return saving(forward, excluded)[1]
+
+
+def saving(forward: Callable[[], Tensor], excluded: set[int]) -> tuple[Tensor, int]:
+    """Runs `forward`; returns its result, ready for a backward pass, and its `saved_bytes`."""
+    packed: list[weakref.ref[Tensor]] = []  # weak: what autograd gives up on the way is not kept
 
     def pack(tensor: Tensor) -> Tensor:
         tensor = tensor.detach()  # with its graph it would hold itself in a cycle that nothing collects
-        storage = tensor.untyped_storage()
-        if storage._cdata not in excluded:
-            storages[storage._cdata] = storage.nbytes()
-            held.append(tensor)
+        packed.append(weakref.ref(tensor))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(storages.values())
+        result = forward()
+    storages = (tensor.untyped_storage() for tensor in (each() for each in packed) if tensor is not None)
+    sizes = {storage._cdata: storage.nbytes() for storage in storages}
+    return result, sum(size for key, size in sizes.items() if key not in excluded)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
