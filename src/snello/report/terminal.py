@@ -11,7 +11,7 @@ from rich.table import Table
 
 from snello.config import CodecsConfig
 from snello.measure.comparison import Comparison, Progress, compared_with
-from snello.measure.plan import Plan, command
+from snello.measure.plan import Plan, command, method_label
 
 COST_ROWS = (
     ("step time, ms", "step_time_s", ".1f", 1e-3),
@@ -107,23 +107,25 @@ def server_time(row: dict[str, Any]) -> tuple[str, float]:
 
 
 def print_plan(plan: Plan) -> None:
-    """Prints what fits, the fastest first, and the command of each."""
+    """Prints what fits, the fastest first, the command of each, and which methods are missing."""
     print(f"{'':3} {'method':27} {'batch':>5} {'precision':9} {'checkpoints':11} {'pictures/s':>10} {'MiB':>7}")
     for number, row in enumerate(plan.rows, start=1):
         config = row.config
-        method = config.method + (", lowest-first" if config.alast.draw == "lowest-first" else "")
+        method = method_label(config.method, config.alast.draw == "lowest-first")
         print(
             f"{number:2}. {method:27} {config.batch_size:5} {config.precision:9} "
             f"{'yes' if config.grad_checkpointing else 'no':11} {row.pictures_per_second:10.1f} "
             f"{row.need_bytes / 2**20:7.0f}"
         )
+    for one in plan.not_ranked:
+        print(f" -. {method_label(one.method, one.lowest_first):27} not ranked: {one.reason}")
     print()
     for number, row in enumerate(plan.rows, start=1):
         print(f"{number:2}. {command(row.config)}")
     print(
-        f"\nOf {plan.candidates} settings {plan.too_large} do not fit by estimate, {plan.refused} did not when they "
-        f"were run, and {plan.left_out} were left out for want of time (--seconds). Measured here on random pictures; "
-        "more accurate is another question (docs/alast.md). Add --data FOLDER to a command."
+        f"\nOf {plan.candidates} settings {plan.too_large} do not fit by estimate, {plan.refused} did not fit when "
+        f"they were run, and for {plan.left_out} there was no time (--seconds). Measured here on random pictures; "
+        "which is the most accurate is another question (docs/alast.md). Add --data FOLDER to a command."
     )
 
 
