@@ -79,7 +79,8 @@ def fake(monkeypatch):
 
     def estimate(self, config, sizes):
         FakeProcess.estimated.append(config)
-        FakeProcess.now += FakeProcess.estimate_seconds
+        FakeProcess.now = min(FakeProcess.now + FakeProcess.estimate_seconds, self.deadline)
+        self._require_time()
         return [memory_of(config, size) for size in sizes]
 
     monkeypatch.setattr(plan, "Process", FakeProcess)
@@ -163,11 +164,27 @@ def test_estimates_count_against_the_time(fake):
     fake.estimate_seconds, fake.start_seconds = 30.0, 5.0
     found = make_plan(settings(methods=(), seconds=120.0))
     assert fake.now <= 120
-    assert [config.method for config in fake.estimated] == EVERY[:3]
+    assert [config.method for config in fake.estimated] == EVERY[:4], "the fourth is stopped"
     assert {row.config.method for row in found.rows} == set(EVERY[:3])
     missing = [NotRanked(method, False, "no time") for method in EVERY[3:]]
     assert found.not_ranked == [*missing, NotRanked("alast", False, "no time")]
     assert found.candidates == 28 == len(found.rows) + found.left_out
+
+
+def test_an_estimate_is_stopped_when_the_time_is_up(monkeypatch):
+    """Not a mock: in the middle of the step without data."""
+    planner = plan._Planner(settings(methods=("full",), precisions=("fp32",)), torch.device("cpu"), 2**32, print)
+    planner._faster("fp32")
+    asked = []
+
+    def now() -> float:
+        asked.append(None)
+        return planner.deadline if len(asked) > 50 else 0.0
+
+    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=now))
+    with pytest.raises(TimeoutError):
+        planner._estimates(planner.variants[0].smallest, [8])
+    assert len(asked) == 51
 
 
 def test_checkpointing_is_estimated_only_where_it_is_needed(fake):

@@ -182,9 +182,7 @@ class _Planner:
         self.config, self.device, self.memory, self.say = config, device, memory, say
         self.base = resident_memory(device) if device.type == "cpu" else 0
         self.sizes = sorted(set(config.batch_sizes))
-        self.start_seconds = self.estimate_seconds = (
-            0.0  # of the last process until its first step; of the last estimate
-        )
+        self.start_seconds = 0.0  # of the last measuring process, until it could take a step
         auto = resolve_precision("auto", device)
         precisions = dict.fromkeys([resolve_precision(name, device) for name in config.precisions] or [auto, "fp32"])
         with torch.device("meta"):
@@ -220,19 +218,23 @@ class _Planner:
     def _sort_by_estimate(self, variant: _Variant) -> None:
         """Tells what may fit from what does not; with checkpointing only where a batch does not do without."""
         variant.waiting = []
-        started = time.monotonic()
-        if started + self.estimate_seconds > self.deadline:
+        try:
+            self._require_time()
+            found = self._estimates(variant.smallest, self.sizes)
+            large = [one.config.batch_size for one in found if not self._fits(one)]
+            if large and variant.smallest.method not in ("head", "last-k"):
+                found += self._estimates(replace(variant.smallest, grad_checkpointing=True), large)
+        except TimeoutError:
             variant.left_out = len(self.sizes)
             return
-        found = self._estimates(variant.smallest, self.sizes)
-        large = [one.config.batch_size for one in found if not self._fits(one)]
-        if large and variant.smallest.method not in ("head", "last-k"):
-            found += self._estimates(replace(variant.smallest, grad_checkpointing=True), large)
         for candidate in found:
             (variant.waiting if self._fits(candidate) else variant.too_large).append(candidate)
-        self.estimate_seconds = time.monotonic() - started
         if not variant.waiting:
             self.say(f"  {_label(variant.smallest)}: does not fit by estimate")
+
+    def _require_time(self) -> None:
+        if time.monotonic() >= self.deadline:
+            raise TimeoutError
 
     def _fits(self, candidate: Candidate) -> bool:
         return self.base + candidate.memory.total_bytes <= self.memory
@@ -261,7 +263,7 @@ class _Planner:
         found = []
         for size in sizes:
             step.set_batch_size(size)
-            found.append(step.memory())
+            found.append(step.memory(self._require_time))
         return found
 
     def _faster(self, precision: Precision) -> AttentionPath:
@@ -272,7 +274,7 @@ class _Planner:
     def _try(self, variant: _Variant, candidate: Candidate) -> None:
         """Measures a candidate, unless or until there is no time for it."""
         config = candidate.config
-        expected = self.start_seconds + (STEPS * config.batch_size / variant.rate if variant.rate else 0.0)
+        expected = self.start_seconds + STEPS * config.batch_size / variant.rate if variant.rate else 0.0
         left = self.deadline - time.monotonic()
         if expected > left or left <= 0:
             variant.left_out += 1  # a smaller or faster one may still be in time

@@ -172,11 +172,15 @@ class TrainingStep:
             trainable_parameters=round(statistics.mean(trainable)),
         )
 
-    def memory(self) -> Memory:
-        """Takes a step, with the optimizer's where there is data, and says where its memory goes."""
+    def memory(self, check: Callable[[], None] = lambda: None) -> Memory:
+        """Takes a step, with the optimizer's where there is data, and says where its memory goes.
+
+        Args:
+            check: called at every operation; what it raises ends the step.
+        """
         gradients, moments = self.trained_bytes
         state = self.method.state_dict()
-        with self._data, LiveBytes() as live:
+        with self._data, LiveBytes(check) as live:
             loss, saved = saving(self.loss, storages_of(self.model.parameters()))
             torch.autograd.backward(loss)
         if not isinstance(self._data, FakeTensorMode):
@@ -254,8 +258,9 @@ def saving(forward: Callable[[], Tensor], excluded: set[int]) -> tuple[Tensor, i
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that operations make while it is entered, from birth to death."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._check = check
         self.peak = 0
         """The most that lived at once."""
         self._now = 0
@@ -263,6 +268,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation and enters what it made."""
+        self._check()
         made = func(*args, **(kwargs or {}))
         given = storages_of(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         for tensor in tree_leaves(made):
