@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from snello.codecs import build, codec_class
 from snello.config.codec_text import parse_codec
-from snello.errors import ConfigError, TrainingError, require
+from snello.errors import ConfigError, ProtocolError, TrainingError, require
 from snello.seeds import mix
 from snello.vit import Score
 
 Arrays = dict[str, Tensor]
-"""Arrays for the wire; a name is a kind of `snello.split.frames.ARRAY_KINDS`, or `kind.detail`."""
+"""Arrays for the wire; a name is a kind of `snello.split.wire.frames.ARRAY_KINDS`, or `kind.detail`."""
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,14 @@ class Reducer(nn.Module, ABC):
         """Tokens for the server's blocks, (R, K, D), differentiable in `values`."""
         return values
 
+    def decoded_shape(self, shape: Shape, side: Arrays) -> Shape:
+        """The shape of what `decode` makes of values of this `shape`; it is asked for before memory is taken.
+
+        Raises:
+            ProtocolError: where values and `side` do not fit each other.
+        """
+        return shape
+
     def metrics(self) -> dict[str, Any]:
         """What is logged of the exchanges since the last call."""
         return {}
@@ -101,6 +110,14 @@ class Format(ABC):
     @abstractmethod
     def unpack(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """What `pack` was given, up to its error."""
+
+    def unpacked_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
+        """The shape of what `unpack` makes of the arrays; it is asked for before memory is taken.
+
+        Raises:
+            ProtocolError: where the arrays do not fit each other.
+        """
+        return tuple(arrays["values"].shape)
 
     def pack_gradient(self, x: Tensor, context: Context) -> Arrays:
         """The same for the gradient on its way down."""
@@ -146,7 +163,7 @@ class Codec(nn.Module):
     which the model is trained.
 
     Args:
-        text: as `adc(0.2)+int8`, see `snello.codecs.grammar`.
+        text: as `adc(0.2)+int8`, see `snello.config.codec_text`.
         embed_dim: D.
         eval_text: the format of evaluation, e.g. `int8`.
         seed: of fixed random keys and of starting weights, equal on both sides.
@@ -235,18 +252,30 @@ class Codec(nn.Module):
 
     def decode(self, arrays: Mapping[str, Tensor], *, with_gradient: bool = True) -> Decoded:
         """What the server goes on with; without gradient nothing is to go down."""
-        side: list[Arrays] = [{} for _ in self._active]
-        for name, value in arrays.items():
-            base, _, index = name.rpartition(".")
-            if index.isdigit() and int(index) < len(side):
-                side[int(index)][base] = value
         leaf = self._format.unpack({**arrays, "values": arrays["activations"]})
         leaf.requires_grad_(self.training and with_gradient)
         with torch.autocast(leaf.device.type, enabled=False):
             z = leaf
-            for part, its in zip(reversed(self._active), reversed(side), strict=True):
-                z = part.decode(z, its)
+            for part, side in self._backwards(arrays):
+                z = part.decode(z, side)
         return Decoded(z, leaf)
+
+    def decoded_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
+        """The shape (R, K, D) of the tokens that `decode` makes of the arrays, before memory is taken for them.
+
+        Raises:
+            ProtocolError: where the arrays do not fit each other.
+        """
+        shape = self._format.unpacked_shape({**arrays, "values": arrays["activations"]})
+        for part, side in self._backwards(arrays):
+            shape = part.decoded_shape(shape, side)
+        return shape
+
+    def _backwards(self, arrays: Mapping[str, Tensor]) -> Iterator[tuple[Reducer, Arrays]]:
+        """The reducers from the last to the first, each with its arrays."""
+        for index, part in reversed(list(enumerate(self._active))):
+            end = f".{index}"
+            yield part, {name[: -len(end)]: value for name, value in arrays.items() if name.endswith(end)}
 
     def encode_gradient(self, gradient: Tensor, context: Context) -> Arrays:
         """The leaf's gradient as arrays for the way down.
@@ -285,6 +314,18 @@ def _formats(made: list[Any], flag: str) -> list[Format]:
 def _require_finite(x: Tensor, what: str, codec: str) -> None:
     if not bool(x.isfinite().all()):
         raise TrainingError(f"the {what} at the cut hold NaN or infinite values, which the codec {codec} cannot encode")
+
+
+def announced_shape(arrays: Mapping[str, Tensor], num: int) -> Shape:
+    """The `num` dimensions, each at least 1, that `indices.shape` says encoding began with.
+
+    Raises:
+        ProtocolError: where it says anything else.
+    """
+    shape = arrays["indices.shape"]
+    if shape.shape != (num,) or shape.dtype != torch.int32 or bool((shape < 1).any()):
+        raise ProtocolError(f"the shape of activations must be {num} whole numbers from 1 on")
+    return tuple(shape.tolist())
 
 
 def number(value: object, name: str) -> float:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from snello.codecs.base import Arrays, Context, Format, integer, number
+from snello.codecs.base import Arrays, Context, Format, Shape, announced_shape, integer, number
 from snello.codecs.integers import pack_bits, unpack_bits
 from snello.errors import ProtocolError, require
 from snello.vit.tokens import kmeans
@@ -59,9 +60,19 @@ class FedLite(Format):
         """Every subvector replaced by its entry of the codebook."""
         shape = arrays["indices.shape"].tolist()
         codes = unpack_bits(arrays["values"], self.bits, self.subvectors).long()
-        if tuple(arrays["scales"].shape[1:]) != (math.ceil(shape[-1] / self.subvectors),):
-            raise ProtocolError(f"a codebook of shape {tuple(arrays['scales'].shape)} does not make tokens of {shape}")
+        if bool((codes >= len(arrays["scales"])).any()):  # on a GPU it would be the end of the process
+            raise ProtocolError("a code is outside its codebook")
         return arrays["scales"][codes].flatten(-2)[..., : shape[-1]].reshape(shape)
+
+    @override
+    def unpacked_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
+        codes, codebook = tuple(arrays["values"].shape), tuple(arrays["scales"].shape)
+        shape = announced_shape(arrays, len(codes))
+        due = (*shape[:-1], math.ceil(self.subvectors * self.bits / 8))
+        width = math.ceil(shape[-1] / self.subvectors)
+        if codes != due or codebook[1:] != (width,) or codebook[0] > self.clusters:
+            raise ProtocolError(f"codes of shape {codes} in a codebook of {codebook} do not make tokens of {shape}")
+        return shape
 
     def pack_gradient(self, x: Tensor, context: Context) -> Arrays:
         """As it is."""
