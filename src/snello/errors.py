@@ -11,6 +11,8 @@ SnelloError
 └── AuthenticationError  the other side did not admit this client
 """
 
+from typing import Literal
+
 
 class SnelloError(Exception):
     """Base of every error a user can cause and mend; its text says what was wrong, where, and what to do."""
@@ -41,7 +43,16 @@ class TrainingError(SnelloError):
 
 
 class ProtocolError(SnelloError):
-    """What came over the wire is not what the other side may send; nothing was done with it."""
+    """What came over the wire is not what the other side may send; nothing was done with it.
+
+    Args:
+        text: what was wrong.
+        code: a value of `snello.split.wire.refusals.Code`: what the refusal is called that answers it.
+    """
+
+    def __init__(self, text: str, code: Literal["malformed", "version", "too-large"] = "malformed") -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class NetworkError(SnelloError):

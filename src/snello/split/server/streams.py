@@ -167,9 +167,7 @@ class Server:
         except Refused as refused:
             await self._refuse(call, refused)
         except ProtocolError as error:
-            code = Code.VERSION if "protocol version" in str(error) else Code.MALFORMED
-            code = Code.TOO_LARGE if "larger than the limit" in str(error) else code
-            await self._refuse(call, Refused(code, str(error)))
+            await self._refuse(call, Refused(Code(error.code), str(error)))
         except grpc.aio.AbortError:
             raise
         except SnelloError as error:
@@ -284,7 +282,7 @@ class Server:
             return answer
         if answer.after is not None and isinstance(session, TrainingSession):
             self._compute.submit(self._after, answer.after, session, loop, started)
-        if data[5] == Kind.SAVE:
+        if frames.parse_header(data).kind == Kind.SAVE:
             self._registry.saved()
         return answer
 
