@@ -957,6 +957,21 @@ class TestShared:
         welcome = ann.open(checkpoints=[0, 1])
         assert (welcome.step, welcome.lost_steps) == (1, 0) and weights(ann.session) == before
 
+    @pytest.mark.parametrize("damaged", [False, True])
+    def test_without_a_checkpoint_that_can_be_used(self, tmp_path, labels, damaged):
+        registry = registry_in(tmp_path, **self.options(labels))
+        ann = Client(registry, "ann")
+        ann.open()
+        ann.train(1)
+        ann.carry(ann.save())
+        for path in (ann.session.run.path / "checkpoints").iterdir():
+            path.write_bytes(b"x") if damaged else path.unlink()
+        ann.registry = Registry(registry.config, registry.run)
+        for known in ({"checkpoints": [0, 1]}, {"step": 1, "incarnation": ann.incarnation}):
+            with pytest.raises(Refused, match=r"the client has .*\b1\b.*, the server .*\[\]") as caught:
+                ann.open(**known)
+            assert caught.value.code == Code.NO_CHECKPOINT
+
     def test_other_classes_are_refused(self, tmp_path, labels):
         registry = registry_in(tmp_path, **self.options(labels))
         Client(registry, "ann").open()

@@ -120,6 +120,8 @@ class Connection:
         self._line: _Line | None = None
         self._slowest = 0.0
         self._sequence = 0
+        self._deadline: float | None = None  # of trying again: from the first loss on, until an answer comes
+        self._pause = 0.0
         self.repeated_bytes = 0
         """Bytes of frames that had to be sent again."""
 
@@ -152,7 +154,7 @@ class Connection:
                     self._connect_again()
                 self.repeated_bytes += size if times else 0
                 times += 1
-                return self._answer(chunks, size)
+                answer = self._answer(chunks, size)
             except Broken as error:
                 self._lost(str(error))
             except Refused as refused:
@@ -162,6 +164,9 @@ class Connection:
                 if refused.code == Code.SHUTDOWN and refused.step is not None:
                     self._on_shutdown(refused.step)
                 self._lost(refused.reason)
+            else:
+                self._deadline, self._pause = None, 0.0
+                return answer
 
     def request(self, frame: Frame, step: int) -> Frame:
         """`exchange` for frames that are not of a step's exchanges: each gets a number of its own."""
@@ -208,28 +213,37 @@ class Connection:
 
     def _lost(self, reason: str) -> None:
         self._drop()
-        self._tell(f"connection lost: {reason}; trying again for {self._reconnect:g} s")
+        self._require_time(reason)
+        self._tell(f"connection lost: {reason}; trying again for {self._seconds_left:.0f} s")
+
+    @property
+    def _seconds_left(self) -> float:
+        return self._reconnect if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def _require_time(self, reason: str) -> None:
+        """Begins to count at the first loss, and gives up where the time is over."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._reconnect
+        elif self._seconds_left <= 0:
+            raise self._unreachable(reason)
 
     def _connect_again(self) -> None:
         """A new stream, with pauses that double up to half a minute, each of random length so that clients spread."""
-        deadline, pause, reason = time.monotonic() + self._reconnect, 0.25, "not tried"
         while True:
+            self._wait(min(random.uniform(self._pause / 2, self._pause), self._seconds_left))
+            self._pause = min(max(2 * self._pause, 0.25), 30.0)
             try:
                 welcome, _ = self._open()
                 break
             except (Broken, Refused) as error:
                 if isinstance(error, Refused) and error.code not in TRANSIENT:
                     raise
-                reason = str(error)
-            if time.monotonic() >= deadline:
-                raise self._unreachable(reason)
-            self._pause(min(random.uniform(pause / 2, pause), max(0.0, deadline - time.monotonic())))
-            pause = min(2 * pause, 30.0)
+                self._require_time(str(error))
         self._tell("connected again")
         if not self._accept(welcome):
             raise RolledBack(welcome)
 
-    def _pause(self, seconds: float) -> None:
+    def _wait(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if self._should_stop():

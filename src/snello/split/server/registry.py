@@ -160,7 +160,7 @@ class Registry:
             session.save()
             save_json(session.run.path / "session.json", session_values(hello.session, client, plan))
         elif self._is_shared:
-            self._go_on_shared(session, hello)
+            self._resume_shared(session, hello)
         else:
             session.go_back(self._common(session, hello))
         values = self._position(session, back=has_state and (not self._is_shared or hello.step is None))
@@ -185,14 +185,15 @@ class Registry:
         ours = session.checkpoints.steps()
         both = theirs.intersection(ours)
         if not both:
-            reason = f"the client has checkpoints of the steps {sorted(theirs)}, the server of {ours}"
-            raise Refused(Code.NO_CHECKPOINT, reason)
+            raise _no_checkpoint(theirs, ours)
         return max(both)
 
-    def _go_on_shared(self, session: TrainingSession, hello: Hello) -> None:
+    def _resume_shared(self, session: TrainingSession, hello: Hello) -> None:
         """A shared half is never rolled back: what a client lost since its checkpoint stays in it, and is told."""
         at = hello.step if hello.step is not None else max(hello.checkpoints or [0])
         steps = session.checkpoints.steps()
+        if not steps:
+            raise _no_checkpoint({*hello.checkpoints, at}, steps)
         reached = max(session.step, *steps)
         nearest = max((step for step in steps if step <= at), default=None)
         if nearest is not None:
@@ -309,6 +310,11 @@ class Registry:
         self.saved()
         if problems:
             raise problems[0]
+
+
+def _no_checkpoint(theirs: set[int], ours: list[int]) -> Refused:
+    reason = f"the client has checkpoints of the steps {sorted(theirs)}, the server of {ours}"
+    return Refused(Code.NO_CHECKPOINT, reason)
 
 
 def session_name(client: str, session: str) -> str:
