@@ -154,7 +154,7 @@ def test_a_name_that_does_not_resolve(certs):
     assert finding.what == "name" and "server.invalid cannot be resolved: " in finding.text and finding.advice
 
 
-@pytest.mark.parametrize("host", ["a..example", "a" * 300, "[]"])
+@pytest.mark.parametrize("host", ["a..example", "a" * 300])
 def test_what_is_no_name_does_not_resolve_either(certs, host):
     assert failed(look(7443, certs, host)).what == "name"
 
