@@ -29,7 +29,7 @@ from snello.split.server.registry import Registry, session_name
 from snello.split.server.sessions import Answer, InferenceSession, TrainingSession
 from snello.split.wire import frames
 from snello.split.wire.frames import Flags, Frame, Kind, control, control_values
-from snello.split.wire.handshake import Hello, Plan, Welcome, parse, recipe_values
+from snello.split.wire.handshake import Hello, RunShape, Welcome, parse, recipe_values
 from snello.split.wire.refusals import Code, Refused
 from snello.split.wire.weights import weights_frame, weights_of
 from snello.train.schedule import Schedule
@@ -122,7 +122,7 @@ class Client:
         for value in self.remote.half.vit.model.state_dict().values():
             value.zero_()  # until the starting weights come it is whatever was in memory
         self.schedule = replace(self.schedule, buffer=self.remote.buffer)
-        self.terms, self.plan = terms, Plan(num_train, self.schedule.total_steps, classes)
+        self.terms, self.plan = terms, RunShape(num_train, self.schedule.total_steps, classes)
         self.sequence = 0
         self.incarnation = ""
         self.session: TrainingSession
@@ -677,7 +677,7 @@ class TestMalformed:
     def test_few_labels_do_not_take_much_memory(self, tmp_path):
         registry = registry_in(tmp_path)
         terms = registry.sizes(1000).terms
-        hello = Hello("train", session="0" * 32, terms=terms, plan=Plan(10, 6, CLASSES))
+        hello = Hello("train", session="0" * 32, terms=terms, plan=RunShape(10, 6, CLASSES))
         _, session, _ = registry.open("ann", hello)
         arrays = {
             "activations": torch.zeros(4, 10, 64),

@@ -39,7 +39,7 @@ class Context:
     num_positions: int = 0
     """Tokens before any were dropped."""
     seed: int = 0
-    """Of everything random in this exchange."""
+    """What everything random in this exchange begins with."""
 
     def generator(self, device: torch.device) -> torch.Generator:
         """A fresh generator on `device`."""
@@ -128,7 +128,7 @@ class Format(ABC):
         return self.unpack(arrays)
 
     def correct(self, gradient: Tensor, sent: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
-        """The gradient that the client goes on with, of what it `sent` as `arrays`."""
+        """The gradient that the client uses, of what it `sent` as `arrays`."""
         return gradient
 
 
@@ -251,7 +251,7 @@ class Codec(nn.Module):
         return Message(arrays | packed, sent, groups, num_rows)
 
     def decode(self, arrays: Mapping[str, Tensor], *, with_gradient: bool = True) -> Decoded:
-        """What the server goes on with; without gradient nothing is to go down."""
+        """The tokens that the server computes with; without gradient nothing is to go down."""
         leaf = self._format.unpack({**arrays, "values": arrays["activations"]})
         leaf.requires_grad_(self.training and with_gradient)
         with torch.autocast(leaf.device.type, enabled=False):

@@ -31,12 +31,12 @@ class BottleNet(Reducer):
         self.encoder = nn.Sequential(nn.Linear(embed_dim, width), nn.BatchNorm1d(width), nn.Sigmoid())
         self.decoder = nn.Sequential(nn.Linear(width, embed_dim), nn.BatchNorm1d(embed_dim))
 
+    @override
     def encode(self, z: Tensor, context: Context) -> Reduced:
-        """The codes, (B, N, width) in (0, 1)."""
-        return Reduced(_by_token(self.encoder, z.float()))
+        return Reduced(_by_token(self.encoder, z.float()))  # (B, N, width), in (0, 1)
 
+    @override
     def decode(self, values: Tensor, side: Arrays) -> Tensor:
-        """Tokens, (B, N, D)."""
         return _by_token(self.decoder, values)
 
     @override

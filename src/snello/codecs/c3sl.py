@@ -35,16 +35,17 @@ class C3SL(Reducer):
         self.num, self.seed = integer(num, "num", 1), seed
         self._keys: dict[int, Tensor] = {}  # by length; made again from the seed, never sent
 
+    @override
     def encode(self, z: Tensor, context: Context) -> Reduced:
-        """The bound sums, (ceil(B / R), N * D)."""
         flat = z.float().flatten(1)
         flat = pad(flat, (0, 0, 0, -len(flat) % self.num)).view(-1, self.num, flat.shape[1])
+        # (ceil(B / R), R, N * D // 2 + 1)
         bound = torch.fft.rfft(flat) * self._spectra(flat.shape[-1], z.device)
         side = {"indices.shape": torch.tensor(z.shape, dtype=torch.int32)}
         return Reduced(torch.fft.irfft(bound.sum(dim=1), n=flat.shape[-1]), side)
 
+    @override
     def decode(self, values: Tensor, side: Arrays) -> Tensor:
-        """The samples, (B, N, D)."""
         num_samples, *shape = side["indices.shape"].tolist()
         length = values.shape[1]
         spectra = torch.fft.rfft(values).unsqueeze(1) * self._spectra(length, values.device).conj()

@@ -42,8 +42,8 @@ class FedLite(Format):
         require(self.correction >= 0, "correction", "0 or more", correction)
         self.bits = next(bits for bits in CODE_BITS if 2**bits >= clusters)
 
+    @override
     def pack(self, x: Tensor, context: Context) -> Arrays:
-        """Codes, several to a byte; the codebook as `scales`, shapes as `indices`."""
         width = math.ceil(x.shape[-1] / self.subvectors)
         padded = torch.nn.functional.pad(x.float(), (0, width * self.subvectors - x.shape[-1]))
         vectors = padded.reshape(-1, width)
@@ -56,8 +56,8 @@ class FedLite(Format):
         codes = codes.to(torch.uint8).view(*x.shape[:-1], self.subvectors)
         return {"values": pack_bits(codes, self.bits), "scales": codebook, "indices.shape": shape}
 
+    @override
     def unpack(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Every subvector replaced by its entry of the codebook."""
         shape = arrays["indices.shape"].tolist()
         codes = unpack_bits(arrays["values"], self.bits, self.subvectors).long()
         if bool((codes >= len(arrays["scales"])).any()):  # on a GPU it would be the end of the process
@@ -74,16 +74,16 @@ class FedLite(Format):
             raise ProtocolError(f"codes of shape {codes} in a codebook of {codebook} do not make tokens of {shape}")
         return shape
 
+    @override
     def pack_gradient(self, x: Tensor, context: Context) -> Arrays:
-        """As it is."""
         return {"values": x.contiguous()}
 
+    @override
     def unpack_gradient(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """As it is."""
         return arrays["values"].detach()
 
+    @override
     def correct(self, gradient: Tensor, sent: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
-        """The gradient plus `correction` times what quantization lost."""
         lost = sent.detach() - self.unpack({**arrays, "values": arrays["activations"]})
         return gradient + self.correction * lost
 

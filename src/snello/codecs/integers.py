@@ -54,12 +54,12 @@ class Integers(Format):
         self.scale: ScaleType = scale
         self.per: Group = per
 
+    @override
     def pack(self, x: Tensor, context: Context) -> Arrays:
-        """Codes, several to a byte, and `scales`."""
         return self._pack(x, self.bits)
 
+    @override
     def unpack(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """As float32."""
         return self._unpack(arrays, self.bits)
 
     @override
@@ -71,12 +71,12 @@ class Integers(Format):
             raise ProtocolError(f"{num_bytes} bytes do not hold numbers of length {length}")
         return (*rest, length)
 
+    @override
     def pack_gradient(self, x: Tensor, context: Context) -> Arrays:
-        """The same with the bits of the way down."""
         return self._pack(x, self.down)
 
+    @override
     def unpack_gradient(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """As float32."""
         return self._unpack(arrays, self.down)
 
     def _pack(self, x: Tensor, bits: int) -> Arrays:

@@ -31,8 +31,8 @@ class TopK(Reducer):
         super().__init__()
         self.ratio = in_0_1(ratio, "ratio")
 
+    @override
     def encode(self, z: Tensor, context: Context) -> Reduced:
-        """The chosen numbers, (B, m); places as `indices`, the number of tokens as `indices.tokens`."""
         flat = z.reshape(len(z), -1)
         layout = _Layout.of(flat.shape[1], self.ratio)
         index = self._choose(flat.detach().abs(), layout.num_kept, context).sort(dim=1).values
@@ -40,10 +40,10 @@ class TopK(Reducer):
             "indices": _bitmap(index, flat.shape[1]) if layout.as_bitmap else _as_bytes(index, layout.index_bytes),
             "indices.shape": torch.tensor(z.shape[1:], dtype=torch.int32),
         }
-        return Reduced(flat.gather(1, index), side)
+        return Reduced(flat.gather(1, index), side)  # (B, m)
 
+    @override
     def decode(self, values: Tensor, side: Arrays) -> Tensor:
-        """Zero but at the chosen places."""
         num_tokens, width = side["indices.shape"].tolist()
         num = num_tokens * width
         if _Layout.of(num, self.ratio).as_bitmap:

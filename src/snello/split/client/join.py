@@ -27,7 +27,7 @@ from snello.split.client.remote import Remote
 from snello.split.local import Side, run_counted
 from snello.split.security.auth import Credentials
 from snello.split.wire.frames import Frame, Kind, control, control_values
-from snello.split.wire.handshake import Hello, Plan, Terms, Welcome, hash_of, make_terms
+from snello.split.wire.handshake import Hello, RunShape, Terms, Welcome, hash_of, make_terms
 from snello.split.wire.weights import weights_frame, weights_of
 from snello.train.display import warnings_on
 from snello.train.learner import MicroStep
@@ -145,7 +145,7 @@ class JoinTrainer(Trainer):
             step_samples=[self.schedule.num_samples(step) for step in range(self.schedule.steps_per_epoch)],
         )
         schedule = replace(self.schedule, buffer=remote.buffer, max_steps=remote.max_steps)
-        self._plan = Plan(schedule.num_train, schedule.total_steps, hash_of(list(self.splits.train.classes)))
+        self._plan = RunShape(schedule.num_train, schedule.total_steps, hash_of(list(self.splits.train.classes)))
         self._terms: Terms = make_terms(
             vit.model,
             config,

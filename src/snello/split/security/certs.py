@@ -101,8 +101,8 @@ class Authority:
 
 
 @dataclass
-class _Plan:
-    """What is to be written, by paths in the folder, and said; nothing is written before all of it is known."""
+class _Files:
+    """What is to be written, by paths in the folder, and printed; nothing is written before all of it is known."""
 
     new: dict[str, bytes] = field(default_factory=dict)
     replaced: dict[str, bytes] = field(default_factory=dict)
@@ -143,15 +143,15 @@ def make_certs(config: CertsConfig, now: datetime | None = None) -> list[str]:
         CheckpointError: where files cannot be written; then none of the new ones is there.
     """
     try:
-        plan = _plan(config, now or datetime.now(timezone.utc))
-        _put(config.folder, plan.new | plan.replaced)
+        made = _prepare(config, now or datetime.now(timezone.utc))
+        _put(config.folder, made.new | made.replaced)
     except OSError as error:
         raise CheckpointError(f"could not write to {config.folder}: {error} (nothing new was kept)") from error
-    return plan.lines
+    return made.lines
 
 
-def _plan(config: CertsConfig, now: datetime) -> _Plan:
-    folder, plan = config.folder, _Plan()
+def _prepare(config: CertsConfig, now: datetime) -> _Files:
+    folder, files = config.folder, _Files()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file: give a folder")
     hosts = tuple(dict.fromkeys((*(_host(host) for host in config.host), *LOCAL_HOSTS)))
@@ -160,17 +160,17 @@ def _plan(config: CertsConfig, now: datetime) -> _Plan:
     clients = _new_clients(config, tokens)
     if authority is None:
         authority = Authority.new(now, max(config.days, CA_DAYS))
-        plan.add_authority(authority, folder)
+        files.add_authority(authority, folder)
     if config.host or not (folder / "server" / "server.crt").exists():
-        plan.add_server(authority, folder, hosts, now, config.days)
+        files.add_server(authority, folder, hosts, now, config.days)
     for name in clients:
-        tokens[name] = plan.add_client(authority, folder, name, now, config.days)
+        tokens[name] = files.add_client(authority, folder, name, now, config.days)
     if clients or not (folder / "server" / "tokens.json").exists():
-        plan.replaced["server/tokens.json"] = (json.dumps(tokens, indent=2) + "\n").encode()
-    if not plan.replaced:
+        files.replaced["server/tokens.json"] = (json.dumps(tokens, indent=2) + "\n").encode()
+    if not files.replaced:
         raise ConfigError(f"{folder}: nothing to do; add clients with --clients, renew the server with --host")
-    plan.lines += _advice(config, clients, "server/server.crt" in plan.replaced)
-    return plan
+    files.lines += _advice(config, clients, "server/server.crt" in files.replaced)
+    return files
 
 
 def _advice(config: CertsConfig, clients: Sequence[str], server: bool) -> list[str]:

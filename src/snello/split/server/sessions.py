@@ -25,7 +25,7 @@ from snello.split.server.half import Sizes, Upper
 from snello.split.wire import chunks as wire
 from snello.split.wire import frames
 from snello.split.wire.frames import Flags, Frame, Kind, control, control_values
-from snello.split.wire.handshake import Plan
+from snello.split.wire.handshake import RunShape
 from snello.split.wire.refusals import Code, Refused
 from snello.split.wire.weights import weights_frame, weights_of
 from snello.train.learner import SERVER_NOISE
@@ -73,7 +73,7 @@ class TrainingSession:
     """
 
     def __init__(
-        self, client: str, run: RunFolder, upper: Upper, sizes: Sizes, plan: Plan, config: ServeConfig
+        self, client: str, run: RunFolder, upper: Upper, sizes: Sizes, plan: RunShape, config: ServeConfig
     ) -> None:
         self.client, self.run, self.upper, self.plan, self.config = client, run, upper, plan, config
         self.shared = config.sessions == "shared"
@@ -372,6 +372,6 @@ def require_release(config: ServeConfig) -> None:
         raise Refused(Code.FORBIDDEN, "this server does not release its half of the model (--no-release-weights)")
 
 
-def session_values(session: str, client: str, plan: Plan) -> dict[str, Any]:
+def session_values(session: str, client: str, plan: RunShape) -> dict[str, Any]:
     """What a session's session.json says."""
     return {"session": session, "client": client, "plan": asdict(plan)}

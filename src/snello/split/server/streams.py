@@ -22,8 +22,7 @@ from snello.split.security.auth import Authenticator
 from snello.split.server.registry import Registry, session_name
 from snello.split.server.sessions import Answer, Session, TrainingSession
 from snello.split.server.telemetry import Telemetry, health_reply
-from snello.split.wire import chunks as wire
-from snello.split.wire import frames
+from snello.split.wire import chunks, frames
 from snello.split.wire.frames import MAX_CONTROL_BYTES, Kind, control_values
 from snello.split.wire.handshake import Hello, parse
 from snello.split.wire.refusals import Code, Refused
@@ -31,7 +30,7 @@ from snello.split.wire.refusals import Code, Refused
 T = TypeVar("T")
 MAX_HELLO_BYTES = MAX_CONTROL_BYTES + (1 << 12)
 QUIET_SECONDS = 0.5
-"""How long a server that stops waits for the next frame after an answer: that frame shows that the client has the
+"""A server that stops waits so long for the next frame after an answer: that frame shows that the client has the
 answer, which gRPC may drop where the stream ends right behind it."""
 STATUS = {Code.CREDENTIALS: grpc.StatusCode.UNAUTHENTICATED, Code.FULL: grpc.StatusCode.RESOURCE_EXHAUSTED}
 
@@ -79,9 +78,9 @@ class Server:
         self._calls: dict[str, _Call] = {}  # those that train, by session
         self._stopping = False
         self.on_step: Callable[[TrainingSession, float], None] = lambda session, seconds: None
-        """Told after every step of a session and its seconds, from the thread of the event loop."""
+        """Called after every step with its session and its seconds, in the thread of the event loop."""
         self.on_leave: Callable[[str], None] = lambda name: None
-        """Told the folder's name of a session whose connection has ended."""
+        """Called with the folder's name of a session whose connection has ended."""
 
     async def start(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
         """Listens on host:port, with TLS where there are credentials; returns the port.
@@ -89,7 +88,7 @@ class Server:
         Raises:
             OSError: where the address cannot be had.
         """
-        wire.keep_blocks()
+        chunks.keep_blocks()
         self._server = grpc.aio.server(options=_options(self._limits), maximum_concurrent_rpcs=1024)
         self._server.add_generic_rpc_handlers((self._handlers(),))
         try:
@@ -124,7 +123,7 @@ class Server:
         self._compute.shutdown(wait=True)
 
     async def _parting(self, session: TrainingSession) -> Refused:
-        """Saves a session that stands between two steps; what its client is told."""
+        """Saves a session that stands between two steps, and returns why its connection ends."""
         if session.failed is not None:
             return session.failed
         try:
@@ -142,7 +141,7 @@ class Server:
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         methods = {
-            wire.METHOD: grpc.stream_stream_rpc_method_handler(self._train),
+            chunks.METHOD: grpc.stream_stream_rpc_method_handler(self._train),
             "/grpc.health.v1.Health/Check": grpc.unary_unary_rpc_method_handler(self._health),
         }
 
@@ -196,7 +195,7 @@ class Server:
         if self._stopping:
             raise Refused(Code.SHUTDOWN, "the server shuts down")
         if hello.mode == "describe":
-            await call.write(list(wire.chunks(frames.write(self._registry.describe()))))
+            await call.write(chunks.of(self._registry.describe()))
             return
         await self._take_over(call, hello)
         name, session, welcome = await self._in_thread(lambda: self._registry.open(call.client, hello))
@@ -208,7 +207,7 @@ class Server:
             call.session = session
             self._calls[name] = call
         try:
-            await call.write(list(wire.chunks(frames.write(welcome))))
+            await call.write(chunks.of(welcome))
             del welcome
             await self._serve(call, session)
         finally:
@@ -223,7 +222,7 @@ class Server:
     def _identify(self, context: grpc.aio.ServicerContext) -> str:
         metadata = dict(context.invocation_metadata() or ())
         try:
-            credentials = json.loads(metadata.get(wire.CREDENTIALS, "{}"))
+            credentials = json.loads(metadata.get(chunks.CREDENTIALS, "{}"))
             fits = isinstance(credentials, dict) and all(isinstance(v, str) for v in credentials.values())
         except (ValueError, RecursionError):
             fits = False
@@ -249,7 +248,7 @@ class Server:
         """Ends the connection that the session had: its client has noticed before us that it broke."""
         before = self._calls.get(session_name(call.client, hello.session)) if hello.mode == "train" else None
         if before is not None:
-            before.end(Refused(Code.TAKEN_OVER, "another connection goes on with this session"))
+            before.end(Refused(Code.TAKEN_OVER, "another connection has taken this session over"))
             await before.ended.wait()
             self._telemetry.reconnected()
 
@@ -310,7 +309,7 @@ class _Call:
     def __init__(self, context: grpc.aio.ServicerContext, limits: Limits) -> None:
         self.context, self._limits = context, limits
         self.peer: dict[str, Any] = {"peer": context.peer()}
-        """For the log."""
+        """Who it is, as the log has it."""
         self.client = ""
         self.session: TrainingSession | None = None
         self.busy = False
@@ -322,7 +321,7 @@ class _Call:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._assembler = wire.Assembler(MAX_HELLO_BYTES)
+        self._assembler = chunks.Assembler(MAX_HELLO_BYTES)
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -365,11 +364,11 @@ class _Call:
             if not begun and self._assembler.header is not None:
                 self._allow_transfer(self._assembler.header.body_bytes)
 
-    async def write(self, chunks: list[bytes]) -> None:
+    async def write(self, parts: list[bytes]) -> None:
         """Sends a frame; ends the connection where the peer does not take it in time."""
-        self._allow_transfer(sum(map(len, chunks)))
-        for chunk in chunks:
-            await self.context.write(chunk)
+        self._allow_transfer(sum(map(len, parts)))
+        for part in parts:
+            await self.context.write(part)
         self.relax()
 
     def _allow_transfer(self, size: int) -> None:
@@ -386,7 +385,7 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
     """Messages stay small, dead connections are noticed, clients may ping."""
     keepalive = int(limits.keepalive_seconds * 1000)
     return [
-        ("grpc.max_receive_message_length", wire.MAX_CHUNK_BYTES),
+        ("grpc.max_receive_message_length", chunks.MAX_CHUNK_BYTES),
         ("grpc.max_metadata_size", 16384),
         ("grpc.keepalive_time_ms", keepalive),
         ("grpc.keepalive_timeout_ms", keepalive),
