@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -180,7 +180,7 @@ class Server:
 
     async def _refuse(self, call: "_Call", refused: Refused) -> None:
         call.relax()
-        self._telemetry.refused(refused.code.value)
+        self._telemetry.refused.labels(refused.code.value).inc()
         level = logging.INFO if refused.code == Code.SHUTDOWN else logging.WARNING
         fields = {**call.peer, "code": refused.code.value, "reason": refused.reason}
         self._log.log(level, "refused", extra={"fields": fields})
@@ -201,8 +201,8 @@ class Server:
         name, session, welcome = await self._in_thread(lambda: self._registry.open(call.client, hello))
         call.peer |= {"session": hello.session[:12], "mode": hello.mode}
         self._log.info("session opened", extra={"fields": {**call.peer, "step": getattr(session, "step", 0)}})
-        mode: Literal["train", "inference"] = "train" if isinstance(session, TrainingSession) else "inference"
-        self._telemetry.session_opened(mode)
+        mode = "train" if isinstance(session, TrainingSession) else "inference"
+        self._telemetry.sessions.labels(mode).inc()
         if isinstance(session, TrainingSession):
             call.session = session
             self._calls[name] = call
@@ -212,7 +212,7 @@ class Server:
             await self._serve(call, session)
         finally:
             self._compute.submit(self._registry.leave, name)  # not awaited: this task may be cancelled already
-            self._telemetry.session_closed(mode)
+            self._telemetry.sessions.labels(mode).dec()
             self._log.info("session left", extra={"fields": {**call.peer, "step": getattr(session, "step", 0)}})
             if self._calls.get(name) is call:
                 del self._calls[name]
@@ -250,7 +250,7 @@ class Server:
         if before is not None:
             before.end(Refused(Code.TAKEN_OVER, "another connection has taken this session over"))
             await before.ended.wait()
-            self._telemetry.reconnected()
+            self._telemetry.reconnects.inc()
 
     # -------------------------------------------------------------------------------------------------- one session
 
@@ -264,9 +264,9 @@ class Server:
             if self._stopping and isinstance(session, TrainingSession) and session.between_steps:
                 raise await self._parting(session)
             call.busy = True
-            self._telemetry.queued(1)
+            self._telemetry.queue.inc()
             future = loop.run_in_executor(self._compute, self._apply, session, data, loop, time.perf_counter())
-            future.add_done_callback(lambda done: self._telemetry.queued(-1))
+            future.add_done_callback(lambda done: self._telemetry.queue.dec())
             del data
             answer = await asyncio.shield(future)  # what is begun is ended, also where the connection breaks
             await call.write(answer.chunks)
