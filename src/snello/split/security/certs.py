@@ -11,7 +11,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -303,14 +302,17 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _put(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes all files, by their paths in `folder`, or none: those that replace others must come last."""
-    with _removing_new(folder) as made, _staging(folder) as staging:
+    with (
+        _removing_new(folder) as made,
+        tempfile.TemporaryDirectory(prefix=".new-", dir=folder, ignore_cleanup_errors=True) as staging,
+    ):
         for name, content in files.items():
-            _write(staging / name, content)
+            _write(Path(staging, name), content)
         for name in files:
             target = folder / name
             _make_folder(target.parent, made)
             new = not target.exists()
-            os.replace(staging / name, target)
+            os.replace(Path(staging, name), target)
             if new:
                 made.append(target)
 
@@ -327,16 +329,6 @@ def _removing_new(folder: Path) -> Iterator[list[Path]]:
             with suppress(OSError):
                 path.rmdir() if path.is_dir() else path.unlink()
         raise
-
-
-@contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """A folder beside the files to come, which nobody else can look into; gone at the end."""
-    path = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _make_folder(folder: Path, made: list[Path]) -> None:
