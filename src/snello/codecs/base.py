@@ -188,17 +188,11 @@ class Codec(nn.Module):
         self.text = text
         with torch.random.fork_rng():  # a codec's starting weights are its own affair
             torch.manual_seed(mix(seed, 0xC0DEC))
-            made = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(text, flag)]
-            parts = parse_codec(eval_text, eval_flag)
-            of_eval = [build(part, eval_flag, embed_dim=embed_dim, seed=seed) for part in parts]
-            (self.eval_format,) = _formats(of_eval, f"{eval_flag} {eval_text!r}")
-        for part in made[:-1]:
-            if isinstance(part, Format):
-                raise ConfigError(f"{flag} {text!r}: a number format must come last, and there can be one only")
-        _check_order([part for part in made if isinstance(part, Reducer)], f"{flag} {text!r}")
-        formats = [part for part in made if isinstance(part, Format)]
-        self.format: Format = formats[0] if formats else build(parse_codec("none")[0], flag)
-        self.reducers = nn.ModuleList(part for part in made if isinstance(part, Reducer))
+            reducers = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(text, flag)]
+            self.eval_format = _one_format(eval_text, eval_flag, embed_dim, seed)
+        self.format: Format = reducers.pop() if isinstance(reducers[-1], Format) else codec_class("none")()
+        _check_order(reducers, f"{flag} {text!r}")
+        self.reducers = nn.ModuleList(reducers)
         self.buffer = max([1, *(part.buffer for part in self._all)])
         self.score: Score | None = next((part.score for part in self._all if part.score is not None), None)
         self.weighting = next((part.weighting for part in self._all if part.weighting != "rows"), "rows")
@@ -297,18 +291,21 @@ class Codec(nn.Module):
         return {name: value for part in self._all for name, value in part.metrics().items()}
 
 
-def _check_order(reducers: list[Reducer], where: str) -> None:
+def _check_order(reducers: list[Reducer | Format], where: str) -> None:
     for index, part in enumerate(reducers):
+        if isinstance(part, Format):
+            raise ConfigError(f"{where}: a number format must come last, and there can be one only")
         if part.score is not None and index > 0:
             raise ConfigError(f"{where}: adc looks at the tokens that leave the client, so it must come first")
         if part.last and index + 1 < len(reducers):
             raise ConfigError(f"{where}: only a number format can follow a codec that leaves no tokens (topk, c3sl)")
 
 
-def _formats(made: list[Any], flag: str) -> list[Format]:
+def _one_format(text: str, flag: str, embed_dim: int, seed: int) -> Format:
+    made = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(text, flag)]
     if len(made) != 1 or not isinstance(made[0], Format):
-        raise ConfigError(f"{flag}: activations are evaluated in one number format, such as none, bf16, int8")
-    return made
+        raise ConfigError(f"{flag} {text!r}: activations are evaluated in one number format, such as none, bf16, int8")
+    return made[0]
 
 
 def _require_finite(x: Tensor, what: str, codec: str) -> None:
