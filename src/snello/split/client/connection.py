@@ -267,24 +267,12 @@ class _Line:
             Refused: where the server says why it ends it.
             ProtocolError: for something that is no frame.
         """
-        task, late = asyncio.current_task(), asyncio.Event()
-        assert task is not None
-
-        def give_up() -> None:
-            late.set()
-            task.cancel()
-
-        timer = asyncio.get_running_loop().call_later(seconds, give_up)
         try:
-            return await self._talk(parts, max_body)
-        except asyncio.CancelledError:
-            if not late.is_set():
-                raise
+            return await asyncio.wait_for(self._talk(parts, max_body), seconds)
+        except asyncio.TimeoutError:
             raise Broken(f"no answer in {seconds:.0f} s") from None
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter: it had ended before
             raise await self._why() from None
-        finally:
-            timer.cancel()
 
     async def _talk(self, parts: list[bytes], max_body: int) -> bytearray:
         if self._call is None:

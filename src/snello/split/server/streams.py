@@ -28,6 +28,7 @@ from snello.split.wire.handshake import Hello, parse
 from snello.split.wire.refusals import Code, Refused
 
 T = TypeVar("T")
+HEALTH = "/grpc.health.v1.Health/Check"
 MAX_HELLO_BYTES = MAX_CONTROL_BYTES + (1 << 12)
 QUIET_SECONDS = 0.5
 """A server that stops waits so long for the next frame after an answer: that frame shows that the client has the
@@ -90,7 +91,7 @@ class Server:
         """
         chunks.keep_blocks()
         self._server = grpc.aio.server(options=_options(self._limits), maximum_concurrent_rpcs=1024)
-        self._server.add_generic_rpc_handlers((self._handlers(),))
+        self._server.add_generic_rpc_handlers(self._handlers())
         try:
             if credentials is None:
                 port = self._server.add_insecure_port(address)
@@ -139,17 +140,13 @@ class Server:
 
     # ------------------------------------------------------------------------------------------------- the network
 
-    def _handlers(self) -> grpc.GenericRpcHandler:
+    def _handlers(self) -> list[grpc.GenericRpcHandler]:
         methods = {
             chunks.METHOD: grpc.stream_stream_rpc_method_handler(self._train),
-            "/grpc.health.v1.Health/Check": grpc.unary_unary_rpc_method_handler(self._health),
+            HEALTH: grpc.unary_unary_rpc_method_handler(self._health),
         }
-
-        class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
-            def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-                return methods.get(details.method)
-
-        return Handlers()
+        services = ((path.split("/"), handler) for path, handler in methods.items())
+        return [grpc.method_handlers_generic_handler(name, {method: it}) for (_, name, method), it in services]
 
     async def _health(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         return health_reply(serving=not self._stopping)
@@ -163,14 +160,13 @@ class Server:
             if call.reason is None:
                 raise
             await self._refuse(call, call.reason)
-        except Refused as refused:
-            await self._refuse(call, refused)
-        except ProtocolError as error:
-            await self._refuse(call, Refused(Code(error.code), str(error)))
         except grpc.aio.AbortError:
             raise
+        except Refused as refused:
+            await self._refuse(call, refused)
         except SnelloError as error:
-            await self._refuse(call, Refused(Code.INTERNAL, str(error)))
+            code = Code(error.code) if isinstance(error, ProtocolError) else Code.INTERNAL
+            await self._refuse(call, Refused(code, str(error)))
         except Exception as error:
             self._log.exception("unexpected error", extra={"fields": call.peer})
             await self._refuse(call, Refused(Code.INTERNAL, f"the server failed with {type(error).__name__}"))
@@ -255,7 +251,7 @@ class Server:
     # -------------------------------------------------------------------------------------------------- one session
 
     async def _serve(self, call: "_Call", session: Session) -> None:
-        call.limit(session.max_body)
+        call.assembler.max_body_bytes = session.max_body
         loop = asyncio.get_running_loop()
         while True:
             data = await call.read(self._limits.idle_seconds, Code.IDLE, "nothing came")
@@ -321,7 +317,7 @@ class _Call:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._assembler = chunks.Assembler(MAX_HELLO_BYTES)
+        self.assembler = chunks.Assembler(MAX_HELLO_BYTES)
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -334,10 +330,6 @@ class _Call:
         if self.reason is None and not self.ended.is_set():
             self.reason = reason
             self._task.cancel()
-
-    def limit(self, max_body: int) -> None:
-        """Bytes that the bodies of frames may have from now on."""
-        self._assembler.max_body_bytes = max_body
 
     def relax(self) -> None:
         """The peer is not waited for."""
@@ -356,13 +348,13 @@ class _Call:
             chunk = await self.context.read()
             if chunk is grpc.aio.EOF:
                 return None
-            begun = self._assembler.header is not None
-            data = self._assembler.add(chunk)
+            begun = self.assembler.header is not None
+            data = self.assembler.add(chunk)
             if data is not None:
                 self.relax()
                 return data
-            if not begun and self._assembler.header is not None:
-                self._allow_transfer(self._assembler.header.body_bytes)
+            if not begun and self.assembler.header is not None:
+                self._allow_transfer(self.assembler.header.body_bytes)
 
     async def write(self, parts: list[bytes]) -> None:
         """Sends a frame; ends the connection where the peer does not take it in time."""
