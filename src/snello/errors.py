@@ -13,6 +13,7 @@ SnelloError
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 
 class SnelloError(Exception):
@@ -44,7 +45,16 @@ class TrainingError(SnelloError):
 
 
 class ProtocolError(SnelloError):
-    """What came over the wire is not what the other side may send; nothing was done with it."""
+    """What came over the wire is not what the other side may send; nothing was done with it.
+
+    Args:
+        text: what was wrong.
+        code: a value of `snello.split.wire.refusals.Code`: what the refusal is called that answers it.
+    """
+
+    def __init__(self, text: str, code: Literal["malformed", "version", "too-large"] = "malformed") -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class NetworkError(SnelloError):
