@@ -17,7 +17,7 @@ import torch
 from environment import environment
 
 from snello.config import AlastConfig, FinetuneConfig
-from snello.measure.comparison import Process, make_request
+from snello.measure.process import Process, make_request
 from snello.measure.step import Memory
 
 METHODS = ("full", "alast", "lora", "alast+lora")

@@ -23,7 +23,7 @@ from environment import environment
 
 from snello.config import AlastConfig, FinetuneConfig
 from snello.devices import resolve_device
-from snello.measure.comparison import Process, make_request
+from snello.measure.process import Process, make_request
 from snello.measure.step import TrainingStep
 from snello.vit import AttentionPath
 from snello.vit.attention import faster_attention

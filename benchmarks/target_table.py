@@ -30,7 +30,7 @@ from snello.config import AlastConfig, FinetuneConfig
 from snello.config.values import to_dict
 from snello.devices import resolve_device, resolve_precision
 from snello.finetuning import finetune
-from snello.measure.comparison import Process
+from snello.measure.process import Process
 
 LR, SEEDS, EPOCHS, PER_CLASS, BATCH = 1e-3, (0, 1, 2), 5, 1000, 64
 WARMUP, STEPS = 2, 25

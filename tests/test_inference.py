@@ -124,7 +124,7 @@ def test_evaluate_bad_picture(run, pictures, tmp_path):
 def test_evaluate_on_the_command_line(run, capsys):
     assert cli.main(["evaluate", str(run), "--device", "cpu", "--workers", "0", "--format", "json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result.keys() == {"accuracy", "balanced_accuracy", "loss", "pictures", "skipped", "per_class"}
+    assert result.keys() == {"accuracy", "balanced_accuracy", "loss", "pictures", "skipped", "notes", "per_class"}
     rows = result["per_class"]
     assert [(row["class"], row["pictures"]) for row in rows] == [("blue", 3), ("green", 3), ("red", 3)]
     assert sum(row["accuracy"] for row in rows) / 3 == pytest.approx(result["balanced_accuracy"])

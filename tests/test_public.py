@@ -88,7 +88,8 @@ def test_everything_public_has_a_docstring(name):
 
 def test_errors_share_a_base():
     errors = importlib.import_module("snello.errors")
-    classes = [value for value in vars(errors).values() if inspect.isclass(value)]
+    classes = [value for value in vars(errors).values() if getattr(value, "__module__", "") == errors.__name__]
+    classes = [value for value in classes if inspect.isclass(value)]
     warning = errors.SnelloWarning
     assert len(classes) == 10 and all(issubclass(cls, snello.SnelloError) for cls in classes if cls is not warning)
     assert issubclass(errors.ConfigError, ValueError)

@@ -32,7 +32,7 @@ from snello.config import (
     ServeConfig,
 )
 from snello.config.values import flag, from_dict, read_yaml
-from snello.errors import ConfigError, SnelloError
+from snello.errors import ConfigError, SnelloError, printable
 
 T = TypeVar("T")
 R = TypeVar("R", bound=Recipe)
@@ -65,6 +65,8 @@ def evaluate(args: Sequence[str]) -> int:
     if config.format == "json":
         print(json.dumps(result))
     else:
+        for note in result["notes"]:
+            print(note, file=sys.stderr)
         skipped = f", {result['skipped']} bad ones left out" if result["skipped"] else ""
         print(
             f"accuracy {result['accuracy']:.2%}, balanced accuracy {result['balanced_accuracy']:.2%}, "
@@ -101,11 +103,13 @@ def predict(args: Sequence[str]) -> int:
         print(json.dumps(list(rows), indent=2))
         return 0
     for row in rows:
-        if "skipped" in row:
+        if "notes" in row:
+            print("\n".join(row["notes"]), file=sys.stderr)
+        elif "skipped" in row:
             print(f"{row['skipped']} bad pictures left out", file=sys.stderr)
         else:
             classes = ", ".join(f"{c['class']} {c['probability']:.1%}" for c in row["classes"])
-            print(f"{row['path']}: {classes}")
+            print(printable(f"{row['path']}: {classes}"))
     return 0
 
 

@@ -11,6 +11,10 @@ SnelloError
 └── AuthenticationError  the other side did not admit this client
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
 
 class SnelloError(Exception):
     """Base of every error a user can cause and mend; its text says what was wrong, where, and what to do."""
@@ -50,7 +54,16 @@ class TrainingError(SnelloError):
 
 
 class ProtocolError(SnelloError):
-    """What came over the wire is not what the other side may send; nothing was done with it."""
+    """What came over the wire is not what the other side may send; nothing was done with it.
+
+    Args:
+        text: what was wrong.
+        code: a value of `snello.split.wire.refusals.Code`: what the refusal is called that answers it.
+    """
+
+    def __init__(self, text: str, code: Literal["malformed", "version", "too-large"] = "malformed") -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class NetworkError(SnelloError):
@@ -67,3 +80,14 @@ def require(ok: bool, name: str, rule: str, got: object, section: str = "") -> N
         error = ConfigError(f"{name} must be {rule}, got {got}")
         error.section = section
         raise error
+
+
+def printable(text: Path | str) -> str:
+    """A path or name as it can be printed on one line, whatever bytes it is made of."""
+    return "".join(char if char.isprintable() else "?" for char in str(text))
+
+
+def listing(names: Sequence[str], most: int = 8) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(printable(name) for name in names[:most]) + more

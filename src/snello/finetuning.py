@@ -19,6 +19,7 @@ from snello.train.display import warnings_on
 from snello.train.loop import Trainer
 from snello.train.place import LocalPlace, make_whole_learner
 from snello.train.ranks import Ranks, connect, require_alone
+from snello.train.signals import interruptible
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> Summary:
@@ -46,10 +47,11 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Summary:
         pictures.plot_traffic(run)
     elif config.compare:
         gc.collect()  # the trainer's memory is the comparison's
-        costs = comparison.compare(config, summary.to_dict(), state)
-        summary = replace(summary, costs=costs.summary())
-        summary.write(run.summary_file)
-        terminal.print_costs(console, costs)
+        costs = _compare(config, run, summary, state, console)
+        if costs is not None:
+            summary = replace(summary, costs=costs.summary())
+            summary.write(run.summary_file)
+            terminal.print_costs(console, costs)
     console.print(f"run folder: {run.path}", highlight=False, soft_wrap=True)
     return summary
 
@@ -71,5 +73,21 @@ def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunF
         finally:
             trainer.close()
     state = trainer.learner.state_dict()["method"]
+    if summary.traffic is None:
+        summary = replace(summary, costs=comparison.not_measured(config.method))
+        ranks.on_main(lambda: summary.write(place.run.summary_file))
     terminal.print_result(console, summary.to_dict(), splits.num_skipped)
     return place.run, summary, state
+
+
+def _compare(
+    config: FinetuneConfig, run: RunFolder, summary: Summary, state: dict[str, Any], console: Console
+) -> comparison.Comparison | None:
+    """Measures what the run's method costs beside others; None where Ctrl-C or SIGTERM skips it."""
+    try:
+        with interruptible(), terminal.measuring(console, config.method, run.path) as progress:
+            return comparison.compare(config, summary.to_dict(), state, progress)
+    except KeyboardInterrupt:
+        text = f"measuring skipped; the model is in {run.path}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        return None

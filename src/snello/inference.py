@@ -101,7 +101,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Accuracy and loss of a run's model on its held-out pictures, or on those in `config.data`."""
     predictor = Predictor(config.run, config.device)
     try:
-        pictures, num_skipped = _pictures_of(config, predictor)
+        pictures, num_skipped, notes = _pictures_of(config, predictor)
         loader = eval_loader(pictures, predictor.transform, batch_size=config.batch_size, workers=config.workers)
         result = predictor.score(batches(loader))
     finally:
@@ -112,19 +112,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "loss": result.loss,
         "pictures": len(pictures),
         "skipped": num_skipped,
+        "notes": list(notes),
         "per_class": result.per_class(predictor.classes),
     }
 
 
-def _pictures_of(config: EvaluateConfig, predictor: Predictor) -> tuple[PictureSet, int]:
-    """The pictures to evaluate on, and how many were left out."""
+def _pictures_of(config: EvaluateConfig, predictor: Predictor) -> tuple[PictureSet, int, tuple[str, ...]]:
+    """The pictures to evaluate on, how many bad ones were left out, and notes as in `Splits`."""
     made = predictor.config if config.data is not None else _at_home(predictor)
     skip_bad = config.skip_bad or (config.data is None and made.skip_bad)
     part = None if config.part == "auto" else config.part
     if config.data is None and part is None:
         moved = replace(made, data_root=config.data_root or made.data_root)
         splits = splits_of(moved, skip_bad=skip_bad, check=False)
-        return splits.val, splits.num_skipped
+        return splits.val, splits.num_skipped, splits.notes
     return load_pictures(
         made.data if config.data is None else config.data,
         predictor.classes,
@@ -158,15 +159,18 @@ def predict(config: PredictConfig) -> Iterator[dict[str, Any]]:
     """For each picture its path and its most probable classes; a bad picture is left out with `skip_bad`, counted last.
 
     Yields:
-        `{"path", "classes": [{"class", "probability"}, ...]}` per picture, then `{"skipped": n}` where n > 0.
+        `{"path", "classes": [{"class", "probability"}, ...]}` per picture, then `{"skipped": n}` where n > 0,
+        then `{"notes": [...]}` where folders hold files that are no pictures.
 
     Raises:
         DataError: for a path that does not exist, or a picture that cannot be read.
     """
-    paths = find_pictures(config.paths)
+    paths, notes = find_pictures(config.paths)
     predictor = Predictor(config.run, config.device)
     try:
         yield from _predictions(config, predictor, paths)
+        if notes:
+            yield {"notes": list(notes)}
     finally:
         predictor.close()
 

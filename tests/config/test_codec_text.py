@@ -32,6 +32,8 @@ ADC = Part("adc", (), (("samples", 1), ("tokens", 0.4)))
         ("c3sl(5)", [Part("c3sl", (5,))]),
         ("c3sl(-5)", [Part("c3sl", (-5,))]),
         ("int8(pow2)", [Part("int8", ("pow2",))]),
+        ("int8(True, per=None)", [Part("int8", ("True",), (("per", "None"),))]),
+        ("adc(0.1)+\nint8(\n4)", [Part("adc", (0.1,)), Part("int8", (4,))]),
         ("int8(4, scale=pow2, per=sample)", [Part("int8", (4,), (("scale", "pow2"), ("per", "sample")))]),
         ("adc(samples=1, tokens=0.4)+int4", [ADC, Part("int4")]),
         ("adc(samples=1,tokens=.4)+int4", [ADC, Part("int4")]),
@@ -61,26 +63,39 @@ def test_auto_is_the_recommended_chain(text):
 @pytest.mark.parametrize(
     ("text", "problem", "marked"),
     [
-        ("", "expected the name of a codec", "^"),
-        ("   ", "expected the name of a codec", "   ^"),
-        ("(0.2)", "expected the name of a codec", "^(0.2)"),
-        ("8int", "expected the name of a codec", "^8int"),
-        ("int8+", "expected the name of a codec", "int8+^"),
+        ("", "invalid syntax", "^"),
+        ("   ", "invalid syntax", "   ^"),
+        ("(0.2)", "expected the name of a codec", "(^0.2)"),
+        ("8(0.2)", "expected the name of a codec", "^8(0.2)"),
+        ("int8+", "invalid syntax", "int8+^"),
         ("int8++int4", "expected the name of a codec", "int8+^+int4"),
         ("int8+0.5", "expected the name of a codec", "int8+^0.5"),
-        ("adc(0.2", 'expected "," or ")"', "adc(0.2^"),
-        ("adc(0.2+int8", 'expected "," or ")"', "adc(0.2^+int8"),
-        ("adc(samples=1 tokens=0.4)", 'expected "," or ")"', "adc(samples=1 ^tokens=0.4)"),
-        ("adc(0.1.2)", 'expected "," or ")"', "adc(0.1^.2)"),
-        ("adc(", "expected a number or a word", "adc(^"),
-        ("adc(0.2,)", "expected a number or a word", "adc(0.2,^)"),
-        ("adc(samples=)", "expected a number or a word", "adc(samples=^)"),
-        ("adc(samples= , tokens=1)", "expected a number or a word", "adc(samples= ^, tokens=1)"),
+        ("int8+(topk(0.1)+int4)", "expected the name of a codec", "int8+(^topk(0.1)+int4)"),
+        ("int8-int4", "expected the name of a codec", "^int8-int4"),
+        ("codecs.int8", "expected the name of a codec", "^codecs.int8"),
+        ("adc(0.2", "'(' was never closed", "adc^(0.2"),
+        ("adc(0.2+int8", "'(' was never closed", "adc^(0.2+int8"),
+        ("adc(", "'(' was never closed", "adc^("),
+        ("adc(0.2,)", "unexpected character", "adc(0.2^,)"),
+        ("adc(samples= , tokens=1)", "invalid syntax", "adc(samples= ^, tokens=1)"),
         ("adc(+0.2)", "expected a number or a word", "adc(^+0.2)"),
-        ("adc(0.2) int8", 'expected "+" or the end', "adc(0.2) ^int8"),
-        ("adc(0.2))", 'expected "+" or the end', "adc(0.2)^)"),
-        ("int8;", 'expected "+" or the end', "int8^;"),
-        ("adc(samples=1, 0.4)", "must come before those with one", "adc(samples=1, ^0.4)"),
+        ("adc(-True)", "expected a number or a word", "adc(^-True)"),
+        ("adc(--2)", "expected a number or a word", "adc(^--2)"),
+        ("adc(-half)", "expected a number or a word", "adc(^-half)"),
+        ("adc(1+1)", "expected a number or a word", "adc(^1+1)"),
+        ("adc(1j)", "expected a number or a word", "adc(^1j)"),
+        ("adc(...)", "expected a number or a word", "adc(^...)"),
+        ("adc(int8(4))", "expected a number or a word", "adc(^int8(4))"),
+        ("adc(tokens=x for x in y)", "invalid syntax", "adc(^tokens=x for x in y)"),
+        ("adc(x for x in y)", "expected a number or a word", "adc^(x for x in y)"),
+        ("adc(0.2) int8", "invalid syntax", "adc(0.2) ^int8"),
+        ("adc(0.2))", "unmatched ')'", "adc(0.2)^)"),
+        ("int8;", "unexpected character", "int8^;"),
+        ("int8 # 4", "unexpected character", "int8 ^# 4"),
+        ("int8('pow2')", "unexpected character", "int8(^'pow2')"),
+        ("int8(\0)", "unexpected character", "int8(^\0)"),
+        ("\uff41dc(0.2)", "unexpected character", "^\uff41dc(0.2)"),  # which Python takes for adc
+        ("adc(samples=1, 0.4)", "positional argument follows keyword argument", "adc(samples=1, 0.4^)"),
         ("adc(samples=1,  samples=0.4)", "samples is given twice", "adc(samples=1,  ^samples=0.4)"),
         ("int9", "unknown codec 'int9'", "^int9"),
         ("adc(0.2) + int9(4)", "unknown codec 'int9'", "adc(0.2) + ^int9(4)"),
@@ -92,6 +107,39 @@ def test_errors_carry_a_caret_at_the_place(text, problem, marked):
     message = str(error.value)
     assert message.startswith(f"--split.codec {text!r}: ") and problem in message
     assert message.partition(" at the caret: ")[2] == marked
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["8int", "adc(samples=1 tokens=0.4)", "adc(0.1.2)", "adc(samples=)", "adc(01)", "adc(0.1if 1else 2)", "adc(*x)"],
+)
+def test_what_python_cannot_read_is_refused_in_one_line(text):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ConfigError) as error:
+            parse(text, CODECS)
+    assert "^" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["int8(" * 20_000, "(" * 100_000, "-" * 100_000, "int8+" * 20_000 + "int8", "int8(" + "9" * 100_000 + ")"],
+    ids=["calls", "parentheses", "signs", "chain", "number"],
+)
+def test_a_long_text_is_refused_by_its_length(text):
+    with pytest.raises(ConfigError, match=r"^codec must have at most 500 characters, got 10\d{4}$"):
+        parse(text, CODECS)
+
+
+@pytest.mark.parametrize("text", ["int8(" * 100, "(" * 250 + ")" * 250, "-" * 500, "int8(" * 80 + ")" * 80])
+def test_a_deeply_nested_text_is_refused_in_one_line(text):
+    with pytest.raises(ConfigError) as error:
+        parse(text, CODECS)
+    assert "^" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_long_chain_is_read():
+    assert parse("+".join(["int8"] * 100), CODECS) == [Part("int8")] * 100
 
 
 def test_an_unknown_name_lists_the_known_ones():

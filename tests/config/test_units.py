@@ -1,8 +1,9 @@
-"""Amounts of bytes and network links, as text."""
+"""Amounts of bytes, network links and addresses, as text."""
 
 import pytest
 
-from snello.config.units import Link, parse_bytes
+from snello.config import DoctorConfig, JoinConfig, ServeConfig
+from snello.config.units import Link, parse_address, parse_bytes
 from snello.errors import ConfigError
 
 MBIT = Link(1e6, 0.02)
@@ -133,3 +134,51 @@ def test_seconds_are_bits_over_rate_and_round_trips(num_bytes, round_trips, expe
 def test_seconds_of_a_parsed_link():
     assert Link.parse("8kbit/500ms", "x").seconds(3000, 4) == pytest.approx(3 + 2)
     assert Link.parse("8kbit", "x").seconds(3000, 4) == pytest.approx(3)
+
+
+# Addresses
+
+
+@pytest.mark.parametrize(
+    "text, host, port",
+    [
+        ("server.example:7443", "server.example", 7443),
+        ("localhost:1", "localhost", 1),
+        ("127.0.0.1:65535", "127.0.0.1", 65535),
+        ("[::1]:7443", "::1", 7443),
+        ("[2001:db8::1]:07443", "2001:db8::1", 7443),
+        ("[fe80::1%eth0]:7443", "fe80::1%eth0", 7443),
+        ("bücher.example:7443", "bücher.example", 7443),
+        ("my_server-2:7443", "my_server-2", 7443),
+    ],
+)
+def test_addresses(text, host, port):
+    assert parse_address(text, "ADDRESS") == (host, port) == parse_address(text, "--listen", any_port=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", ":", ":7443", "7443", "server", "server:", "server:x", "server:-1", "server:+1", "server:1.0"),
+        *("server:65536", "server:99999999", "server:" + "9" * 5000, "server:\u00b2", "server:\u0661", "server:1 "),
+        *("[::1:7443", "::1]:7443", "::1:7443", "[::1]7443", "[[::1]]:7443", "[]:7443", "[ ]:7443", "[::1]x:7443"),
+        *("[127.0.0.1]:7443", "[server]:7443", "[::g]:7443", "ser]ver:7443", "a:b:7443", "2001:db8::1:7443"),
+        *(" server:7443", "ser ver:7443", "server\n:7443", "https://server:7443", "unix:/tmp/x:1", "[unix:/tmp/x]:1"),
+        *("user@server:7443", "dns:///server:1", "server/x:1", "server?:1", "*:7443"),
+    ],
+    ids=lambda text: ascii(text[:20]),
+)
+def test_other_texts_are_no_addresses_and_the_flag_is_named(text):
+    for any_port in (False, True):
+        with pytest.raises(ConfigError, match=r"^--listen must be host:port, as server\.example:7443 or \[::1\]:7443"):
+            parse_address(text, "--listen", any_port=any_port)
+
+
+def test_port_0_is_for_listening_only():
+    assert parse_address("0.0.0.0:0", "--listen", any_port=True) == ("0.0.0.0", 0)
+    with pytest.raises(ConfigError, match=r"^ADDRESS must be .* with a port in 1\.\.65535, got '\[::1\]:0'"):
+        parse_address("[::1]:0", "ADDRESS")
+    for config in (JoinConfig, DoctorConfig):
+        with pytest.raises(ConfigError, match=r"^ADDRESS must be"):
+            config("server:0")
+    assert ServeConfig(listen="127.0.0.1:0").listen == "127.0.0.1:0"

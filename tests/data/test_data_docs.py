@@ -9,6 +9,7 @@ from conftest import write_pictures
 
 from snello import cli
 from snello.data import EXTENSIONS
+from snello.data.source import PART_NAMES
 from snello.data.tables import IMAGE_COLUMNS, LABEL_COLUMNS
 from snello.data.torchvision_sets import SETS
 
@@ -19,6 +20,11 @@ def test_names():
     for name in (*SETS, *IMAGE_COLUMNS, *LABEL_COLUMNS):
         assert f"`{name}`" in DOCS, name
     assert " ".join(EXTENSIONS) in " ".join(DOCS.split())
+
+
+def test_names_of_parts():
+    text = re.search(r"Parts go by these names, in any case: (.*?)\. ", DOCS, flags=re.S).group(1)
+    assert re.findall(r"`(\w+)`", text) == list(PART_NAMES)
 
 
 def test_sets_with_val_and_without_parts_are_named():

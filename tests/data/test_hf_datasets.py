@@ -203,6 +203,14 @@ def test_parts_of_other_names(tmp_path):
     assert "nothing to train on: only test and no train" in error_of(f"hf:{tmp_path}/test")
 
 
+def test_splits_that_are_left_out_are_named(tmp_path):
+    names = ("train", "Test", "extra", "unsupervised")
+    datasets.DatasetDict({name: dataset(rows(2)) for name in names}).save_to_disk(tmp_path / "set")
+    assert load(f"hf:{tmp_path}/set").notes == ("left out: splits extra, unsupervised: beside train, Test",)
+    datasets.DatasetDict({name: dataset(rows(2)) for name in ("train", "val", "dev")}).save_to_disk(tmp_path / "two")
+    assert error_of(f"hf:{tmp_path}/two") == f"--data hf:{tmp_path}/two: val and dev both mean val; keep one of them"
+
+
 def test_without_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert error_of("hf:x") == "--data hf:x: needs the package datasets: pip install 'snello[hf]'"

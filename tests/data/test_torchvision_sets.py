@@ -181,7 +181,7 @@ def test_sets_of_files(tmp_path, name, write, train, val, classes):
             colours[label].add(max(range(3), key=pixel.__getitem__))
     assert len(colours[0]) == len(colours[1]) == 1 and colours[0] != colours[1], "each label has its own colour"
     if "test" in SETS[name].parts:
-        test, _ = load_pictures(name, classes, part="test", data_root=tmp_path, skip_bad=False, check=True)
+        test, *_ = load_pictures(name, classes, part="test", data_root=tmp_path, skip_bad=False, check=True)
         assert sorted(test.labels) == [0, 1]
 
 

@@ -24,7 +24,7 @@ from snello.split.server.registry import Registry, session_name
 from snello.split.server.sessions import Answer, TrainingSession
 from snello.split.wire import frames
 from snello.split.wire.frames import Frame, Kind, control, control_values
-from snello.split.wire.handshake import Hello, Plan, Welcome, parse, recipe_values
+from snello.split.wire.handshake import Hello, RunShape, Welcome, parse, recipe_values
 from snello.split.wire.weights import weights_of
 from snello.train.place import Setup
 from snello.train.schedule import Schedule
@@ -107,12 +107,12 @@ class Client:
         codec = make_codec(self.config, terms.codec, vit.embed_dim)
         lower, _ = cut_model(vit, self.config)
         lower.model.to_empty(device="cpu")
-        setup = Setup(self.config, 3, torch.device("cpu"), "fp32", self.schedule, terms.codec)
+        setup = Setup(self.config, 3, torch.device("cpu"), registry.precision, self.schedule, terms.codec)
         self.remote = SplitLearner(vit, lower, codec, setup, NetworkLink(SimpleNamespace()))  # type: ignore[arg-type]
         for value in self.remote.half.vit.model.state_dict().values():
             value.zero_()  # until the starting weights come it is whatever was in memory
         self.schedule = replace(self.schedule, buffer=self.remote.buffer)
-        self.terms, self.plan = terms, Plan(num_train, self.schedule.total_steps, classes)
+        self.terms, self.plan = terms, RunShape(num_train, self.schedule.total_steps, classes)
         self.sequence = 0
         self.incarnation = ""
         self.session: TrainingSession

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import finetune, run_python
+from conftest import finetune, flags
 from rich.console import Console
 
 from snello import cli
@@ -13,22 +13,11 @@ from snello.config import AlastConfig, FinetuneConfig, LoraConfig
 from snello.config.values import from_dict
 from snello.errors import SnelloError
 from snello.measure import comparison
-from snello.measure.comparison import (
-    Comparison,
-    Measured,
-    OutOfMemoryError,
-    Process,
-    compare,
-    make_request,
-    not_measured,
-)
+from snello.measure.comparison import Comparison, TimedCosts, compare, not_measured
+from snello.measure.process import OutOfMemoryError
 from snello.report import terminal as report
 
 SUMMARY = {"num_classes": 3, "device": "cpu", "precision": "fp32", "attention": "explicit"}
-
-
-def request(config: FinetuneConfig, **changes):
-    return make_request(config, **SUMMARY) | {"batch_size": 2} | changes
 
 
 # ------------------------------------------------------------------------------------------------------- for real
@@ -58,52 +47,9 @@ def test_run_with_comparison(small, capsys):
     assert 0.5 * model < summary["full_trainable_parameters"] < 2 * model
     assert summary["full_optimizer_bytes"] == pytest.approx(8 * summary["full_trainable_parameters"], rel=0.01)
     err = capsys.readouterr().err
+    assert f"the model is saved in {config.out}; measuring the cost of a step: alast against full" in err
     for text in ("alast vs full fine-tuning, measured here, batch 4", "step time, ms", "peak memory measured, MiB"):
         assert text in err
-
-
-@pytest.mark.slow
-def test_process_out_of_memory(small):
-    """Not a mock: a batch for which the operating system gives no memory."""
-    with pytest.raises(OutOfMemoryError):
-        Process(request(small, batch_size=10**6, memory_limit=4 * 2**30))
-
-
-@pytest.mark.slow
-def test_process_that_fails_otherwise_is_a_snello_error(small, capfd):
-    config = replace(small, model="no_such_model")
-    with pytest.raises(SnelloError, match=r"measuring process failed with exit code 1$"):
-        Process(request(config))
-    with pytest.raises(SnelloError, match=r"measuring process failed with exit code 1; --no-compare leaves it out"):
-        compare(config, SUMMARY, {})
-
-
-@pytest.mark.slow
-def test_process_answers_on_a_clean_line(small):
-    """Whatever libraries print, an answer is JSON; after the first question come others."""
-    text = json.dumps(request(small)) + "\nstep\ncosts\n"
-    code = f"import io, sys; sys.stdin = io.StringIO({text!r}); import snello.comparison as c; c._serve()"
-    result = run_python("-c", code)
-    assert result.returncode == 0, result.stderr
-    ready, step, costs = map(json.loads, result.stdout.splitlines())
-    assert ready == {"ready": True} and step["seconds"] > 0
-    assert costs.keys() | {"step_time_s"} == set(Measured.__dataclass_fields__)
-
-
-@pytest.mark.parametrize(
-    ("error", "memory"),
-    [
-        (MemoryError(), True),
-        (torch.OutOfMemoryError("CUDA out of memory"), True),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8519680 bytes"), True),
-        (RuntimeError("std::bad_alloc"), True),
-        (RuntimeError("could not create a primitive"), True),  # oneDNN, when memory is short
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (ValueError("wrong"), False),
-    ],
-)
-def test_what_counts_as_out_of_memory(error, memory):
-    assert comparison._is_memory(error) is memory
 
 
 # --------------------------------------------------------------------------------------- where full does not fit
@@ -203,6 +149,15 @@ def test_not_even_the_method_fits(fake):
     assert FakeProcess.open == 0
 
 
+def test_progress_counts_every_question_to_its_end(fake):
+    fake(alast=64, full=32)
+    told: list[tuple[str, int, int]] = []
+    compare(FinetuneConfig(method="alast", batch_size=64), SUMMARY, {}, lambda *values: told.append(values))
+    refused = [values for values in told if values[0] == "batch 64"]
+    assert refused == [("batch 64", done, 24) for done in range(2)], "full did not take its first step"
+    assert told[2:] == [("batch 32", done, 24) for done in range(25)]
+
+
 def test_odd_batch_sizes_end_at_one(fake):
     fake(alast=64, full=1)
     assert compared(13).compared_batch_size == 1
@@ -210,7 +165,7 @@ def test_odd_batch_sizes_end_at_one(fake):
 
 
 def test_not_measured_names_what_is_measured():
-    measured = Measured(*range(1, 10))
+    measured = TimedCosts(*range(1, 10))
     for method, others in (("alast", ["full"]), ("lora", ["full"]), ("alast+lora", ["lora", "full"])):
         summary = Comparison(method, 8, 8, measured, dict.fromkeys(others, measured)).summary()
         assert summary.keys() == not_measured(method).keys() >= asdict(measured).keys()
@@ -240,8 +195,8 @@ def printed(costs: Comparison) -> str:
 
 
 def test_table():
-    own = Measured(0.010, 2e9, 2**21, 2**27, 2**21, 2**20, 2**20, 2**25, 1_500_000)
-    full = Measured(0.025, 5e9, 2**23, 2**29, 2**21, 2**21, 2**22, 2**26, 3_000_000)
+    own = TimedCosts(2e9, 2**21, 2**27, 2**21, 2**20, 2**20, 1_500_000, 0.010, 2**25)
+    full = TimedCosts(5e9, 2**23, 2**29, 2**21, 2**21, 2**22, 3_000_000, 0.025, 2**26)
     text = printed(Comparison("alast", 64, 64, own, {"full": full}))
     (row,) = [line for line in text.splitlines() if "step time" in line]
     assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["step time, ms", "10.0", "25.0", "2.50x"]
@@ -256,7 +211,7 @@ def test_table():
 
 
 def test_table_where_full_does_not_fit():
-    own = Measured(0.010, 2e9, 2**21, 2**27, 2**21, 2**20, 0, 2**25, 1_500_000)
+    own = TimedCosts(2e9, 2**21, 2**27, 2**21, 2**20, 0, 1_500_000, 0.010, 2**25)
     text = printed(Comparison("last-k", 64, 16, own, {"full": own}))
     assert "batch 16" in text and "does not fit into memory at the run's batch of 64; last-k does" in text
     text = printed(Comparison("last-k", 64, 64, own, {"full": None}))
@@ -268,8 +223,6 @@ def test_failing_comparison_keeps_the_result_of_the_run(small, monkeypatch, capf
         raise SnelloError("the measuring process failed with exit code 1; --no-compare leaves it out")
 
     monkeypatch.setattr(comparison, "compare", fail)
-    from conftest import flags
-
     assert cli.main(["finetune", *flags(replace(small, epochs=1, compare=True)), "--compare"]) == 2
     assert "measuring process failed" in capfd.readouterr().err.splitlines()[-1]
     assert json.loads((small.out / "summary.json").read_text())["accuracy"] > 0

@@ -3,6 +3,7 @@
 import json
 import shlex
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from snello.config import AlastConfig, FinetuneConfig, PlanConfig
 from snello.config.values import from_dict
 from snello.errors import ConfigError
 from snello.measure import plan
-from snello.measure.comparison import OutOfMemoryError
-from snello.measure.plan import Measured, command, make_plan, methods_of
+from snello.measure.plan import NotRanked, PlanRow, command, make_plan, methods_of
+from snello.measure.process import OutOfMemoryError
 from snello.measure.step import Memory
 
 MIB = 2**20
@@ -31,19 +32,34 @@ def memory_of(config: FinetuneConfig, batch_size: int) -> Memory:
 class FakeProcess:
     """Steps whose time grows with the batch; half precision is twice as fast, alast three times as fast as full."""
 
+    now = 0.0
+    """Of the pretended clock, on which an estimate and a start take what is set here."""
+    estimate_seconds = start_seconds = 0.0
+    slow_step = 0.0
+    """What a step of `full` takes longer."""
     started: list[FinetuneConfig]
+    estimated: list[FinetuneConfig]
     refuses: set[str]
     more = 0
 
-    def __init__(self, request):
+    def __init__(self, request, seconds=None):
         self.config = from_dict(FinetuneConfig, request["config"])
         assert request["batch_size"] == self.config.batch_size and request["precision"] == self.config.precision
         FakeProcess.started.append(self.config)
+        self.end = self.now + seconds
+        self.pass_time(self.start_seconds)
         if self.config.method in self.refuses:
             raise OutOfMemoryError
 
+    def pass_time(self, seconds):
+        """The real process is killed when its time is up."""
+        FakeProcess.now = min(self.now + seconds, self.end)
+        if self.now == self.end:
+            raise TimeoutError
+
     def ask(self, line):
         if line == "step":
+            self.pass_time(self.slow_step if self.config.method == "full" else 0.0)
             speed = {"full": 1, "alast": 3}.get(self.config.method, 2) * (2 if self.config.precision == "bf16" else 1)
             return {"seconds": self.config.batch_size / (100 * speed)}
         counted = vars(memory_of(self.config, self.config.batch_size))
@@ -58,9 +74,17 @@ class FakeProcess:
 
 @pytest.fixture
 def fake(monkeypatch):
-    FakeProcess.started, FakeProcess.refuses, FakeProcess.more = [], set(), 0
+    FakeProcess.started, FakeProcess.estimated, FakeProcess.refuses, FakeProcess.more = [], [], set(), 0
+    FakeProcess.now = FakeProcess.estimate_seconds = FakeProcess.start_seconds = FakeProcess.slow_step = 0.0
+
+    def estimate(self, config, sizes):
+        FakeProcess.estimated.append(config)
+        FakeProcess.now = min(FakeProcess.now + FakeProcess.estimate_seconds, self.deadline)
+        self._require_time()
+        return [memory_of(config, size) for size in sizes]
+
     monkeypatch.setattr(plan, "Process", FakeProcess)
-    estimate = lambda self, config, sizes: [memory_of(config, size) for size in sizes]  # noqa: E731
+    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=lambda: FakeProcess.now))
     monkeypatch.setattr(plan._Planner, "_estimate", estimate)
     monkeypatch.setattr(plan, "resident_memory", lambda device: BASE)
     monkeypatch.setattr(plan, "faster_attention", lambda *args: "explicit")
@@ -120,14 +144,70 @@ def test_what_is_found_not_to_fit_is_left_out(fake):
     fake.refuses = {"full"}
     found = make_plan(settings(precisions=("fp32",)))
     assert {row.config.method for row in found.rows} == {"alast"} and found.refused == 2
+    assert found.not_ranked == [NotRanked("full", False, "does not fit")]
     fake.more = 2**40
     with pytest.raises(ConfigError, match=r"--memory 4GB: nothing that was tried fits; the least, 10\d+ MiB, of which"):
         make_plan(settings(precisions=("fp32",)))
 
 
-def test_time_is_a_limit_but_one_candidate_is_always_measured(fake):
-    found = make_plan(settings(seconds=0.0))
-    assert len(found.rows) == 1 and found.left_out == 11
+EVERY = ["alast", "full", "alast+lora", "lora", "last-k", "head"]
+
+
+def test_every_method_is_measured_once_before_any_is_again(fake):
+    found = make_plan(settings(methods=()))
+    assert [method for method, *_ in tried(fake)][:6] == EVERY
+    assert not found.not_ranked
+
+
+def test_estimates_count_against_the_time(fake):
+    """Half a minute for each estimate: what is estimated in time is measured in time."""
+    fake.estimate_seconds, fake.start_seconds = 30.0, 5.0
+    found = make_plan(settings(methods=(), seconds=120.0))
+    assert fake.now <= 120
+    assert [config.method for config in fake.estimated] == EVERY[:4], "the fourth is stopped"
+    assert {row.config.method for row in found.rows} == set(EVERY[:3])
+    missing = [NotRanked(method, False, "no time") for method in EVERY[3:]]
+    assert found.not_ranked == [*missing, NotRanked("alast", False, "no time")]
+    assert found.candidates == 28 == len(found.rows) + found.left_out
+
+
+def test_an_estimate_is_stopped_when_the_time_is_up(monkeypatch):
+    """Not a mock: in the middle of the step without data."""
+    planner = plan._Planner(settings(methods=("full",), precisions=("fp32",)), torch.device("cpu"), 2**32, print)
+    planner._faster("fp32")
+    asked = []
+
+    def now() -> float:
+        asked.append(None)
+        return planner.deadline if len(asked) > 50 else 0.0
+
+    monkeypatch.setattr(plan, "time", SimpleNamespace(monotonic=now))
+    with pytest.raises(TimeoutError):
+        planner._estimates(planner.variants[0].smallest, [8])
+    assert len(asked) == 51
+
+
+def test_checkpointing_is_estimated_only_where_it_is_needed(fake):
+    make_plan(settings(methods=("full",)))
+    assert not any(config.grad_checkpointing for config in fake.estimated)
+    make_plan(settings("130MiB", methods=("full",)))
+    assert any(config.grad_checkpointing for config in fake.estimated)
+
+
+def test_a_measuring_process_is_stopped_when_the_time_is_up(fake):
+    fake.slow_step = 1000.0
+    found = make_plan(settings(precisions=("fp32",), seconds=120.0))
+    assert fake.now == 120
+    assert found.not_ranked == [NotRanked("full", False, "no time"), NotRanked("alast", False, "no time")]
+    assert [row.config.method for row in found.rows] == ["alast"] and found.left_out == 5
+
+
+@pytest.mark.parametrize("seconds", [0.0, 120.0])
+def test_no_time_for_anything_is_one_clear_line(fake, seconds):
+    fake.slow_step = 1000.0
+    with pytest.raises(ConfigError, match=rf"--seconds {seconds:g}: over before anything that fits was measured \(2 "):
+        make_plan(settings(methods=("full",), precisions=("fp32",), seconds=seconds))
+    assert fake.now == seconds
 
 
 @pytest.mark.parametrize("memory", ["1MB", "105MiB"])
@@ -142,9 +222,10 @@ def test_nothing_fits(fake, memory):
 @pytest.mark.slow
 def test_estimates_lie_on_a_line():
     """Estimated at the ends; a batch between them is what it would be alone."""
-    planner = plan._Planner(settings(precisions=("fp32",)), torch.device("cpu"))
-    line = planner._estimates("alast", AlastConfig(draw="lowest-first"), "fp32", False, [8, 16, 32])
-    (alone,) = planner._estimates("alast", AlastConfig(draw="lowest-first"), "fp32", False, [16])
+    planner = plan._Planner(settings(methods=("alast",), precisions=("fp32",)), torch.device("cpu"), 2**32, print)
+    config = replace(planner.variants[0].smallest, alast=AlastConfig(draw="lowest-first"))
+    line = planner._estimates(config, [8, 16, 32])
+    (alone,) = planner._estimates(config, [16])
     assert line[1].config == alone.config
     assert line[1].memory.total_bytes == pytest.approx(alone.memory.total_bytes, rel=0.001)
 
@@ -165,7 +246,7 @@ def test_command_with_checkpointing_and_a_folder_with_a_space():
 
 
 def test_need_on_a_gpu_is_the_real_peak():
-    row = Measured(FinetuneConfig(), 0.5, Memory(1, 1, 1, 1, 1), peak_bytes=3, process_bytes=0)
+    row = PlanRow(FinetuneConfig(), 0.5, Memory(1, 1, 1, 1, 1), peak_bytes=3, process_bytes=0)
     assert row.need_bytes == 3 and row.pictures_per_second == 128
     assert (
         replace(row, process_bytes=10).need_bytes == 15
@@ -195,7 +276,18 @@ def test_printed(fake, capsys):
     assert cli.main(["plan", "--memory", "4GB", *args, "--precisions", "fp32"]) == 0
     out = capsys.readouterr().out
     assert " 1. alast, lowest-first" in out and "\n 2. snello finetune --model test_vit --method alast" in out
-    assert "Of 2 settings 0 do not fit by estimate" in out
+    assert "Of 2 settings 0 do not fit by estimate" in out and "not ranked" not in out
+
+
+def test_what_is_not_ranked_is_printed(fake, capsys):
+    fake.slow_step = 1000.0
+    args = ["--model", "test_vit", "--image-size", "48", "--batch-sizes", "8", "--device", "cpu"]
+    args = ["plan", "--memory", "4GB", *args, "--methods", "alast", "full", "--precisions", "fp32"]
+    assert cli.main(args) == 0
+    assert f" -. {'full':27} not ranked: no time\n" in capsys.readouterr().out
+    assert cli.main([*args, "--format", "json"]) == 0
+    missing = json.loads(capsys.readouterr().out)["not_ranked"]
+    assert missing[0] == {"method": "full", "lowest_first": False, "reason": "no time"}
 
 
 @pytest.mark.parametrize(

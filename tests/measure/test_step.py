@@ -10,7 +10,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from snello.config import AlastConfig, FinetuneConfig
-from snello.measure.comparison import Process, make_request
+from snello.measure.process import Process, make_request
 from snello.measure.step import (
     LiveBytes,
     Memory,
@@ -57,6 +57,16 @@ def test_a_storage_that_is_kept_twice_counts_once():
     assert saved_bytes(lambda: (a * a).sum(), set()) == 40
     b = torch.randn(4, 6, requires_grad=True)
     assert saved_bytes(lambda: (b @ b.t()).sum(), set()) == 4 * 24  # a view is its storage
+
+
+def test_what_autograd_gives_up_on_the_way_does_not_count():
+    a, b = torch.randn(10, requires_grad=True), torch.randn(7, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        (a * a).sum()
+        return (b * b).sum()
+
+    assert saved_bytes(forward, set()) == 28
 
 
 def test_parameters_are_left_out_only_if_asked():

@@ -1,7 +1,16 @@
-"""What may stand at the cut: every codec is one small file and one line of CODECS.
+"""What may stand at the cut: every codec is one small file and one line of `snello.config.registry.CODECS`.
 
-Reducers leave fewer numbers (ADC, top-k, C3-SL, BottleNet++); formats say how numbers travel (floats, integers,
-FedLite's codebooks). `adc(0.2)+int4` chains them: any number of reducers, at most one format, which comes last.
+base.py       what reducers and formats promise, and the chain of them; begin here
+adc.py        reducer: similar samples merge, little attended tokens are dropped
+topk.py       reducer: the largest numbers of every sample; randtopk.py: some of them random
+c3sl.py       reducer: samples bound by circular convolution and summed
+bottlenet.py  reducer: a trained encoder and decoder
+floats.py     formats: numbers as they are, or in 16 bits
+integers.py   formats: 8, 4 or 2 bits, really packed
+fedlite.py    format: indices into a codebook
+
+`adc(0.2)+int4` chains them: any number of reducers, which leave fewer numbers, and at most one format, which comes last
+and says how those travel.
 """
 
 import inspect

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from snello.codecs.base import Context, Reduced, Reducer, integer
 from snello.codecs.base import ratio as in_0_1
@@ -80,12 +81,8 @@ class ADC(Reducer):
         """k: tokens that are left, the prefix tokens and at least one other."""
         return min(num_tokens, max(num_prefix_tokens + 1, _floor(self.tokens * num_tokens)))
 
+    @override
     def encode(self, z: Tensor, context: Context) -> Reduced:
-        """The merged activations, (T, k, D), and the group of each sample.
-
-        Raises:
-            ValueError: where the context holds no attention.
-        """
         if context.attention is None:
             raise ValueError("ADC needs the attention rows of the last client block")
         attention = context.attention
@@ -105,12 +102,13 @@ class ADC(Reducer):
         values = _merge(z, groups, centroids, num_kept, context.num_prefix_tokens, present)
         return Reduced(values, groups=groups)
 
+    @override
     def metrics(self) -> dict[str, Any]:
-        """How many groups there were of each size, `{"cluster_sizes": {"1": 7, ...}}`."""
         if not self._sizes:
             return {}
         counts = Counter(torch.cat(self._sizes).tolist())
         self._sizes = []
+        # {"1": 7}: seven groups of one sample
         return {"cluster_sizes": {str(size): counts[size] for size in sorted(counts)}}
 
     def _warn_where_too_small(self, num_samples: int) -> None:

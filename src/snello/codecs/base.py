@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from snello.codecs import build, codec_class
 from snello.config.codec_text import parse_codec
-from snello.errors import ConfigError, TrainingError, require
+from snello.errors import ConfigError, ProtocolError, TrainingError, require
 from snello.seeds import mix
 from snello.vit import Score
 
 Arrays = dict[str, Tensor]
-"""Arrays for the wire; a name is a kind of `snello.split.frames.ARRAY_KINDS`, or `kind.detail`."""
+"""Arrays for the wire; a name is a kind of `snello.split.wire.frames.ARRAY_KINDS`, or `kind.detail`."""
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Context:
     num_positions: int = 0
     """Tokens before any were dropped."""
     seed: int = 0
-    """Of everything random in this exchange."""
+    """What everything random in this exchange begins with."""
 
     def generator(self, device: torch.device) -> torch.Generator:
         """A fresh generator on `device`."""
@@ -83,6 +84,14 @@ class Reducer(nn.Module, ABC):
         """Tokens for the server's blocks, (R, K, D), differentiable in `values`."""
         return values
 
+    def decoded_shape(self, shape: Shape, side: Arrays) -> Shape:
+        """The shape of what `decode` makes of values of this `shape`; it is asked for before memory is taken.
+
+        Raises:
+            ProtocolError: where values and `side` do not fit each other.
+        """
+        return shape
+
     def metrics(self) -> dict[str, Any]:
         """What is logged of the exchanges since the last call."""
         return {}
@@ -102,6 +111,14 @@ class Format(ABC):
     def unpack(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """What `pack` was given, up to its error."""
 
+    def unpacked_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
+        """The shape of what `unpack` makes of the arrays; it is asked for before memory is taken.
+
+        Raises:
+            ProtocolError: where the arrays do not fit each other.
+        """
+        return tuple(arrays["values"].shape)
+
     def pack_gradient(self, x: Tensor, context: Context) -> Arrays:
         """The same for the gradient on its way down."""
         return self.pack(x, context)
@@ -111,7 +128,7 @@ class Format(ABC):
         return self.unpack(arrays)
 
     def correct(self, gradient: Tensor, sent: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
-        """The gradient that the client goes on with, of what it `sent` as `arrays`."""
+        """The gradient that the client uses, of what it `sent` as `arrays`."""
         return gradient
 
 
@@ -146,7 +163,7 @@ class Codec(nn.Module):
     which the model is trained.
 
     Args:
-        text: as `adc(0.2)+int8`, see `snello.codecs.grammar`.
+        text: as `adc(0.2)+int8`, see `snello.config.codec_text`.
         embed_dim: D.
         eval_text: the format of evaluation, e.g. `int8`.
         seed: of fixed random keys and of starting weights, equal on both sides.
@@ -171,17 +188,11 @@ class Codec(nn.Module):
         self.text = text
         with torch.random.fork_rng():  # a codec's starting weights are its own affair
             torch.manual_seed(mix(seed, 0xC0DEC))
-            made = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(text, flag)]
-            parts = parse_codec(eval_text, eval_flag)
-            of_eval = [build(part, eval_flag, embed_dim=embed_dim, seed=seed) for part in parts]
-            (self.eval_format,) = _formats(of_eval, f"{eval_flag} {eval_text!r}")
-        for part in made[:-1]:
-            if isinstance(part, Format):
-                raise ConfigError(f"{flag} {text!r}: a number format must come last, and there can be one only")
-        _check_order([part for part in made if isinstance(part, Reducer)], f"{flag} {text!r}")
-        formats = [part for part in made if isinstance(part, Format)]
-        self.format: Format = formats[0] if formats else build(parse_codec("none")[0], flag)
-        self.reducers = nn.ModuleList(part for part in made if isinstance(part, Reducer))
+            reducers = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(text, flag)]
+            self.eval_format = _one_format(eval_text, eval_flag, embed_dim, seed)
+        self.format: Format = reducers.pop() if isinstance(reducers[-1], Format) else codec_class("none")()
+        _check_order(reducers, f"{flag} {text!r}")
+        self.reducers = nn.ModuleList(reducers)
         self.buffer = max([1, *(part.buffer for part in self._all)])
         self.score: Score | None = next((part.score for part in self._all if part.score is not None), None)
         self.weighting = next((part.weighting for part in self._all if part.weighting != "rows"), "rows")
@@ -234,19 +245,31 @@ class Codec(nn.Module):
         return Message(arrays | packed, sent, groups, num_rows)
 
     def decode(self, arrays: Mapping[str, Tensor], *, with_gradient: bool = True) -> Decoded:
-        """What the server goes on with; without gradient nothing is to go down."""
-        side: list[Arrays] = [{} for _ in self._active]
-        for name, value in arrays.items():
-            base, _, index = name.rpartition(".")
-            if index.isdigit() and int(index) < len(side):
-                side[int(index)][base] = value
+        """The tokens that the server computes with; without gradient nothing is to go down."""
         leaf = self._format.unpack({**arrays, "values": arrays["activations"]})
         leaf.requires_grad_(self.training and with_gradient)
         with torch.autocast(leaf.device.type, enabled=False):
             z = leaf
-            for part, its in zip(reversed(self._active), reversed(side), strict=True):
-                z = part.decode(z, its)
+            for part, side in self._backwards(arrays):
+                z = part.decode(z, side)
         return Decoded(z, leaf)
+
+    def decoded_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
+        """The shape (R, K, D) of the tokens that `decode` makes of the arrays, before memory is taken for them.
+
+        Raises:
+            ProtocolError: where the arrays do not fit each other.
+        """
+        shape = self._format.unpacked_shape({**arrays, "values": arrays["activations"]})
+        for part, side in self._backwards(arrays):
+            shape = part.decoded_shape(shape, side)
+        return shape
+
+    def _backwards(self, arrays: Mapping[str, Tensor]) -> Iterator[tuple[Reducer, Arrays]]:
+        """The reducers from the last to the first, each with its arrays."""
+        for index, part in reversed(list(enumerate(self._active))):
+            end = f".{index}"
+            yield part, {name[: -len(end)]: value for name, value in arrays.items() if name.endswith(end)}
 
     def encode_gradient(self, gradient: Tensor, context: Context) -> Arrays:
         """The leaf's gradient as arrays for the way down.
@@ -268,23 +291,38 @@ class Codec(nn.Module):
         return {name: value for part in self._all for name, value in part.metrics().items()}
 
 
-def _check_order(reducers: list[Reducer], where: str) -> None:
+def _check_order(reducers: list[Reducer | Format], where: str) -> None:
     for index, part in enumerate(reducers):
+        if isinstance(part, Format):
+            raise ConfigError(f"{where}: a number format must come last, and there can be one only")
         if part.score is not None and index > 0:
             raise ConfigError(f"{where}: adc looks at the tokens that leave the client, so it must come first")
         if part.last and index + 1 < len(reducers):
             raise ConfigError(f"{where}: only a number format can follow a codec that leaves no tokens (topk, c3sl)")
 
 
-def _formats(made: list[Any], flag: str) -> list[Format]:
+def _one_format(text: str, flag: str, embed_dim: int, seed: int) -> Format:
+    made = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(text, flag)]
     if len(made) != 1 or not isinstance(made[0], Format):
-        raise ConfigError(f"{flag}: activations are evaluated in one number format, such as none, bf16, int8")
-    return made
+        raise ConfigError(f"{flag} {text!r}: activations are evaluated in one number format, such as none, bf16, int8")
+    return made[0]
 
 
 def _require_finite(x: Tensor, what: str, codec: str) -> None:
     if not bool(x.isfinite().all()):
         raise TrainingError(f"the {what} at the cut hold NaN or infinite values, which the codec {codec} cannot encode")
+
+
+def announced_shape(arrays: Mapping[str, Tensor], num: int) -> Shape:
+    """The `num` dimensions, each at least 1, that `indices.shape` says encoding began with.
+
+    Raises:
+        ProtocolError: where it says anything else.
+    """
+    shape = arrays["indices.shape"]
+    if shape.shape != (num,) or shape.dtype != torch.int32 or bool((shape < 1).any()):
+        raise ProtocolError(f"the shape of activations must be {num} whole numbers from 1 on")
+    return tuple(shape.tolist())
 
 
 def number(value: object, name: str) -> float:

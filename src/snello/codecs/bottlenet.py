@@ -6,8 +6,9 @@ dimension of a token, and the decoder ends without ReLU, since tokens have both 
 """
 
 from torch import Tensor, nn
+from typing_extensions import override
 
-from snello.codecs.base import Arrays, Context, Reduced, Reducer
+from snello.codecs.base import Arrays, Context, Reduced, Reducer, Shape
 from snello.codecs.base import ratio as in_0_1
 
 
@@ -25,17 +26,22 @@ class BottleNet(Reducer):
 
     def __init__(self, ratio: float, embed_dim: int = 0) -> None:
         super().__init__()
+        self.embed_dim = embed_dim
         width = max(1, round(in_0_1(ratio, "ratio") * embed_dim))
         self.encoder = nn.Sequential(nn.Linear(embed_dim, width), nn.BatchNorm1d(width), nn.Sigmoid())
         self.decoder = nn.Sequential(nn.Linear(width, embed_dim), nn.BatchNorm1d(embed_dim))
 
+    @override
     def encode(self, z: Tensor, context: Context) -> Reduced:
-        """The codes, (B, N, width) in (0, 1)."""
-        return Reduced(_by_token(self.encoder, z.float()))
+        return Reduced(_by_token(self.encoder, z.float()))  # (B, N, width), in (0, 1)
 
+    @override
     def decode(self, values: Tensor, side: Arrays) -> Tensor:
-        """Tokens, (B, N, D)."""
         return _by_token(self.decoder, values)
+
+    @override
+    def decoded_shape(self, shape: Shape, side: Arrays) -> Shape:
+        return (*shape[:-1], self.embed_dim)
 
 
 def _by_token(layers: nn.Module, z: Tensor) -> Tensor:

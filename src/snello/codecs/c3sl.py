@@ -4,11 +4,15 @@ Source: C3-SL: Circular Convolution-Based Batch-Wise Compression for Communicati
 arXiv:2207.12397.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import override
 
-from snello.codecs.base import Arrays, Context, Reduced, Reducer, integer
+from snello.codecs.base import Arrays, Context, Reduced, Reducer, Shape, announced_shape, integer
+from snello.errors import ProtocolError
 from snello.seeds import mix
 
 
@@ -31,21 +35,29 @@ class C3SL(Reducer):
         self.num, self.seed = integer(num, "num", 1), seed
         self._keys: dict[int, Tensor] = {}  # by length; made again from the seed, never sent
 
+    @override
     def encode(self, z: Tensor, context: Context) -> Reduced:
-        """The bound sums, (ceil(B / R), N * D)."""
         flat = z.float().flatten(1)
         flat = pad(flat, (0, 0, 0, -len(flat) % self.num)).view(-1, self.num, flat.shape[1])
+        # (ceil(B / R), R, N * D // 2 + 1)
         bound = torch.fft.rfft(flat) * self._spectra(flat.shape[-1], z.device)
         side = {"indices.shape": torch.tensor(z.shape, dtype=torch.int32)}
         return Reduced(torch.fft.irfft(bound.sum(dim=1), n=flat.shape[-1]), side)
 
+    @override
     def decode(self, values: Tensor, side: Arrays) -> Tensor:
-        """The samples, (B, N, D)."""
         num_samples, *shape = side["indices.shape"].tolist()
         length = values.shape[1]
         spectra = torch.fft.rfft(values).unsqueeze(1) * self._spectra(length, values.device).conj()
         samples: Tensor = torch.fft.irfft(spectra, n=length)
         return samples.flatten(0, 1)[:num_samples].view(num_samples, *shape)
+
+    @override
+    def decoded_shape(self, shape: Shape, side: Arrays) -> Shape:
+        num_samples, num_tokens, width = announced_shape(side, 3)
+        if shape != (math.ceil(num_samples / self.num), num_tokens * width):
+            raise ProtocolError(f"sums of shape {shape} do not hold {num_samples} samples of {num_tokens} tokens")
+        return num_samples, num_tokens, width
 
     def _spectra(self, length: int, device: torch.device) -> Tensor:
         """The Fourier transforms of the keys, (R, length // 2 + 1): random directions of unit length."""

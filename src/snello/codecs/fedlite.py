@@ -11,8 +11,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from snello.codecs.base import Arrays, Context, Format, integer, number
+from snello.codecs.base import Arrays, Context, Format, Shape, announced_shape, integer, number
 from snello.codecs.integers import pack_bits, unpack_bits
 from snello.errors import ProtocolError, require
 from snello.vit.tokens import kmeans
@@ -41,8 +42,8 @@ class FedLite(Format):
         require(self.correction >= 0, "correction", "0 or more", correction)
         self.bits = next(bits for bits in CODE_BITS if 2**bits >= clusters)
 
+    @override
     def pack(self, x: Tensor, context: Context) -> Arrays:
-        """Codes, several to a byte; the codebook as `scales`, shapes as `indices`."""
         width = math.ceil(x.shape[-1] / self.subvectors)
         padded = torch.nn.functional.pad(x.float(), (0, width * self.subvectors - x.shape[-1]))
         vectors = padded.reshape(-1, width)
@@ -55,24 +56,34 @@ class FedLite(Format):
         codes = codes.to(torch.uint8).view(*x.shape[:-1], self.subvectors)
         return {"values": pack_bits(codes, self.bits), "scales": codebook, "indices.shape": shape}
 
+    @override
     def unpack(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Every subvector replaced by its entry of the codebook."""
         shape = arrays["indices.shape"].tolist()
         codes = unpack_bits(arrays["values"], self.bits, self.subvectors).long()
-        if tuple(arrays["scales"].shape[1:]) != (math.ceil(shape[-1] / self.subvectors),):
-            raise ProtocolError(f"a codebook of shape {tuple(arrays['scales'].shape)} does not make tokens of {shape}")
+        if bool((codes >= len(arrays["scales"])).any()):  # on a GPU it would be the end of the process
+            raise ProtocolError("a code is outside its codebook")
         return arrays["scales"][codes].flatten(-2)[..., : shape[-1]].reshape(shape)
 
+    @override
+    def unpacked_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
+        codes, codebook = tuple(arrays["values"].shape), tuple(arrays["scales"].shape)
+        shape = announced_shape(arrays, len(codes))
+        due = (*shape[:-1], math.ceil(self.subvectors * self.bits / 8))
+        width = math.ceil(shape[-1] / self.subvectors)
+        if codes != due or codebook[1:] != (width,) or codebook[0] > self.clusters:
+            raise ProtocolError(f"codes of shape {codes} in a codebook of {codebook} do not make tokens of {shape}")
+        return shape
+
+    @override
     def pack_gradient(self, x: Tensor, context: Context) -> Arrays:
-        """As it is."""
         return {"values": x.contiguous()}
 
+    @override
     def unpack_gradient(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """As it is."""
         return arrays["values"].detach()
 
+    @override
     def correct(self, gradient: Tensor, sent: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
-        """The gradient plus `correction` times what quantization lost."""
         lost = sent.detach() - self.unpack({**arrays, "values": arrays["activations"]})
         return gradient + self.correction * lost
 

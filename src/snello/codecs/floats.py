@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from snello.codecs.base import Arrays, Context, Format
 
@@ -13,12 +14,12 @@ class Float32(Format):
 
     source = "-"
 
+    @override
     def pack(self, x: Tensor, context: Context) -> Arrays:
-        """The tensor itself."""
         return {"values": x.contiguous()}
 
+    @override
     def unpack(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """The tensor itself, detached from its sender."""
         return arrays["values"].detach()
 
 
@@ -28,12 +29,12 @@ class BFloat16(Format):
     source = "-"
     dtype = torch.bfloat16
 
+    @override
     def pack(self, x: Tensor, context: Context) -> Arrays:
-        """Rounded to nearest."""
         return {"values": x.to(self.dtype).contiguous()}
 
+    @override
     def unpack(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """As float32."""
         return arrays["values"].detach().float()
 
 
@@ -42,7 +43,7 @@ class Float16(BFloat16):
 
     dtype = torch.float16
 
+    @override
     def pack(self, x: Tensor, context: Context) -> Arrays:
-        """Rounded to nearest; what is too large becomes the largest number, not infinity."""
         most = torch.finfo(torch.float16).max
         return super().pack(x.clamp(-most, most), context)

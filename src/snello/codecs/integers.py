@@ -4,13 +4,15 @@ x is written as q = round((x - zero) / step), an integer in 0..2^bits - 1. Zero 
 they travel in, so that every number lies within the grid and the error is at most half a step.
 """
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from snello.codecs.base import Arrays, Context, Format, integer, number
+from snello.codecs.base import Arrays, Context, Format, Shape, integer, number
 from snello.errors import ProtocolError, require
 
 ScaleType = Literal["bf16", "fp32", "pow2"]
@@ -52,20 +54,29 @@ class Integers(Format):
         self.scale: ScaleType = scale
         self.per: Group = per
 
+    @override
     def pack(self, x: Tensor, context: Context) -> Arrays:
-        """Codes, several to a byte, and `scales`."""
         return self._pack(x, self.bits)
 
+    @override
     def unpack(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """As float32."""
         return self._unpack(arrays, self.bits)
 
+    @override
+    def unpacked_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
+        *rest, num_bytes = arrays["values"].shape
+        per_byte = 8 // self.bits
+        length = int(arrays["indices.length"]) if "indices.length" in arrays else num_bytes * per_byte
+        if math.ceil(length / per_byte) != num_bytes:
+            raise ProtocolError(f"{num_bytes} bytes do not hold numbers of length {length}")
+        return (*rest, length)
+
+    @override
     def pack_gradient(self, x: Tensor, context: Context) -> Arrays:
-        """The same with the bits of the way down."""
         return self._pack(x, self.down)
 
+    @override
     def unpack_gradient(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """As float32."""
         return self._unpack(arrays, self.down)
 
     def _pack(self, x: Tensor, bits: int) -> Arrays:

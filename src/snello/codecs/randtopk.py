@@ -5,6 +5,7 @@ Source: Reducing Communication for Split Learning by Randomized Top-k Sparsifica
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from snello.codecs.base import Context, number
 from snello.codecs.topk import TopK
@@ -26,6 +27,7 @@ class RandTopK(TopK):
         self.share = number(share, "share")
         require(0 <= self.share <= 1, "share", "in [0, 1]", share)
 
+    @override
     def _choose(self, sizes: Tensor, num_kept: int, context: Context) -> Tensor:
         top = super()._choose(sizes, num_kept, context)
         num_random = min(round(self.share * num_kept), sizes.shape[1] - num_kept)

@@ -9,8 +9,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from snello.codecs.base import Arrays, Context, Reduced, Reducer, ratio
+from snello.codecs.base import Arrays, Context, Reduced, Reducer, Shape, announced_shape
+from snello.codecs.base import ratio as in_0_1
+from snello.errors import ProtocolError
 
 
 class TopK(Reducer):
@@ -26,50 +29,62 @@ class TopK(Reducer):
 
     def __init__(self, ratio: float) -> None:
         super().__init__()
-        self.ratio = _ratio(ratio, "ratio")
+        self.ratio = in_0_1(ratio, "ratio")
 
+    @override
     def encode(self, z: Tensor, context: Context) -> Reduced:
-        """The chosen numbers, (B, m); places as `indices`, the number of tokens as `indices.tokens`."""
         flat = z.reshape(len(z), -1)
-        plan = _plan(flat.shape[1], self.ratio)
-        index = self._choose(flat.detach().abs(), plan.num_kept, context).sort(dim=1).values
+        layout = _Layout.of(flat.shape[1], self.ratio)
+        index = self._choose(flat.detach().abs(), layout.num_kept, context).sort(dim=1).values
         side = {
-            "indices": _bitmap(index, flat.shape[1]) if plan.as_bitmap else _as_bytes(index, plan.index_bytes),
+            "indices": _bitmap(index, flat.shape[1]) if layout.as_bitmap else _as_bytes(index, layout.index_bytes),
             "indices.shape": torch.tensor(z.shape[1:], dtype=torch.int32),
         }
-        return Reduced(flat.gather(1, index), side)
+        return Reduced(flat.gather(1, index), side)  # (B, m)
 
+    @override
     def decode(self, values: Tensor, side: Arrays) -> Tensor:
-        """Zero but at the chosen places."""
         num_tokens, width = side["indices.shape"].tolist()
         num = num_tokens * width
-        if _plan(num, self.ratio).as_bitmap:
+        if _Layout.of(num, self.ratio).as_bitmap:
             bits = torch.arange(8, device=values.device, dtype=torch.uint8)
             mask = (side["indices"].unsqueeze(-1) >> bits & 1).flatten(1)[:, :num]
             index = mask.nonzero()[:, 1].view(values.shape)
         else:
             index = _from_bytes(side["indices"])
+            if bool((index >= num).any()):  # on a GPU it would be the end of the process
+                raise ProtocolError("a place of a number is outside its sample")
         flat = torch.zeros(len(values), num, dtype=values.dtype, device=values.device)
         return flat.scatter(1, index, values).view(-1, num_tokens, width)
+
+    @override
+    def decoded_shape(self, shape: Shape, side: Arrays) -> Shape:
+        num_tokens, width = announced_shape(side, 2)
+        layout = _Layout.of(num_tokens * width, self.ratio)
+        bitmap, places = math.ceil(num_tokens * width / 8), (layout.num_kept, layout.index_bytes)
+        due = (len(side["indices"]), *((bitmap,) if layout.as_bitmap else places))
+        if shape != (due[0], layout.num_kept) or side["indices"].shape != due:
+            raise ProtocolError(f"{shape} numbers in places of shape {tuple(side['indices'].shape)} make no sample")
+        return shape[0], num_tokens, width
 
     def _choose(self, sizes: Tensor, num_kept: int, context: Context) -> Tensor:
         """Places (B, m) of the numbers to send, given their sizes (B, N * D)."""
         return sizes.topk(num_kept, dim=1, sorted=False).indices
 
 
-class _Plan(NamedTuple):
+class _Layout(NamedTuple):
     num_kept: int
     as_bitmap: bool
     index_bytes: int
 
-
-def _plan(num: int, ratio: float) -> _Plan:
-    """How many of `num` numbers fit: each takes 4 bytes up, 4 down, and its share of what says where it stood."""
-    index_bytes = max(1, math.ceil(math.log2(max(2, num)) / 8))
-    budget = 8 * num * ratio
-    by_index = budget / (8 + index_bytes)
-    by_bitmap = (budget - num / 8) / 8
-    return _Plan(max(1, min(num, int(max(by_index, by_bitmap)))), by_bitmap > by_index, index_bytes)
+    @classmethod
+    def of(cls, num: int, ratio: float) -> "_Layout":
+        """How many of `num` numbers fit: each takes 4 bytes up, 4 down, and its share of what says where it stood."""
+        index_bytes = max(1, math.ceil(math.log2(max(2, num)) / 8))
+        budget = 8 * num * ratio
+        by_index = budget / (8 + index_bytes)
+        by_bitmap = (budget - num / 8) / 8
+        return cls(max(1, min(num, int(max(by_index, by_bitmap)))), by_bitmap > by_index, index_bytes)
 
 
 def _bitmap(index: Tensor, num: int) -> Tensor:
@@ -88,6 +103,3 @@ def _as_bytes(index: Tensor, num_bytes: int) -> Tensor:
 def _from_bytes(packed: Tensor) -> Tensor:
     parts = [packed[..., byte].long() << 8 * byte for byte in range(packed.shape[2])]
     return torch.stack(parts).sum(dim=0)
-
-
-_ratio = ratio  # the option of that name hides it

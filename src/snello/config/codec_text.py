@@ -1,21 +1,21 @@
 """The text that names a codec, as `adc(samples=0.5, tokens=0.2)+int4`; no torch, so that flags are checked at once.
 
-codec := part ("+" part)*
-part  := name ["(" [argument ("," argument)*] ")"]
-argument := [name "="] value            positional ones first
-value := a number or a word
+The text is read as Python reads it, and calls with numbers and words, joined by "+", are all that it may hold.
 """
 
+import ast
 import re
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from snello.config.registry import AUTO, CODECS
 from snello.errors import ConfigError
 
-_TOKEN = re.compile(r"\s*(?:(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)|(?P<word>[A-Za-z_]\w*)|(?P<sign>\S))")
-
 Value = int | float | str
+MAX_LENGTH = 500
+"""Characters: far more than any chain needs, and too few to nest deeply."""
+_STRANGE = re.compile(r"[^\w\s.,=()+-]|,(?=\s*\))", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -32,100 +32,34 @@ class Part:
 
 
 def parse(text: str, known: Collection[str], flag: str = "codec") -> list[Part]:
-    """The codecs that `text` chains, in order.
+    """The codecs that `text` chains, in order; values without a name come before those with one.
 
     Args:
-        text: see the grammar above.
+        text: of at most MAX_LENGTH characters.
         known: names of codecs.
         flag: what the user typed the text after, for messages.
 
     Raises:
         ConfigError: where the text does not parse, with a caret at the place, or a name is not known.
     """
-    return _Parser(text, known, flag).codec()
-
-
-class _Parser:
-    def __init__(self, text: str, known: Collection[str], flag: str) -> None:
-        self.text, self.known, self.flag = text, known, flag
-        self.at = 0
-
-    def codec(self) -> list[Part]:
-        """The first rule of the grammar."""
-        parts = [self.part()]
-        while self.accept("+"):
-            parts.append(self.part())
-        if self.peek() is not None:
-            self.fail('expected "+" or the end')
-        return parts
-
-    def part(self) -> Part:
-        """A codec with its arguments."""
-        start = self.peek()
-        if start is None or start.lastgroup != "word":
-            self.fail("expected the name of a codec")
-        assert start is not None
-        name = start["word"]
-        if name not in self.known:
-            self.fail(f"unknown codec {name!r}; known: {', '.join(self.known)}; it stands", start.start("word"))
-        self.at = start.end()
-        positional: list[Value] = []
-        named: list[tuple[str, Value]] = []
-        if self.accept("(") and not self.accept(")"):
-            self.argument(positional, named)
-            while not self.accept(")"):
-                if not self.accept(","):
-                    self.fail('expected "," or ")"')
-                self.argument(positional, named)
-        return Part(name, tuple(positional), tuple(named))
-
-    def argument(self, positional: list[Value], named: list[tuple[str, Value]]) -> None:
-        """An argument, put where it belongs."""
-        place = self.at
-        value = self.value()
-        if isinstance(value, str) and self.accept("="):
-            if value in dict(named):
-                self.fail(f"{value} is given twice", place)
-            named.append((value, self.value()))
-        elif named:
-            self.fail("a value without a name must come before those with one", place)
-        else:
-            positional.append(value)
-
-    def value(self) -> Value:
-        """A number or a word."""
-        token = self.peek()
-        if token is None or token.lastgroup == "sign":
-            self.fail("expected a number or a word")
-        assert token is not None
-        self.at = token.end()
-        if token.lastgroup == "word":
-            return token["word"]
-        number = token["number"]
-        return int(number) if re.fullmatch(r"[-+]?\d+", number) else float(number)
-
-    def peek(self) -> "re.Match[str] | None":
-        """The next token; a sign where the character means nothing here; None at the end."""
-        token = _TOKEN.match(self.text, self.at)
-        # A "+" between codecs is a sign, but "+" before a digit could be taken for a number's.
-        if token and token.lastgroup == "number" and token["number"].startswith("+"):
-            return re.compile(r"\s*(?P<sign>\+)").match(self.text, self.at)
-        return token
-
-    def accept(self, sign: str) -> bool:
-        """Goes past `sign` if it comes next, and says whether it did."""
-        token = self.peek()
-        if token is None or token.lastgroup != "sign" or token["sign"] != sign:
-            return False
-        self.at = token.end()
-        return True
-
-    def fail(self, problem: str, at: int | None = None) -> None:
-        """Raises the ConfigError that shows the place, by default the one reached."""
-        at = self.at if at is None else at
-        at += len(self.text[at:]) - len(self.text[at:].lstrip())
-        marked = f"{self.text[:at]}^{self.text[at:]}"
-        raise ConfigError(f"{self.flag} {self.text!r}: {problem} at the caret: {marked}")
+    if len(text) > MAX_LENGTH:
+        raise ConfigError(f"{flag} must have at most {MAX_LENGTH} characters, got {len(text)}")
+    line = re.sub(r"\s", " ", text)
+    begin = len(line) - len(line.lstrip())
+    strange = _STRANGE.search(line, begin)
+    try:
+        if strange:
+            raise _error("unexpected character", strange.start() - begin)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # a refusal is all that the user sees
+            warnings.simplefilter("ignore", DeprecationWarning)
+            tree = ast.parse(line[begin:] or "+", mode="eval").body
+        return [_part(node, known) for node in _terms(tree)]
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        offset = getattr(error, "offset", None) or len(text) + 1  # Python has none for the end
+        at = min(begin + offset - 1, len(text))
+        problem = getattr(error, "msg", "nested too deeply")
+        raise ConfigError(f"{flag} {text!r}: {problem} at the caret: {text[:at]}^{text[at:]}") from None
 
 
 def parse_codec(text: str, flag: str = "codec") -> list[Part]:
@@ -135,3 +69,43 @@ def parse_codec(text: str, flag: str = "codec") -> list[Part]:
         ConfigError: where the text does not parse or names an unknown codec.
     """
     return parse(AUTO if text.strip() == "auto" else text, CODECS, flag)
+
+
+def _terms(node: ast.expr) -> list[ast.expr]:
+    """What stands between the "+", from left to right."""
+    terms: list[ast.expr] = []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        terms.append(node.right)
+        node = node.left
+    return [node, *reversed(terms)]
+
+
+def _part(node: ast.expr, known: Collection[str]) -> Part:
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    if not isinstance(call.func, ast.Name):
+        raise _error("expected the name of a codec", node.col_offset)
+    if call.func.id not in known:
+        raise _error(f"unknown codec {call.func.id!r}; known: {', '.join(known)}; it stands", node.col_offset)
+    named: dict[str, Value] = {}
+    for keyword in call.keywords:
+        if keyword.arg is None or keyword.arg in named:
+            raise _error(f"{keyword.arg} is given twice", keyword.col_offset)
+        named[keyword.arg] = _value(keyword.value)
+    return Part(call.func.id, tuple(map(_value, call.args)), tuple(named.items()))
+
+
+def _value(node: ast.expr) -> Value:
+    """A number, with or without a minus, or a word."""
+    sign, number = (-1, node.operand) if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) else (1, node)
+    if isinstance(node, ast.Name):
+        return node.id
+    value = number.value if isinstance(number, ast.Constant) else ...
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return sign * value
+    if value in (True, False, None) and sign == 1:
+        return str(value)
+    raise _error("expected a number or a word", node.col_offset)
+
+
+def _error(problem: str, column: int) -> SyntaxError:
+    return SyntaxError(problem, (None, 1, column + 1, None))

@@ -56,7 +56,7 @@ class ServeConfig(Recipe):
         ports = self.metrics_port is None or 0 <= self.metrics_port < 2**16
         require(ports, "--metrics-port", "in 0..65535", self.metrics_port)
         parse_bytes(self.max_memory, "--max-memory")
-        parse_address(self.listen, "--listen")
+        parse_address(self.listen, "--listen", any_port=True)
 
 
 @dataclass(frozen=True)

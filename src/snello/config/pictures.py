@@ -26,6 +26,8 @@ def _require_trackers(names: tuple[str, ...]) -> None:
 
 def _source(data: str | Path | None) -> str | None:
     """The text of a source of pictures; `photos/` and `photos` are one, as a run that is resumed must know."""
+    if "://" in str(data):  # an address, to be refused as it was typed
+        return str(data)
     if data is None or str(data).startswith("hf:"):
         return None if data is None else str(data).rstrip("/")
     return str(Path(data))

@@ -11,6 +11,7 @@ BYTES = {unit: Fraction(1000**power) for power, unit in enumerate(("b", "kb", "m
 BYTES |= {unit: Fraction(1024**power) for power, unit in enumerate(("kib", "mib", "gib", "tib"), start=1)}
 BITS_PER_SECOND = {"kbit": Fraction(10**3), "mbit": Fraction(10**6), "gbit": Fraction(10**9)}
 SECONDS = {"us": Fraction(1, 10**6), "ms": Fraction(1, 1000), "s": Fraction(1)}
+_ADDRESS = re.compile(r"(?:\[([^\]]+)\]|([\w.-]+)):([0-9]{1,5})")
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
 
 
@@ -27,16 +28,29 @@ def parse_bytes(text: str, name: str) -> int:
     return int(amount)
 
 
-def parse_address(text: str, name: str) -> tuple[str, int]:
+def parse_address(text: str, name: str, *, any_port: bool = False) -> tuple[str, int]:
     """Host and port that a text such as `server.example:7443` or `[::1]:7443` means.
+
+    Args:
+        text: a name or an IPv4 address, or an IPv6 address in brackets, and a port.
+        name: what the user typed it after, for messages.
+        any_port: whether port 0 may be given, which lets the system choose where one listens.
 
     Raises:
         ConfigError: where it means none.
     """
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) >= 2**16 or (":" in host and not host.startswith("[")):
-        raise ConfigError(f"{name} must be host:port, as server.example:7443 or [::1]:7443, got {text!r}")
-    return host.strip("[]"), int(port)
+    match = _ADDRESS.fullmatch(text)
+    if match and (not match[1] or _is_ip6(match[1])) and int(not any_port) <= int(match[3]) < 2**16:
+        return match[1] or match[2], int(match[3])
+    ports = "" if any_port else " with a port in 1..65535"
+    raise ConfigError(f"{name} must be host:port, as server.example:7443 or [::1]:7443{ports}, got {text!r}")
+
+
+def _is_ip6(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).version == 6
+    except ValueError:
+        return False
 
 
 def is_loopback(host: str) -> bool:

@@ -1,6 +1,20 @@
-"""Pictures: found in folders, tables and data sets, or shipped with snello, checked, and split.
+"""Labelled pictures: from what `--data` names to batches. Nothing is downloaded.
 
-`snello.loading` makes batches of them.
+In the order to read:
+
+reading           one picture: from a file or bytes to 8-bit RGB; which files are pictures, and why others are not
+sets              labelled pictures, in files or in an array; `Splits`, the pictures of a run
+source            what every source of pictures answers
+folders           a folder of class folders, or of train, val and test
+tables            CSV, TSV and Parquet
+hf_datasets       Hugging Face datasets
+torchvision_sets  torchvision's data sets by name
+shipped           the 2 500 pictures that ship with snello
+splits            from the text of `--data` to a source, and to what is trained on and what is held out
+checking          which pictures cannot be read
+balance           whether classes differ much in size
+examining         `snello check-data`
+loaders           augmentation, the order of the samples, batches
 """
 
 from snello.data.balance import imbalance
@@ -9,7 +23,6 @@ from snello.data.reading import EXTENSIONS, decode_picture, open_picture
 from snello.data.sets import ArrayPictures, FilePictures, PictureSet, Splits
 from snello.data.shipped import FASHION_CLASSES
 from snello.data.splits import find_source, load_pictures, load_splits, splits_of
-from snello.seeds import mix, permutation
 
 __all__ = [
     "EXTENSIONS",
@@ -24,8 +37,6 @@ __all__ = [
     "imbalance",
     "load_pictures",
     "load_splits",
-    "mix",
     "open_picture",
-    "permutation",
     "splits_of",
 ]

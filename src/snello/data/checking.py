@@ -1,4 +1,4 @@
-"""Which pictures cannot be read: every one is looked at once, in threads, for Pillow decodes without the GIL."""
+"""Finds pictures that cannot be read: opens every one once, in threads, for Pillow decodes without the GIL."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -6,15 +6,14 @@ from typing import TypeVar
 
 from PIL import Image
 
-from snello.data.reading import some
 from snello.data.sets import P, PictureSet
-from snello.errors import DataError
+from snello.errors import DataError, listing
 
 T = TypeVar("T")
 
 
 def without_bad(sets: Sequence[P], skip_bad: bool, check: bool) -> tuple[list[P], int]:
-    """The sets without the pictures that cannot be read, and how many those are.
+    """Removes the pictures that cannot be read from the sets, and counts them.
 
     Args:
         sets: The pictures.
@@ -35,13 +34,13 @@ def without_bad(sets: Sequence[P], skip_bad: bool, check: bool) -> tuple[list[P]
     for pictures, reasons in zip(sets, bad, strict=True):
         kept.append(pictures.subset([i for i in range(len(pictures)) if i not in reasons]) if reasons else pictures)
         if lost := sorted(set(pictures.labels) - set(kept[-1].labels)):
-            names = some([pictures.classes[label] for label in lost])
+            names = listing([pictures.classes[label] for label in lost])
             raise DataError(f"no picture of class {names} can be read ({num_bad} bad ones in all, first {first})")
     return kept, num_bad
 
 
 def failures(pictures: PictureSet) -> dict[int, str]:
-    """Why pictures cannot be read, by their index; only the bad ones, in order."""
+    """Finds out why pictures cannot be read, by their index; only the bad ones, in order."""
 
     def failure(index: int) -> str | None:
         try:
@@ -54,7 +53,7 @@ def failures(pictures: PictureSet) -> dict[int, str]:
 
 
 def in_threads(look: Callable[[int], T], num: int) -> Iterator[T]:
-    """`look(0)`, ... `look(num - 1)`, in this order."""
+    """Yields `look(0)`, ... `look(num - 1)`, in this order."""
     Image.init()  # Pillow registers formats lazily, and threads that do so at once may miss some
     with ThreadPoolExecutor() as pool:
         for start in range(0, num, 1024):  # in parts, to be stopped by Ctrl-C and to hold few futures

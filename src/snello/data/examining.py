@@ -16,7 +16,7 @@ from snello.data.checking import in_threads
 from snello.data.reading import UNREADABLE
 from snello.data.sets import PictureSet
 from snello.data.splits import find_source
-from snello.errors import DataError
+from snello.errors import DataError, printable
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Findings:
     largest: list[int] | None = None
     """Greatest width and greatest height."""
     imbalance: str | None = None
+    notes: list[str] = field(default_factory=list)
+    """What is left out, and why."""
 
     @property
     def num_pictures(self) -> int:
@@ -75,6 +77,7 @@ def check_data(config: CheckDataConfig, console: Console | None = None) -> Findi
     source = find_source(config.source, config.columns, config.data_root)
     parts = {part or "all": source.read(part) for part in source.parts or (None,)}
     findings = Findings(source.title, {part: pictures.counts() for part, pictures in parts.items()})
+    findings.notes = list(source.notes)
     findings.imbalance = imbalance(parts.get("train", next(iter(parts.values()))))
     same: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
     sizes: list[tuple[int, int]] = []
@@ -121,7 +124,7 @@ def print_findings(findings: Findings, most: int = 20) -> None:
         totals.update(counts)
     listed = totals.most_common()
     left_out = f", ... and {len(listed) - most} classes with fewer" if len(listed) > most else ""
-    print(f"classes: {', '.join(f'{name} {count}' for name, count in listed[:most])}{left_out}")
+    print(f"classes: {', '.join(f'{printable(name)} {count}' for name, count in listed[:most])}{left_out}")
     if findings.imbalance:
         print(findings.imbalance)
     if findings.smallest and findings.largest:
@@ -137,6 +140,8 @@ def print_findings(findings: Findings, most: int = 20) -> None:
                 print(f"  {' = '.join(group.paths)}")
             if len(copies) > most:
                 print(f"  ... and {len(copies) - most} more (--format json lists all)")
+    for note in findings.notes:
+        print(note)
     print(f"broken: {len(findings.broken)} of {findings.num_pictures}")
     for broken in findings.broken:
         print(f"  {broken.path}: {broken.reason}")

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from typing_extensions import override
 
 from snello.config import ColumnsConfig
-from snello.data.reading import UNREADABLE, decode_picture, open_picture, shown, some
+from snello.data.reading import UNREADABLE, decode_picture, open_picture
 from snello.data.sets import PictureSet
-from snello.data.source import PART_NAMES, PARTS, Source, known_as
+from snello.data.source import PARTS, Source, left_out_beside, parts_among, with_classes
 from snello.data.tables import HF_EXTRA, IMAGE_COLUMNS, LABEL_COLUMNS, require_column, sorted_names, text_of
-from snello.errors import DataError
+from snello.errors import DataError, listing, printable
 
 PREFIX = "hf:"
 
@@ -27,16 +28,16 @@ class HfPictures(PictureSet):
         self._column, self._rows = column, list(range(len(self.labels)))
         self._dataset = dataset.select_columns([column]).cast_column(column, ImageFeature(decode=False))
 
+    @override
     def name(self, index: int) -> str:
-        """Title and row, from 0."""
         return f"{self.title} row {self._rows[index]}"
 
+    @override
     def open(self, index: int) -> Image.Image:
-        """See `open_picture`."""
         return self._open(index, draft=False)
 
+    @override
     def check(self, index: int) -> None:
-        """Decodes it, a JPEG in small."""
         self._open(index, draft=True)
 
     def _open(self, index: int, *, draft: bool) -> Image.Image:
@@ -47,11 +48,12 @@ class HfPictures(PictureSet):
             raise DataError(f"{self.name(index)}: {UNREADABLE}: there is none in this row")
         return open_picture(Path(value["path"]), draft=draft)
 
+    @override
     def file_bytes(self) -> int:
-        """The sizes of the encoded pictures."""
         values = (self._dataset[row][self._column] for row in self._rows)
         return sum(len(v["bytes"]) if v["bytes"] is not None else Path(v["path"]).stat().st_size for v in values)
 
+    @override
     def _keep(self, indices: Sequence[int]) -> None:
         self._rows = [self._rows[i] for i in indices]
 
@@ -65,7 +67,7 @@ class HfDataset(Source):
     """
 
     def __init__(self, text: str, columns: ColumnsConfig) -> None:
-        self.where, self.title = f"--data {PREFIX}{shown(text)}", f"{PREFIX}{shown(text)}"
+        self.where, self.title = f"--data {PREFIX}{printable(text)}", f"{PREFIX}{printable(text)}"
         if not text:
             raise DataError(f"{self.where}: a folder or a name is missing")
         try:
@@ -75,20 +77,27 @@ class HfDataset(Source):
         self._columns = columns
         loaded = _load(text, self.where)
         splits: dict[str, Any] = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
-        self._parts = {PART_NAMES[name.lower()]: d for name, d in splits.items() if name.lower() in PART_NAMES}
+        names = parts_among(splits, self.where)
+        self._parts = {part: splits[name] for part, name in names.items()}
         self._only = next(iter(splits.values())) if len(splits) == 1 else None
         if self._only is None and not self._parts:
-            raise DataError(f"{self.where}: no split is called train, val or test; there are {some(list(splits))}")
+            raise DataError(f"{self.where}: no split is called train, val or test; there are {listing(list(splits))}")
         self.parts = tuple(part for part in PARTS if part in self._parts)
+        self._notes = left_out_beside("split", list(splits), [names[part] for part in self.parts])
 
+    @property
+    @override
+    def notes(self) -> tuple[str, ...]:
+        return self._notes
+
+    @override
     def read(self, part: str | None, known: Sequence[str] | None = None) -> HfPictures:
-        """See `Source`; in the order of the dataset."""
         dataset = self._only if part is None else self._parts[part]
         if dataset is None:
             raise DataError(f"{self.where}: only {', '.join(self.parts)}, and none to evaluate on")
         image, (labels, classes) = self._image_column(dataset), self._labels(dataset)
         title = self.title if part is None else f"{self.title} {part}"
-        return known_as(HfPictures(dataset, image, labels, classes, title), known, self.where)
+        return with_classes(HfPictures(dataset, image, labels, classes, title), known, self.where)
 
     def _image_column(self, dataset: Any) -> str:
         import datasets
@@ -96,14 +105,14 @@ class HfDataset(Source):
         found = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
         if not found:
             columns = [f"{name} ({type(feature).__name__})" for name, feature in dataset.features.items()]
-            raise DataError(f"{self.where}: no column holds pictures; there are {some(columns, 12)}")
+            raise DataError(f"{self.where}: no column holds pictures; there are {listing(columns, 12)}")
         if len(found) == 1 and self._columns.image is None:
             column: str = found[0]
             return column
         return require_column(self.where, found, IMAGE_COLUMNS, self._columns.image, "image")
 
     def _labels(self, dataset: Any) -> tuple[list[int], list[str]]:
-        """The label of every row, and the names of the classes."""
+        """Finds the label of every row, and the names of the classes."""
         import datasets
 
         named = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -126,7 +135,7 @@ class HfDataset(Source):
 
 
 def _load(text: str, where: str) -> Any:
-    """The Dataset or DatasetDict that `PATH_OR_NAME[:CONFIG]` names."""
+    """Loads the Dataset or DatasetDict that `PATH_OR_NAME[:CONFIG]` names."""
     import datasets
 
     name, colon, config = (text, "", "") if Path(text).exists() else text.rpartition(":")
@@ -144,18 +153,18 @@ def _load(text: str, where: str) -> Any:
     except Exception as error:  # the package, its cache, its readers: each raises its own
         line = " ".join(str(error).split()) or type(error).__name__
         if folder.exists():
-            raise DataError(f"{where}: cannot be loaded: {shown(line[:300])}") from None
+            raise DataError(f"{where}: cannot be loaded: {printable(line[:300])}") from None
         arguments = f'"{name}"' + (f', "{config}"' if config else "")
         raise DataError(
-            f"{where}: no such folder, and not in the local cache ({shown(line[:160])}); nothing is downloaded: on a "
-            f"machine with a connection run python -c 'from datasets import load_dataset; "
+            f"{where}: no such folder, and not in the local cache ({printable(line[:160])}); nothing is downloaded: on "
+            f"a machine with a connection run python -c 'from datasets import load_dataset; "
             f'load_dataset({arguments}).save_to_disk("FOLDER")\', copy FOLDER here and use --data {PREFIX}FOLDER'
         ) from None
 
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """The package told to look on this machine only, and to be quiet."""
+    """Makes the package look on this machine only, and be quiet."""
     import datasets
     from datasets.utils import logging
 

@@ -1,20 +1,35 @@
 """Reading one picture, from a file or from bytes: 8-bit RGB, whatever it was, or one line that says why not."""
 
+import contextlib
+import importlib
 import io
-from collections.abc import Sequence
+import mimetypes
+import os
+import stat
+import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from snello.errors import DataError
+from snello.errors import DataError, printable
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# fmt: off
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
+    ".avif", ".jp2", ".heic", ".heif",
+)
+"""Names that say what a file is, where its format can be read here; of other files the contents decide."""
+# fmt: on
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
+"""What Pillow calls the formats of files that are found by their contents."""
 UNREADABLE = "cannot be read as a picture"
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def open_picture(path: Path, *, draft: bool = False) -> Image.Image:
-    """The picture in a file as 8-bit RGB, turned as its EXIF tag says, transparent parts on white.
+    """Reads the picture in a file as 8-bit RGB, turned as its EXIF tag says, transparent parts on white.
 
     Args:
         path: The file; its contents decide the format, not its name.
@@ -23,11 +38,11 @@ def open_picture(path: Path, *, draft: bool = False) -> Image.Image:
     Raises:
         DataError: naming the file and the reason, where it cannot be read.
     """
-    return _decode(path, shown(path), draft)
+    return _decode(path, printable(path), draft)
 
 
 def decode_picture(data: bytes, name: str, *, draft: bool = False) -> Image.Image:
-    """The picture in the bytes of a file, as `open_picture` gives it; `name` is what messages call it.
+    """Reads the picture in the bytes of a file as `open_picture` does; `name` is what messages call it.
 
     Raises:
         DataError: naming the picture and the reason, where it cannot be read.
@@ -37,6 +52,9 @@ def decode_picture(data: bytes, name: str, *, draft: bool = False) -> Image.Imag
 
 def _decode(source: Path | bytes, name: str, draft: bool) -> Image.Image:
     try:
+        _formats()
+        if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # a pipe would wait for ever
+            raise ValueError("not a regular file")
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if draft:
                 image.draft(None, (1, 1))
@@ -63,18 +81,76 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _reason(source: Path | bytes, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        return "not a known picture format" if size else "the file is empty"
+        head = source[:12] if isinstance(source, bytes) else _head(source)
+        if advice := _advice(head):
+            return f"its format is not read here: {advice}"
+        return "not a known picture format" if head else "the file is empty"
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(text.split()) or type(error).__name__
 
 
-def shown(text: Path | str) -> str:
-    """A path or name as it can be printed on one line, whatever bytes it is made of."""
-    return "".join(char if char.isprintable() else "?" for char in str(text))
+@cache
+def _formats() -> list[str]:
+    """Returns those of `FORMATS` that can be read here: by Pillow, and by pillow-heif where that is installed."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    return sorted(set(FORMATS) & set(Image.registered_extensions().values()))
 
 
-def some(names: Sequence[str], most: int = 8) -> str:
-    """The first names of a list, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(shown(name) for name in names[:most]) + more
+@cache
+def _kinds() -> dict[str, str]:
+    """Returns what kind of file an extension stands for: `picture` where it can be read here, else a MIME type."""
+    kinds = dict.fromkeys(Image.registered_extensions(), "image/other") | mimetypes.MimeTypes().types_map[True]
+    readable = {ext for ext, name in Image.registered_extensions().items() if name in _formats()}
+    return kinds | dict.fromkeys(readable.intersection(EXTENSIONS), "picture")
+
+
+def extension_of(name: str) -> str:
+    """Returns the extension in lower case, as .jpg."""
+    return os.path.splitext(name)[1].lower()
+
+
+def has_picture_name(name: str) -> bool:
+    """Says whether a file's extension is that of a picture, of a format that can be read here."""
+    return _kinds().get(extension_of(name)) == "picture"
+
+
+def reason_against(path: str) -> str | None:
+    """Says why a regular file is no picture that can be read here; None where it is one, perhaps a damaged one.
+
+    Known extensions decide; files with others are opened.
+    """
+    extension = extension_of(path)
+    kind = _kinds().get(extension, "application/octet-stream")
+    if kind == "picture":
+        return None
+    if not kind.startswith("image/") and kind != "application/octet-stream":
+        return "not pictures"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=_formats()) as image:
+                raw = image.format == "TIFF" and extension  # what opens is often a small preview
+        return "camera raw or another kind of TIFF; convert them, or name them .tif" if raw else None
+    except Image.DecompressionBombError:
+        return None
+    except Exception as error:  # as in `_decode`
+        if isinstance(error, OSError) and error.errno:
+            return error.strerror
+    if advice := _advice(_head(Path(path))):
+        return advice
+    return "not read; save them as PNG or JPEG" if kind.startswith("image/") else "not pictures"
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(12)
+
+
+def _advice(head: bytes) -> str | None:
+    """Says what would make a file readable that begins so, where something would."""
+    if head[4:8] == b"ftyp" and head[8:] in HEIF_BRANDS and "HEIF" not in _formats():
+        return "pip install pillow-heif"
+    if head[4:8] == b"ftyp" and head[8:] in (b"avif", b"avis") and "AVIF" not in _formats():
+        return "pip install --upgrade pillow"
+    return None

@@ -10,8 +10,10 @@ from typing import TypeVar
 
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
-from snello.data.reading import open_picture, shown
+from snello.data.reading import open_picture
+from snello.errors import printable
 
 P = TypeVar("P", bound="PictureSet")
 
@@ -28,33 +30,41 @@ class PictureSet(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What the picture is called in messages."""
+        """Returns what messages call the picture."""
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:
-        """The picture, 8-bit RGB; a DataError where it cannot be read."""
+        """Decodes the picture to 8-bit RGB.
+
+        Raises:
+            DataError: where it cannot be read.
+        """
 
     @abstractmethod
     def check(self, index: int) -> None:
-        """A DataError where the picture cannot be read; decodes no more than finding that out takes."""
+        """Decodes no more of the picture than it takes to find out whether it can be read.
+
+        Raises:
+            DataError: where it cannot be read.
+        """
 
     @abstractmethod
     def file_bytes(self) -> int:
-        """What uploading the pictures once would take: the bytes of their files."""
+        """Returns the bytes of the pictures' files: what uploading them once would take."""
 
     @abstractmethod
     def _keep(self, indices: Sequence[int]) -> None:
         """Forgets all pictures but these."""
 
     def subset(self: P, indices: Sequence[int]) -> P:
-        """The pictures at `indices`, with the same classes."""
+        """Selects the pictures at `indices`; the classes stay."""
         part = copy.copy(self)
         part.labels = [self.labels[i] for i in indices]
         part._keep(indices)
         return part
 
     def relabelled(self: P, classes: Sequence[str]) -> P:
-        """The same pictures with labels that are indices into `classes`, which has all names that are in use here."""
+        """Makes the labels indices into `classes`, which has all names that are in use here."""
         part = copy.copy(self)
         part.classes = tuple(classes)
         if part.classes != self.classes:
@@ -63,7 +73,7 @@ class PictureSet(ABC):
         return part
 
     def counts(self) -> dict[str, int]:
-        """Pictures of each class, in the order of the classes."""
+        """Counts the pictures of each class, in the order of the classes."""
         counts = [0] * len(self.classes)
         for label in self.labels:
             counts[label] += 1
@@ -76,22 +86,23 @@ class FilePictures(PictureSet):
     def __init__(self, paths: Sequence[Path], labels: Sequence[int], classes: Sequence[str]) -> None:
         self.paths, self.labels, self.classes = list(paths), list(labels), tuple(classes)
 
+    @override
     def name(self, index: int) -> str:
-        """The path."""
-        return shown(self.paths[index])
+        return printable(self.paths[index])
 
+    @override
     def open(self, index: int) -> Image.Image:
-        """See `open_picture`."""
         return open_picture(self.paths[index])
 
+    @override
     def check(self, index: int) -> None:
-        """Decodes it, a JPEG in small."""
         open_picture(self.paths[index], draft=True)
 
+    @override
     def file_bytes(self) -> int:
-        """The sizes of the files."""
         return sum(path.stat().st_size for path in self.paths)
 
+    @override
     def _keep(self, indices: Sequence[int]) -> None:
         self.paths = [self.paths[i] for i in indices]
 
@@ -102,26 +113,28 @@ class ArrayPictures(PictureSet):
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: Sequence[str], title: str) -> None:
         self.images, self.labels, self.classes, self.title = images, labels.tolist(), tuple(classes), title
 
+    @override
     def name(self, index: int) -> str:
-        """Title and number."""
         return f"{self.title} {index}"
 
+    @override
     def open(self, index: int) -> Image.Image:
-        """The picture; grey is repeated in the three channels."""
         return Image.fromarray(self.images[index]).convert("RGB")
 
+    @override
     def check(self, index: int) -> None:
-        """Nothing can be wrong with it."""
+        pass  # nothing can be wrong with it
 
+    @override
     def file_bytes(self) -> int:
-        """The sizes they would have as JPEG files of Pillow's default quality."""
-        total = 0
+        total = 0  # as JPEG files of Pillow's default quality
         for image in self.images:
             file = io.BytesIO()
             Image.fromarray(image).save(file, "JPEG")
             total += file.tell()
         return total
 
+    @override
     def _keep(self, indices: Sequence[int]) -> None:
         self.images = self.images[list(indices)]
 
@@ -136,3 +149,5 @@ class Splits:
     """Pictures left out because they cannot be read."""
     source: str
     """Where the pictures come from, in words."""
+    notes: tuple[str, ...] = ()
+    """What was left out of the source, and why, in a line each."""

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from importlib import resources
 
 import numpy as np
+from typing_extensions import override
 
 from snello.data.sets import ArrayPictures, PictureSet
-from snello.data.source import Source, known_as
+from snello.data.source import Source, with_classes
 
 # fmt: off
 FASHION_CLASSES = (
@@ -21,9 +22,9 @@ class Shipped(Source):
     where, title = "the pictures that ship with snello", "Fashion-MNIST, the 2500 pictures that ship with snello"
     parts = ("train", "test")
 
+    @override
     def read(self, part: str | None, known: Sequence[str] | None = None) -> PictureSet:
-        """See `Source`."""
         file = resources.files("snello") / "assets" / "fashion_mnist.npz"
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-        return known_as(ArrayPictures(images, labels, FASHION_CLASSES, f"Fashion-MNIST {part}"), known, self.where)
+        return with_classes(ArrayPictures(images, labels, FASHION_CLASSES, f"Fashion-MNIST {part}"), known, self.where)

@@ -1,11 +1,10 @@
 """What every source of pictures answers: which parts it has, and the pictures of one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from snello.data.reading import some
 from snello.data.sets import P, PictureSet
-from snello.errors import DataError
+from snello.errors import DataError, listing, printable
 
 PARTS = ("train", "val", "test")
 # What others call them.
@@ -30,7 +29,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, part: str | None, known: Sequence[str] | None = None) -> PictureSet:
-        """The pictures of a part, or all where it is None.
+        """Finds the pictures of a part, or all where it is None.
 
         Labels are indices into the `known` classes, else into those of the part.
 
@@ -38,27 +37,57 @@ class Source(ABC):
             DataError: where they cannot be found, or a class is not known.
         """
 
-    def called(self, part: str) -> str:
-        """A part as messages call it."""
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Names what the parts that were read leave out, and how folders were taken, in a line each."""
+        return ()
+
+    def part_name(self, part: str) -> str:
+        """Returns what messages call a part."""
         return part
 
     def training_part(self) -> str | None:
-        """The part to train on; None where all pictures are in one.
+        """Chooses the part to train on; None where all pictures are in one.
 
         Raises:
             DataError: where there are parts, but none to train on.
         """
         if self.parts and "train" not in self.parts:
-            raise DataError(f"{self.where}: nothing to train on: only {', '.join(self.parts)} and no train")
+            only = ", ".join(map(self.part_name, self.parts))
+            raise DataError(f"{self.where}: nothing to train on: only {only} and no {self.part_name('train')}")
         return "train" if self.parts else None
 
     def held_out_part(self) -> str | None:
-        """The part to evaluate on: val, else test, else None."""
+        """Chooses the part to evaluate on: val, else test, else None."""
         return next((part for part in ("val", "test") if part in self.parts), None)
 
 
-def known_as(pictures: P, known: Sequence[str] | None, where: str) -> P:
-    """The pictures with labels that are indices into `known`, where that is given.
+def parts_among(names: Iterable[str], where: str) -> dict[str, str]:
+    """Finds which of the names mean which parts.
+
+    Raises:
+        DataError: where two mean the same.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        part = PART_NAMES.get(name.lower())
+        if part in found:
+            both = f"{printable(found[part])} and {printable(name)}"
+            raise DataError(f"{where}: {both} both mean {part}; keep one of them")
+        if part is not None:
+            found[part] = name
+    return found
+
+
+def left_out_beside(kind: str, names: Sequence[str], used: Sequence[str]) -> tuple[str, ...]:
+    """Names the folders or splits that are none of the parts; nothing where there are no parts."""
+    others = [name for name in names if name not in used] if used else []
+    kinds = kind if len(others) == 1 else f"{kind}s"
+    return (f"left out: {kinds} {listing(others)}: beside {listing(used)}",) if others else ()
+
+
+def with_classes(pictures: P, known: Sequence[str] | None, where: str) -> P:
+    """Makes the labels indices into `known`, where that is given.
 
     Raises:
         DataError: for a class that is in use and not known.
@@ -66,5 +95,5 @@ def known_as(pictures: P, known: Sequence[str] | None, where: str) -> P:
     if known is None:
         return pictures
     if unknown := [name for name, count in pictures.counts().items() if count and name not in known]:
-        raise DataError(f"{where}: classes unknown to the model: {some(unknown)}; known: {some(known)}")
+        raise DataError(f"{where}: classes unknown to the model: {listing(unknown)}; known: {listing(known)}")
     return pictures.relabelled(known)

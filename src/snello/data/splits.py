@@ -11,20 +11,19 @@ from snello.config import ColumnsConfig, FinetuneConfig
 from snello.data.checking import without_bad
 from snello.data.folders import Folder
 from snello.data.hf_datasets import PREFIX, HfDataset
-from snello.data.reading import shown, some
 from snello.data.sets import P, PictureSet, Splits
 from snello.data.shipped import Shipped
 from snello.data.source import Source
 from snello.data.tables import SUFFIXES, Table
 from snello.data.torchvision_sets import TorchvisionSet, names, spec_of
-from snello.errors import DataError
+from snello.errors import DataError, listing, printable
 from snello.seeds import mix, permutation
 
 _SPLIT = 0x73706C6974  # keeps the seeds of the split apart from those of order and augmentation
 
 
 def find_source(text: str | Path | None, columns: ColumnsConfig | None = None, data_root: Path | None = None) -> Source:
-    """The source that --data names; None are the pictures that ship with snello.
+    """Finds the source that --data names; None are the pictures that ship with snello.
 
     What exists as a file or folder wins over a torchvision set of that name.
 
@@ -35,6 +34,9 @@ def find_source(text: str | Path | None, columns: ColumnsConfig | None = None, d
     if text is None:
         return Shipped()
     text = os.fspath(text)
+    if "://" in text:
+        what = "is an address, and nothing is downloaded: fetch the pictures, and name their folder or table"
+        raise DataError(f"--data {printable(text)}: {what}")
     if text.startswith(PREFIX):
         return HfDataset(text.removeprefix(PREFIX), columns)
     path = Path(text)
@@ -43,11 +45,11 @@ def find_source(text: str | Path | None, columns: ColumnsConfig | None = None, d
     if path.suffix.lower() in SUFFIXES:
         return Table(path, columns)
     if path.exists():
-        raise DataError(f"--data {shown(text)}: is a file; a folder or a table ({' '.join(SUFFIXES)}) is needed")
+        raise DataError(f"--data {printable(text)}: is a file; a folder or a table ({' '.join(SUFFIXES)}) is needed")
     if (spec := spec_of(text)) is not None:
         return TorchvisionSet(text, spec, data_root)
     raise DataError(
-        f"--data {shown(text)}: no such folder or file; a source is a folder, a table ({' '.join(SUFFIXES)}), "
+        f"--data {printable(text)}: no such folder or file; a source is a folder, a table ({' '.join(SUFFIXES)}), "
         f"{PREFIX}PATH_OR_NAME, or a torchvision set: {', '.join(names())}"
     )
 
@@ -62,7 +64,7 @@ def load_splits(
     columns: ColumnsConfig | None = None,
     data_root: Path | None = None,
 ) -> Splits:
-    """The training and held-out pictures of a source, or those shipped with snello if it is None.
+    """Finds the training and held-out pictures of a source, or of those shipped with snello if it is None.
 
     Where the source has a train part, that and val, else test; with neither of these, or without parts, `val_share` of
     every class is held out (at least one picture, never all).
@@ -84,24 +86,26 @@ def load_splits(
     held_out = None if part is None else found.held_out_part()
     train = found.read(part)
     if len(train.classes) < 2:
-        where = found.where if part is None else f"{found.where}, {found.called(part)}"
-        raise DataError(f"{where}: only one class ({some(train.classes)}); two or more are needed")
+        where = found.where if part is None else f"{found.where}, {found.part_name(part)}"
+        raise DataError(f"{where}: only one class ({listing(train.classes)}); two or more are needed")
     if part is None or held_out is None:
         (pictures,), num_skipped = without_bad([train], skip_bad, check)
-        title = found.title if part is None else f"{found.title}, {found.called(part)}"
+        title = found.title if part is None else f"{found.title}, {found.part_name(part)}"
         return Splits(
             *_hold_out(pictures, found.where, val_share, seed),
             num_skipped,
             f"{title}, {val_share:.0%} of each class held out",
+            found.notes,
         )
     val = found.read(held_out)
     _require_same_classes(found, part, train, held_out, val)
     (train, val), num_skipped = without_bad([train, val.relabelled(train.classes)], skip_bad, check)
-    return Splits(train, val, num_skipped, f"{found.title}, {found.called(part)} and {found.called(held_out)}")
+    title = f"{found.title}, {found.part_name(part)} and {found.part_name(held_out)}"
+    return Splits(train, val, num_skipped, title, found.notes)
 
 
 def splits_of(config: FinetuneConfig, *, skip_bad: bool | None = None, check: bool | None = None) -> Splits:
-    """The pictures of a run, as its config says where not told otherwise; see `load_splits`."""
+    """Finds the pictures of a run as its config says, with `load_splits`; `skip_bad` and `check` may differ."""
     return load_splits(
         config.data,
         val_share=config.val_share,
@@ -122,8 +126,10 @@ def load_pictures(
     part: str | None = None,
     columns: ColumnsConfig | None = None,
     data_root: Path | None = None,
-) -> tuple[PictureSet, int]:
-    """Labelled pictures of known classes, and how many were left out; labels are indices into `classes`.
+) -> tuple[PictureSet, int, tuple[str, ...]]:
+    """Finds pictures of known classes; returns also how many bad ones are left out, and notes as in `Splits`.
+
+    Labels are indices into `classes`.
 
     Args:
         source: As --data takes it.
@@ -142,22 +148,22 @@ def load_pictures(
         raise DataError(f"{found.where}: there is no {part} part; there is {', '.join(found.parts) or 'only one part'}")
     pictures = found.read(part or found.held_out_part(), classes)
     (pictures,), num_skipped = without_bad([pictures], skip_bad, check)
-    return pictures, num_skipped
+    return pictures, num_skipped, found.notes
 
 
 def _require_same_classes(source: Source, part: str, train: PictureSet, held_out: str, val: PictureSet) -> None:
-    """No class is held out only; none is trained only, where that is a mistake."""
+    """Refuses a class that is only held out, and one that is only trained where that is a mistake."""
     in_use = [[name for name, count in pictures.counts().items() if count] for pictures in (train, val)]
     only_train = [name for name in in_use[0] if name not in val.classes] if source.same_classes else []
     only_val = [name for name in in_use[1] if name not in train.classes]
-    only = ((source.called(part), only_train), (source.called(held_out), only_val))
-    if differences := [f"only in {name}: {some(classes)}" for name, classes in only if classes]:
-        names = f"{source.called(part)} and {source.called(held_out)}"
+    only = ((source.part_name(part), only_train), (source.part_name(held_out), only_val))
+    if differences := [f"only in {name}: {listing(classes)}" for name, classes in only if classes]:
+        names = f"{source.part_name(part)} and {source.part_name(held_out)}"
         raise DataError(f"{source.where}: {names} differ in classes, {'; '.join(differences)}")
 
 
 def _hold_out(pictures: P, where: str, val_share: float, seed: int) -> tuple[P, P]:
-    """Every class split at random, in proportion, with at least one picture on either side."""
+    """Splits every class at random, in proportion, with at least one picture on either side."""
     of_class: list[list[int]] = [[] for _ in pictures.classes]
     for index, label in enumerate(pictures.labels):
         of_class[label].append(index)
@@ -165,8 +171,8 @@ def _hold_out(pictures: P, where: str, val_share: float, seed: int) -> tuple[P, 
     for label, indices in enumerate(of_class):
         if len(indices) == 1:
             raise DataError(
-                f"{where}: class {shown(pictures.classes[label])} has only one picture; to hold some out each class "
-                "needs two or more, or there must be pictures for train and for val"
+                f"{where}: class {printable(pictures.classes[label])} has only one picture; to hold some out each "
+                "class needs two or more, or there must be pictures for train and for val"
             )
         num_val = min(max(round(val_share * len(indices)), 1), len(indices) - 1) if indices else 0
         order = permutation(len(indices), mix(_SPLIT, seed, label))

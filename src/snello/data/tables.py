@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from snello.config import ColumnsConfig
-from snello.data.reading import shown, some
 from snello.data.sets import FilePictures
-from snello.data.source import PART_NAMES, PARTS, Source, known_as
-from snello.errors import DataError
+from snello.data.source import PART_NAMES, PARTS, Source, with_classes
+from snello.errors import DataError, listing, printable
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 IMAGE_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img", "img_path")
@@ -30,9 +31,9 @@ class Table(Source):
     """A table; relative paths in it are relative to its own folder."""
 
     def __init__(self, path: Path, columns: ColumnsConfig) -> None:
-        self.where, self.title = f"--data {shown(path)}", shown(path)
+        self.where, self.title = f"--data {printable(path)}", printable(path)
         if not path.is_file():
-            raise DataError(f"{self.where}: {'is a folder' if path.exists() else 'no such file'}")
+            raise DataError(f"{self.where}: {'is not a regular file' if path.exists() else 'no such file'}")
         header, rows = _parquet(path, self.where) if path.suffix.lower() == ".parquet" else _csv(path, self.where)
         image = require_column(self.where, header, IMAGE_COLUMNS, columns.image, "image")
         label = require_column(self.where, header, LABEL_COLUMNS, columns.label, "label")
@@ -49,38 +50,42 @@ class Table(Source):
         path = text_of(values.get(image), where, "path", image)
         part = None if split is None else text_of(values.get(split), where, "split", split)
         if part is not None and part.lower() not in PART_NAMES:
-            raise DataError(f"{where}: unknown split {shown(part)!r} in column {split}; known: {', '.join(PARTS)}")
+            raise DataError(f"{where}: unknown split {printable(part)!r} in column {split}; known: {', '.join(PARTS)}")
         return _Row(
             folder / path,
             text_of(values.get(label), where, "label", label),
             None if part is None else PART_NAMES[part.lower()],
         )
 
+    @override
     def read(self, part: str | None, known: Sequence[str] | None = None) -> FilePictures:
-        """See `Source`; in the order of the table."""
         rows = [row for row in self._rows if part is None or row.part == part]
         classes = sorted_names({row.label for row in rows})
         place = {name: i for i, name in enumerate(classes)}
         pictures = FilePictures([row.path for row in rows], [place[row.label] for row in rows], classes)
-        return known_as(pictures, known, self.where)
+        return with_classes(pictures, known, self.where)
 
 
 def find_column(where: str, header: Sequence[str], usual: Sequence[str], given: str | None, what: str) -> str | None:
-    """The column that is given, else the first of the usual names, whatever their case, else None.
+    """Finds the column that is given, else the first of the usual names, whatever their case, else None.
 
     Raises:
         DataError: where the given one is not there.
     """
     if given is not None:
         if given not in header:
-            raise DataError(f"{where}: no column {shown(given)!r} (--columns.{what}); {_there_are(header)}")
+            raise DataError(f"{where}: no column {printable(given)!r} (--columns.{what}); {_there_are(header)}")
         return given
     lower = {name.strip().lower(): name for name in reversed(header)}
     return next((lower[name] for name in usual if name in lower), None)
 
 
 def require_column(where: str, header: Sequence[str], usual: Sequence[str], given: str | None, what: str) -> str:
-    """See `find_column`; a DataError where there is none."""
+    """Finds a column as `find_column` does.
+
+    Raises:
+        DataError: where there is none.
+    """
     found = find_column(where, header, usual, given, what)
     if found is None:
         raise DataError(
@@ -91,11 +96,11 @@ def require_column(where: str, header: Sequence[str], usual: Sequence[str], give
 
 
 def _there_are(header: Sequence[str]) -> str:
-    return f"there are {some(header, 12)}" if header else "there are none"
+    return f"there are {listing(header, 12)}" if header else "there are none"
 
 
 def text_of(value: Any, where: str, what: str, column: str) -> str:
-    """A cell as text; whole numbers have no point.
+    """Makes a cell text; whole numbers have no point.
 
     Raises:
         DataError: for an empty cell, and for one that is neither text nor a whole number.
@@ -106,17 +111,18 @@ def text_of(value: Any, where: str, what: str, column: str) -> str:
     if text:
         return text
     empty = value is None or value == "" or isinstance(value, str) or value != value
-    raise DataError(f"{where}: {f'no {what}' if empty else f'{what} {shown(str(value))}'} in column {shown(column)}")
+    got = f"no {what}" if empty else f"{what} {printable(str(value))}"
+    raise DataError(f"{where}: {got} in column {printable(column)}")
 
 
 def sorted_names(names: set[str]) -> list[str]:
-    """Sorted, as numbers where all are whole numbers."""
+    """Sorts names, as numbers where all are whole numbers."""
     numbers = all(name.isdecimal() for name in names)
     return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
 
 
 def _csv(path: Path, where: str) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
-    """Header and numbered rows; lines count from 1 with the header, as editors do."""
+    """Reads header and numbered rows; lines count from 1 with the header, as editors do."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -135,7 +141,7 @@ def _csv(path: Path, where: str) -> tuple[list[str], Iterator[tuple[int, dict[st
 
 
 def _parquet(path: Path, where: str) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
-    """Header and numbered rows, from 1."""
+    """Reads header and numbered rows, from 1."""
     try:
         import pyarrow.parquet
     except ImportError:

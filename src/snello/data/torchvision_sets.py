@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
-from snello.data.reading import shown
 from snello.data.sets import ArrayPictures, FilePictures, PictureSet
-from snello.data.source import Source, known_as
-from snello.errors import DataError
+from snello.data.source import Source, with_classes
+from snello.errors import DataError, printable
 
 DEFAULT_ROOT = Path("~/.cache/snello/torchvision")
 
@@ -115,12 +115,12 @@ SETS = {
 
 
 def names() -> list[str]:
-    """The names of the sets, sorted."""
+    """Lists the names of the sets, sorted."""
     return sorted(SETS)
 
 
 def spec_of(text: str) -> Spec | None:
-    """The set of that name; case does not matter, nor whether words are joined by - or _."""
+    """Finds the set of that name; case does not matter, nor whether words are joined by - or _."""
     return SETS.get(text.lower().replace("-", "_"))
 
 
@@ -130,13 +130,15 @@ class TorchvisionSet(Source):
     def __init__(self, name: str, spec: Spec, root: Path | None) -> None:
         self.where = f"--data {name}"
         self._spec, self._root = spec, (root or DEFAULT_ROOT).expanduser()
-        self.title = f"{spec.cls} in {shown(self._root)}"
+        self.title = f"{spec.cls} in {printable(self._root)}"
         self.parts = () if "all" in spec.parts else tuple(spec.parts)
         if not (self._root / spec.files).exists():
-            raise DataError(f"{self.where}: there is no {spec.files} in {shown(self._root)}; {self._how_to_fetch()}")
+            raise DataError(
+                f"{self.where}: there is no {spec.files} in {printable(self._root)}; {self._how_to_fetch()}"
+            )
 
+    @override
     def read(self, part: str | None, known: Sequence[str] | None = None) -> PictureSet:
-        """See `Source`; files in the order of their paths."""
         made = self._make(part or "all")
         contents, labels = self._spec.contents(made)
         labels = [int(label) for label in labels]
@@ -147,7 +149,7 @@ class TorchvisionSet(Source):
         else:
             pairs = sorted(zip(map(Path, contents), labels, strict=True))  # some are listed in the file system's order
             pictures = FilePictures([path for path, _ in pairs], [label for _, label in pairs], classes)
-        return known_as(pictures, known, self.where)
+        return with_classes(pictures, known, self.where)
 
     def _make(self, part: str) -> Any:
         from torchvision import datasets
@@ -159,7 +161,7 @@ class TorchvisionSet(Source):
             line = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, ImportError) or "scipy" in line.lower():
                 raise DataError(f"{self.where}: needs the package scipy: pip install scipy") from None
-            what = f"its files in {shown(self._root)} are incomplete or damaged ({shown(line[:200])})"
+            what = f"its files in {printable(self._root)} are incomplete or damaged ({printable(line[:200])})"
             raise DataError(f"{self.where}: {what}; {self._how_to_fetch()}") from None
 
     def _how_to_fetch(self) -> str:
@@ -175,5 +177,5 @@ class TorchvisionSet(Source):
 
 
 def _literal(value: str | bool) -> str:
-    """As Python, in double quotes: the shell's are single."""
+    """Writes a value as Python, in double quotes: the shell's are single."""
     return str(value) if isinstance(value, bool) else json.dumps(value)

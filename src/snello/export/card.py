@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import yaml
 
+from snello.errors import printable
 from snello.export.trained import Trained
 from snello.report.terminal import COST_ROWS
 from snello.runs.summary import Summary
@@ -192,8 +193,8 @@ def _value(value: Any) -> str:
 
 def _quoted(text: str) -> str:
     """A name as Markdown shows it letter by letter, on one line, whatever it is made of."""
-    shown = "".join(char if char.isprintable() else "?" for char in text).replace("|", "\\|")
-    return f"`` {shown} ``" if "`" in shown else f"`{shown}`"
+    text = printable(text).replace("|", "\\|")
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

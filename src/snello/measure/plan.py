@@ -1,7 +1,8 @@
-"""What fits into a given memory: estimates first, without allocating anything, then one real step of what may fit.
+"""What fits into a given memory: estimates without allocating anything, then real steps of what may fit.
 
 An estimate takes a step of the real model on tensors without data, so it counts what the step would hold, to the
-byte, and what cannot fit is never run. The rest is measured, the most promising first, until the time is up.
+byte, and what cannot fit is never run. The rest is measured: each method once, then the most promising first. A method
+is estimated when its turn comes, for on a large model that takes as long as measuring, and counts against the time.
 """
 
 import dataclasses
@@ -10,8 +11,8 @@ import shlex
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +20,7 @@ from snello.config import AlastConfig, FinetuneConfig, PlanConfig
 from snello.config.units import parse_bytes
 from snello.devices import Precision, resolve_device, resolve_precision
 from snello.errors import ConfigError
-from snello.measure.comparison import OutOfMemoryError, Process, available_memory, make_request
+from snello.measure.process import OutOfMemoryError, Process, available_memory, make_request
 from snello.measure.step import Memory, TrainingStep, resident_memory
 from snello.models import create_model
 from snello.vit import AttentionPath, ViT
@@ -29,13 +30,13 @@ LOWEST = AlastConfig(draw="lowest-first", train_embeddings=False)
 VARIANTS: tuple[tuple[str, AlastConfig], ...] = (
     ("alast", LOWEST),
     ("full", AlastConfig()),
-    ("alast", AlastConfig()),
     ("alast+lora", replace(LOWEST, train_embeddings=True)),  # LoRA freezes them anyway
     ("lora", AlastConfig()),
     ("last-k", AlastConfig()),
     ("head", AlastConfig()),
+    ("alast", AlastConfig()),
 )
-"""Methods and settings, in the order in which they are tried."""
+"""Methods and settings, in the order in which they are tried: each method once, then ALaST in another way."""
 STEPS = 3.5  # that measuring a candidate takes: one to warm up, one that is timed, one that is counted
 SHORTEST = 0.3  # seconds of timed steps
 SLACK = 2**30  # beyond the memory that is asked for, before a measuring process is stopped: stacks, reservations
@@ -48,20 +49,15 @@ class Candidate:
     config: FinetuneConfig
     memory: Memory
 
-    @property
-    def variant(self) -> tuple[Any, ...]:
-        """What stays the same while the batch grows."""
-        return self.config.method, self.config.alast, self.config.precision
-
 
 @dataclass(frozen=True)
-class Measured:
-    """A candidate after a real step."""
+class PlanRow:
+    """A candidate after real steps."""
 
     config: FinetuneConfig
     step_time_s: float
     memory: Memory
-    """Counted in that step."""
+    """Counted in a step."""
     peak_bytes: int
     """Measured: of the device, or of the process beyond what it had before the model."""
     process_bytes: int
@@ -99,55 +95,51 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class NotRanked:
+    """A method of which no setting could be ranked."""
+
+    method: str
+    lowest_first: bool
+    reason: Literal["does not fit", "no time"]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What was found."""
 
     memory_bytes: int
-    rows: list[Measured]
+    rows: list[PlanRow]
     """What fits, the fastest first."""
+    not_ranked: list[NotRanked]
+    """The methods that are missing there."""
     candidates: int
     too_large: int
     """Not run, since the estimate does not fit."""
     refused: int
     """Run, and found not to fit."""
     left_out: int
-    """Would fit by estimate, but the time was up."""
+    """Not run, since the time was up; not even estimated, perhaps."""
 
     def to_dict(self) -> dict[str, Any]:
         """As values that JSON can hold."""
-        counts = {name: getattr(self, name) for name in ("memory_bytes", "candidates", "too_large", "refused")}
-        return counts | {"left_out": self.left_out, "rows": [row.row() for row in self.rows]}
+        values = {**vars(self), "not_ranked": [asdict(one) for one in self.not_ranked]}
+        return values | {"rows": [row.row() for row in self.rows]}
 
 
 def make_plan(config: PlanConfig, say: Callable[[str], None] = lambda text: None) -> Plan:
     """Tries what `config` says on this machine.
 
     Raises:
-        ConfigError: for a memory, device or precision that cannot be used, or where nothing fits.
+        ConfigError: for a memory, device or precision that cannot be used, where nothing fits, or where the time was
+            up before anything was measured.
         ModelError: for a model that cannot be built.
         SnelloError: where a measuring process fails for another reason than memory.
     """
-    deadline = time.monotonic() + config.seconds
     device = resolve_device(config.device)
     memory = _free(device) if config.memory == "auto" else parse_bytes(config.memory, "--memory")
-    base = resident_memory(device) if device.type == "cpu" else 0
-    planner = _Planner(config, device)
-    candidates = list(planner.candidates(memory - base))
-    fitting = [candidate for candidate in candidates if base + candidate.memory.total_bytes <= memory]
-    if not fitting:
-        least = min(candidates, key=lambda candidate: candidate.memory.total_bytes)
-        raise _nothing(config, least.config, base + least.memory.total_bytes, base)
-    say(f"{len(candidates)} candidates, {len(candidates) - len(fitting)} do not fit by estimate; measuring")
-    found = planner.measure(fitting, memory, deadline, say)
-    rows = [row for row in found.rows if row.need_bytes <= memory]
-    if not rows and not found.rows:
-        raise _nothing(config, fitting[0].config, base + fitting[0].memory.total_bytes, base)
-    if not rows:
-        smallest = min(found.rows, key=lambda row: row.need_bytes)
-        raise _nothing(config, smallest.config, smallest.need_bytes, smallest.process_bytes)
-    rows.sort(key=lambda row: -row.pictures_per_second)
-    refused = len(fitting) - found.left_out - len(rows)
-    return Plan(memory, rows, len(candidates), len(candidates) - len(fitting), refused, found.left_out)
+    planner = _Planner(config, device, memory, say)
+    planner.search()
+    return planner.plan()
 
 
 def _free(device: torch.device) -> int:
@@ -157,48 +149,100 @@ def _free(device: torch.device) -> int:
         raise ConfigError("--memory auto is for Linux and CUDA devices: give an amount as 4GB") from None
 
 
+@dataclass
+class _Variant:
+    """A method in one precision, and what has been found out about it: all that stays while the batch grows."""
+
+    smallest: FinetuneConfig
+    round: int
+    """When its first candidate is measured."""
+    waiting: list[Candidate] | None = None
+    """What may fit by estimate and is not measured yet; None before it is estimated."""
+    too_large: list[Candidate] = field(default_factory=list)
+    refused: list[Candidate] = field(default_factory=list)
+    measured: list[PlanRow] = field(default_factory=list)
+    left_out: int = 0
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Each method once in the first precision, then larger batches and the next one; the fastest first."""
+        return self.round + len(self.measured) + len(self.refused), -self.rate
+
+    @property
+    def rate(self) -> float:
+        """Pictures per second, as last measured; 0 before."""
+        return self.measured[-1].pictures_per_second if self.measured else 0.0
+
+
 class _Planner:
     """Estimates and measurements of one model on one device."""
 
-    def __init__(self, config: PlanConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: PlanConfig, device: torch.device, memory: int, say: Callable[[str], None]) -> None:
+        self.deadline = time.monotonic() + config.seconds
+        self.config, self.device, self.memory, self.say = config, device, memory, say
+        self.base = resident_memory(device) if device.type == "cpu" else 0
+        self.sizes = sorted(set(config.batch_sizes))
+        self.start_seconds = 0.0  # of the last measuring process, until it could take a step
         auto = resolve_precision("auto", device)
-        wanted = [resolve_precision(name, device) for name in config.precisions] or [auto, "fp32"]
-        self.precisions: list[Precision] = list(dict.fromkeys(wanted))
+        precisions = dict.fromkeys([resolve_precision(name, device) for name in config.precisions] or [auto, "fp32"])
         with torch.device("meta"):
-            vit = ViT(create_model(config.model, "none", config.num_classes, config.image_size))
-        self.attention: dict[Precision, AttentionPath] = {
-            precision: faster_attention(vit, config.batch_sizes[0], device, precision) for precision in self.precisions
-        }
+            self._vit = ViT(create_model(config.model, "none", config.num_classes, config.image_size))
+        self._attention: dict[str, AttentionPath] = {}
+        self.variants = [
+            _Variant(self._smallest(method, alast, precision), 2 * number)
+            for number, precision in enumerate(precisions)
+            for method, alast in VARIANTS
+            if method in methods_of(config)
+        ]
 
-    def candidates(self, memory: int) -> Iterator[Candidate]:
-        """All settings with their estimates; with checkpointing only where `memory` bytes do not do without."""
-        sizes = sorted(set(self.config.batch_sizes))
-        for precision in self.precisions:
-            for method, alast in VARIANTS:
-                if method not in methods_of(self.config):
-                    continue
-                plain = self._estimates(method, alast, precision, False, sizes)
-                yield from plain
-                large = [one.config.batch_size for one in plain if one.memory.total_bytes > memory]
-                if large and method not in ("head", "last-k"):
-                    yield from self._estimates(method, alast, precision, True, large)
-
-    def _estimates(
-        self, method: str, alast: AlastConfig, precision: Precision, checkpointing: bool, sizes: list[int]
-    ) -> list[Candidate]:
-        """Estimated at the smallest and the largest batch; between them, memory is a straight line."""
-        config = FinetuneConfig(
+    def _smallest(self, method: str, alast: AlastConfig, precision: Precision) -> FinetuneConfig:
+        return FinetuneConfig(
             model=self.config.model,
             image_size=self.config.image_size,
             method=method,  # type: ignore[arg-type]
             alast=alast,
             precision=precision,
             device=self.config.device,
-            grad_checkpointing=checkpointing,
-            batch_size=sizes[0],
+            batch_size=self.sizes[0],
         )
-        low, high = (asdict(memory) for memory in self._estimate(config, (sizes[0], sizes[-1])))
+
+    def search(self) -> None:
+        """Estimates a variant when its turn comes and takes real steps of what may fit, until the time is up."""
+        while waiting := [variant for variant in self.variants if variant.waiting != []]:
+            variant = min(waiting, key=lambda one: one.order)
+            if variant.waiting is None:
+                self._sort_by_estimate(variant)
+            else:
+                self._try(variant, variant.waiting.pop(0))
+
+    def _sort_by_estimate(self, variant: _Variant) -> None:
+        """Tells what may fit from what does not; with checkpointing only where a batch does not do without."""
+        variant.waiting = []
+        try:
+            self._require_time()
+            found = self._estimates(variant.smallest, self.sizes)
+            large = [one.config.batch_size for one in found if not self._fits(one)]
+            if large and variant.smallest.method not in ("head", "last-k"):
+                found += self._estimates(replace(variant.smallest, grad_checkpointing=True), large)
+        except TimeoutError:
+            variant.left_out = len(self.sizes)
+            return
+        for candidate in found:
+            (variant.waiting if self._fits(candidate) else variant.too_large).append(candidate)
+        if not variant.waiting:
+            self.say(f"  {_label(variant.smallest)}: does not fit by estimate")
+
+    def _require_time(self) -> None:
+        if time.monotonic() >= self.deadline:
+            raise TimeoutError
+
+    def _fits(self, candidate: Candidate) -> bool:
+        return self.base + candidate.memory.total_bytes <= self.memory
+
+    def _estimates(self, config: FinetuneConfig, sizes: list[int]) -> list[Candidate]:
+        """Estimated at the smallest and the largest batch; between them, memory is a straight line."""
+        ends = sorted({sizes[0], sizes[-1]})
+        low, high = (asdict(memory) for memory in (self._estimate(config, ends) * 2)[:2])
         found = []
         for size in sizes:
             share = (size - sizes[0]) / max(1, sizes[-1] - sizes[0])
@@ -206,91 +250,130 @@ class _Planner:
             found.append(Candidate(replace(config, batch_size=size), Memory(**values)))
         return found
 
-    def _estimate(self, config: FinetuneConfig, sizes: tuple[int, ...]) -> list[Memory]:
+    def _estimate(self, config: FinetuneConfig, sizes: list[int]) -> list[Memory]:
         step = TrainingStep(
             config,
             num_classes=self.config.num_classes,
             batch_size=config.batch_size,
             device=self.device,
             precision=config.precision,  # type: ignore[arg-type]
-            attention=self.attention[config.precision],  # type: ignore[index]
+            attention=self._faster(config.precision),  # type: ignore[arg-type]
             without_data=True,
         )
         found = []
         for size in sizes:
             step.set_batch_size(size)
-            found.append(step.memory())
+            found.append(step.memory(self._require_time))
         return found
 
-    def measure(self, fitting: list[Candidate], memory: int, deadline: float, say: Callable[[str], None]) -> "_Found":
-        """Takes real steps, the most promising candidate first, until the deadline; at least of one candidate."""
-        found = _Found()
-        waiting = list(fitting)
-        limit = memory + memory // 4 + SLACK
-        while waiting:
-            candidate = min(waiting, key=lambda one: self._order(one, found))
-            waiting.remove(candidate)
-            if found.tried and time.monotonic() + found.expected_seconds(candidate) > deadline:
-                found.left_out += 1  # a smaller or faster one may still be in time
-                continue
-            found.enter(candidate, self._measure(candidate.config, limit, found))
-            say(f"  {_said(candidate.config)}")
-        return found
+    def _faster(self, precision: Precision) -> AttentionPath:
+        if precision not in self._attention:
+            self._attention[precision] = faster_attention(self._vit, self.sizes[0], self.device, precision)
+        return self._attention[precision]
 
-    def _order(self, candidate: Candidate, found: "_Found") -> tuple[float, float]:
-        """Each method once in the first precision, then larger batches and the next one; the fastest methods first."""
-        round_ = found.tried.get(candidate.variant, 0) + 2 * self.precisions.index(candidate.config.precision)  # type: ignore[arg-type]
-        return round_, -found.rates.get(candidate.variant, 0.0)
+    def _try(self, variant: _Variant, candidate: Candidate) -> None:
+        """Measures a candidate, unless or until there is no time for it."""
+        config = candidate.config
+        expected = self.start_seconds + STEPS * config.batch_size / variant.rate if variant.rate else 0.0
+        left = self.deadline - time.monotonic()
+        if expected > left or left <= 0:
+            variant.left_out += 1  # a smaller or faster one may still be in time
+            return
+        try:
+            row = self._measure(config, left)
+        except TimeoutError:
+            variant.left_out += 1
+        except OutOfMemoryError:
+            variant.refused.append(candidate)
+            self.say(f"  {_label(config)}: does not fit")
+        else:
+            variant.measured.append(row)
+            self.say(f"  {_label(config)}: {row.pictures_per_second:.1f} pictures/s")
 
-    def _measure(self, config: FinetuneConfig, limit: int, found: "_Found") -> Measured | None:
-        """One process; None where it runs out of memory."""
+    def _measure(self, config: FinetuneConfig, seconds: float) -> PlanRow:
+        """Takes real steps in a process that has so many seconds and little more than the memory."""
         started = time.monotonic()
         request = make_request(
             config,
             num_classes=self.config.num_classes,
             device=str(self.device),
             precision=config.precision,
-            attention=self.attention[config.precision],  # type: ignore[index]
-            memory_limit=limit,
+            attention=self._faster(config.precision),  # type: ignore[arg-type]
+            memory_limit=self.memory + self.memory // 4 + SLACK,
         )
-        try:
-            with Process(request) as process:
-                found.start_seconds = time.monotonic() - started
-                process.ask("step")
-                seconds = [process.ask("step")["seconds"]]
-                while sum(seconds) < SHORTEST:
-                    seconds.append(process.ask("step")["seconds"])
-                counted = process.ask("memory")
-        except OutOfMemoryError:
-            return None
+        with Process(request, seconds) as process:
+            self.start_seconds = time.monotonic() - started
+            process.ask("step")
+            times = [process.ask("step")["seconds"]]
+            while sum(times) < SHORTEST:
+                times.append(process.ask("step")["seconds"])
+            counted = process.ask("memory")
         peak, before = counted.pop("peak_memory_bytes"), counted.pop("process_bytes")
         on_gpu = self.device.type == "cuda"
-        return Measured(config, statistics.median(seconds), Memory(**counted), peak, 0 if on_gpu else before)
+        return PlanRow(config, statistics.median(times), Memory(**counted), peak, 0 if on_gpu else before)
+
+    def plan(self) -> Plan:
+        """Ranks what was found to fit."""
+        measured = [row for variant in self.variants for row in variant.measured]
+        rows = sorted(self._fitting(measured), key=lambda row: -row.pictures_per_second)
+        too_large = [one for variant in self.variants for one in variant.too_large]
+        refused = [one for variant in self.variants for one in variant.refused]
+        left_out = sum(variant.left_out for variant in self.variants)
+        if not rows and left_out:
+            raise ConfigError(
+                f"--seconds {self.config.seconds:g}: over before anything that fits was measured ({left_out} settings "
+                "were left out): give more, or fewer --methods, --precisions or --batch-sizes"
+            )
+        if not rows:
+            raise self._nothing(measured, too_large or refused)
+        return Plan(
+            self.memory,
+            rows,
+            self._not_ranked(rows),
+            candidates=len(measured) + len(too_large) + len(refused) + left_out,
+            too_large=len(too_large),
+            refused=len(refused) + len(measured) - len(rows),
+            left_out=left_out,
+        )
+
+    def _fitting(self, rows: list[PlanRow]) -> list[PlanRow]:
+        return [row for row in rows if row.need_bytes <= self.memory]
+
+    def _not_ranked(self, rows: list[PlanRow]) -> list[NotRanked]:
+        ranked, left_out = {_kind(row.config) for row in rows}, dict[tuple[str, bool], int]()
+        for variant in self.variants:
+            kind = _kind(variant.smallest)
+            left_out[kind] = left_out.get(kind, 0) + variant.left_out
+        return [
+            NotRanked(*kind, "no time" if number else "does not fit")
+            for kind, number in left_out.items()
+            if kind not in ranked
+        ]
+
+    def _nothing(self, measured: list[PlanRow], estimated: list[Candidate]) -> ConfigError:
+        """Names what needs least, by measurement where there are some."""
+        needs = [(row.need_bytes, row.process_bytes, row.config) for row in measured]
+        needs = needs or [(self.base + one.memory.total_bytes, self.base, one.config) for one in estimated]
+        need, process, least = min(needs, key=lambda values: values[0])
+        held = f", of which {process / 2**20:.0f} MiB are the process without a model" if process else ""
+        return ConfigError(
+            f"--memory {self.config.memory}: nothing that was tried fits; the least, {need / 2**20:.0f} MiB{held}, is "
+            f"needed by: {command(least)}"
+        )
 
 
-class _Found:
-    """What is known while candidates are measured."""
+def _kind(config: FinetuneConfig) -> tuple[str, bool]:
+    """A method, and whether its blocks are drawn lowest first."""
+    return config.method, config.alast.draw == "lowest-first"
 
-    def __init__(self) -> None:
-        self.rows: list[Measured] = []
-        self.tried: dict[tuple[Any, ...], int] = {}
-        self.rates: dict[tuple[Any, ...], float] = {}
-        """Pictures per second, by variant."""
-        self.left_out = 0
-        self.start_seconds = 0.0
-        """Of the last process, until it could take a step."""
 
-    def enter(self, candidate: Candidate, measured: Measured | None) -> None:
-        """Remembers a measurement; None: it ran out of memory."""
-        self.tried[candidate.variant] = self.tried.get(candidate.variant, 0) + 1
-        if measured is not None:
-            self.rows.append(measured)
-            self.rates[candidate.variant] = measured.pictures_per_second
+def _label(config: FinetuneConfig) -> str:
+    return f"{method_label(*_kind(config))}, batch {config.batch_size}, {config.precision}"
 
-    def expected_seconds(self, candidate: Candidate) -> float:
-        """What measuring will take, from the same settings at another batch, or else the slowest so far."""
-        rate = self.rates.get(candidate.variant) or min(self.rates.values(), default=None)
-        return self.start_seconds + (STEPS * candidate.config.batch_size / rate if rate else 0.0)
+
+def method_label(method: str, lowest_first: bool) -> str:
+    """A method in words."""
+    return f"{method}, lowest-first" if lowest_first else method
 
 
 def methods_of(config: PlanConfig) -> list[str]:
@@ -317,15 +400,3 @@ def _flags(config: Any, default: Any, prefix: str) -> Iterator[str]:
                 yield f"{prefix}{dashed}" if value else f"{prefix}no-{dashed}"
             else:
                 yield from (f"{prefix}{dashed}", str(value))
-
-
-def _said(config: FinetuneConfig) -> str:
-    return f"{config.method}, batch {config.batch_size}, {config.precision}"
-
-
-def _nothing(config: PlanConfig, least: FinetuneConfig, need: int, process: int) -> ConfigError:
-    held = f", of which {process / 2**20:.0f} MiB are the process without a model" if process else ""
-    return ConfigError(
-        f"--memory {config.memory}: nothing that was tried fits; the least, {need / 2**20:.0f} MiB{held}, is needed "
-        f"by: {command(least)}"
-    )

@@ -172,14 +172,17 @@ class TrainingStep:
             trainable_parameters=round(statistics.mean(trainable)),
         )
 
-    def memory(self) -> Memory:
-        """Takes a step, with the optimizer's where there is data, and says where its memory goes."""
+    def memory(self, check: Callable[[], None] = lambda: None) -> Memory:
+        """Takes a step, with the optimizer's where there is data, and says where its memory goes.
+
+        Args:
+            check: called at every operation; what it raises ends the step.
+        """
         gradients, moments = self.trained_bytes
         state = self.method.state_dict()
-        with self._data:
-            saved = self._saved_bytes()
-            with LiveBytes() as live:
-                torch.autograd.backward(self.loss())
+        with self._data, LiveBytes(check) as live:
+            loss, saved = saving(self.loss, storages_of(self.model.parameters()))
+            torch.autograd.backward(loss)
         if not isinstance(self._data, FakeTensorMode):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -233,27 +236,31 @@ def storages_of(tensors: Iterable[Tensor]) -> set[int]:
 
 def saved_bytes(forward: Callable[[], Tensor], excluded: set[int]) -> int:
     """Bytes of the unique storages that `forward` makes autograd keep, without those `excluded` (`storages_of`)."""
-    storages: dict[int, int] = {}
-    held: list[Tensor] = []  # kept alive, so that no storage takes the place of another
+    return saving(forward, excluded)[1]
+
+
+def saving(forward: Callable[[], Tensor], excluded: set[int]) -> tuple[Tensor, int]:
+    """Runs `forward`; returns its result, ready for a backward pass, and its `saved_bytes`."""
+    packed: list[weakref.ref[Tensor]] = []  # weak: what autograd gives up on the way is not kept
 
     def pack(tensor: Tensor) -> Tensor:
         tensor = tensor.detach()  # with its graph it would hold itself in a cycle that nothing collects
-        storage = tensor.untyped_storage()
-        if storage._cdata not in excluded:
-            storages[storage._cdata] = storage.nbytes()
-            held.append(tensor)
+        packed.append(weakref.ref(tensor))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(storages.values())
+        result = forward()
+    storages = (tensor.untyped_storage() for tensor in (each() for each in packed) if tensor is not None)
+    sizes = {storage._cdata: storage.nbytes() for storage in storages}
+    return result, sum(size for key, size in sizes.items() if key not in excluded)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of the storages that operations make while it is entered, from birth to death."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._check = check
         self.peak = 0
         """The most that lived at once."""
         self._now = 0
@@ -261,6 +268,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation and enters what it made."""
+        self._check()
         made = func(*args, **(kwargs or {}))
         given = storages_of(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         for tensor in tree_leaves(made):

@@ -1,25 +1,45 @@
 """The pictures of a run: budgets and trained blocks, accuracy against traffic."""
 
 from itertools import accumulate
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from snello.files import replacing
-from snello.report.terminal import beside_the_client
+from snello.report.terminal import server_time
 from snello.runs.folder import RunFolder
+
+if TYPE_CHECKING:  # slow to import, and not every run draws
+    from matplotlib.figure import Figure
+
+Rows = list[dict[str, Any]]
 
 
 def plot_budgets(run: RunFolder) -> None:
-    """Draws the budgets and the trained blocks of a run over its steps into budgets.png."""
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+    """Draws the budgets and the trained blocks of a run over its steps into budgets.png.
 
+    Does nothing for a run that has no budgets of its own, as one whose ALaST is on the server.
+    """
     rows = list(run.rows("step"))
+    if rows and "budgets" in rows[0]:
+        _save(budgets_figure(rows), run.plot_file)
+
+
+def plot_traffic(run: RunFolder) -> None:
+    """Draws accuracy against epochs, training bytes and time, with and without the link, into traffic.png."""
+    _save(traffic_figure(list(run.rows("step")), list(run.rows("eval"))), run.traffic_file)
+
+
+def budgets_figure(rows: Rows) -> "Figure":
+    """Draws the budgets of each block above, and which blocks were trained below."""
+    from matplotlib import colormaps
+
     steps = [row["step"] for row in rows]
     depth = len(rows[0]["budgets"])
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = _figure(9, 6)
     top, bottom = figure.subplots(2, 1, sharex=True)
-    colours = _colours(depth)
     for block in range(depth):
-        top.plot(steps, [row["budgets"][block] for row in rows], color=colours[block], label=f"block {block}")
+        colour = colormaps["viridis"](block / max(1, depth - 1))
+        top.plot(steps, [row["budgets"][block] for row in rows], color=colour, label=f"block {block}")
     top.set_ylabel("budget (share of patch tokens kept)")
     top.legend(fontsize="x-small", ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
     top.set_title("ALaST: budgets and trained blocks")
@@ -37,28 +57,23 @@ def plot_budgets(run: RunFolder) -> None:
     bottom.set_yticks(range(depth))
     bottom.set_ylabel("block (green: trained)")
     bottom.set_xlabel("step")
-    with replacing(run.plot_file) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    return figure
 
 
-def plot_traffic(run: RunFolder) -> None:
-    """Draws accuracy against epochs, training bytes and time, with and without the link, into traffic.png."""
-    from matplotlib.figure import Figure
-
-    steps = list(run.rows("step"))
-    evaluations = list(run.rows("eval"))
-    per_epoch = next((row["step"] for row in evaluations if row["epoch"] == 1), len(steps))
-    compute = [0.0, *accumulate(row["client_seconds"] + beside_the_client(row)[1] for row in steps)]
+def traffic_figure(steps: Rows, evaluations: Rows) -> "Figure":
+    """Draws the accuracy of the evaluations against epochs, megabytes and seconds."""
+    per_epoch = sum(row["epoch"] == 0 for row in steps)
+    compute = [0.0, *accumulate(row["client_seconds"] + server_time(row)[1] for row in steps)]
     link = [0.0, *accumulate(row.get("link_seconds", 0.0) for row in steps)]
     at = [row["step"] for row in evaluations]
     accuracy = [100 * row["accuracy"] for row in evaluations]
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = _figure(11, 3.6)
     by_epoch, by_bytes, by_time = figure.subplots(1, 3, sharey=True)
     by_epoch.plot([step / per_epoch for step in at], accuracy, "o-")
     by_epoch.set(xlabel="epochs", ylabel="held-out accuracy, %")
     by_bytes.plot([row["training_bytes"] / 1e6 for row in evaluations], accuracy, "o-")
     by_bytes.set_xlabel("training traffic, MB")
-    by_time.plot([compute[step] for step in at], accuracy, "o-", label=f"client and {beside_the_client(steps[0])[0]}")
+    by_time.plot([compute[step] for step in at], accuracy, "o-", label=f"client and {server_time(steps[0])[0]}")
     if link[-1]:
         by_time.plot([compute[step] + link[step] for step in at], accuracy, "s--", label="and the link")
     by_time.set_xlabel("seconds")
@@ -66,11 +81,15 @@ def plot_traffic(run: RunFolder) -> None:
     for axes in (by_epoch, by_bytes, by_time):
         axes.grid(alpha=0.3)
         axes.set_xlim(left=0)
-    with replacing(run.traffic_file) as temporary:
+    return figure
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: "Figure", file: Path) -> None:
+    with replacing(file) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-
-
-def _colours(num: int) -> list[Any]:
-    from matplotlib import colormaps
-
-    return [colormaps["viridis"](block / max(1, num - 1)) for block in range(num)]

@@ -1,13 +1,17 @@
-"""What a user sees at the end: the result, the cost table, and the plot of budgets and trained blocks."""
+"""What is printed: the result of a run, tables of costs and traffic, the plan, the codecs."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from rich import progress
 from rich.console import Console
 from rich.table import Table
 
 from snello.config import CodecsConfig
-from snello.measure.comparison import Comparison
-from snello.measure.plan import Plan, command
+from snello.measure.comparison import Comparison, Progress, compared_with
+from snello.measure.plan import Plan, command, method_label
 
 COST_ROWS = (
     ("step time, ms", "step_time_s", ".1f", 1e-3),
@@ -49,11 +53,35 @@ def print_per_class(rows: list[dict[str, Any]]) -> None:
         print(f"  {row['class']:{width}}  {accuracy:>7} of {row['pictures']}")
 
 
+@contextmanager
+def measuring(console: Console, method: str, folder: Path) -> Iterator[Progress]:
+    """Says what is measured after a run whose model is in `folder`, and draws a bar until that is done."""
+    console.print(
+        f"the model is saved in {folder}; measuring the cost of a step: {method} against "
+        f"{_names(compared_with(method))} (Ctrl-C skips this)",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    columns = (
+        progress.TextColumn("measuring, {task.description}"),
+        progress.BarColumn(bar_width=20),
+        progress.MofNCompleteColumn(),
+    )
+    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("")
+        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
+
+
+def _names(methods: Iterable[str]) -> str:
+    return " and ".join("full fine-tuning" if method == "full" else method for method in methods)
+
+
 def print_costs(console: Console, costs: Comparison) -> None:
     """Prints the table of a method against others, all measured on this machine."""
     others = costs.others
-    against = " and ".join("full fine-tuning" if method == "full" else method for method in others)
-    table = Table(title=f"{costs.method} vs {against}, measured here, batch {costs.compared_batch_size}")
+    title = f"{costs.method} vs {_names(others)}, measured here, batch {costs.compared_batch_size}"
+    table = Table(title=title)
     table.add_column("")
     for heading in (costs.method, *others, *(f"{method} / {costs.method}" for method in others)):
         table.add_column(heading, justify="right")
@@ -71,31 +99,33 @@ def print_costs(console: Console, costs: Comparison) -> None:
         )
 
 
-def beside_the_client(row: dict[str, Any]) -> tuple[str, float]:
-    """Seconds beside the client half's: those of the server half, or of waiting for it and for the network."""
+def server_time(row: dict[str, Any]) -> tuple[str, float]:
+    """Names and gives the seconds that the server half took, or waiting for it and for the network."""
     if "wait_seconds" in row:
         return "waiting for the server", row["wait_seconds"]
     return "server", row["server_seconds"]
 
 
 def print_plan(plan: Plan) -> None:
-    """Prints what fits, the fastest first, and the command of each."""
+    """Prints what fits, the fastest first, the command of each, and which methods are missing."""
     print(f"{'':3} {'method':27} {'batch':>5} {'precision':9} {'checkpoints':11} {'pictures/s':>10} {'MiB':>7}")
     for number, row in enumerate(plan.rows, start=1):
         config = row.config
-        method = config.method + (", lowest-first" if config.alast.draw == "lowest-first" else "")
+        method = method_label(config.method, config.alast.draw == "lowest-first")
         print(
             f"{number:2}. {method:27} {config.batch_size:5} {config.precision:9} "
             f"{'yes' if config.grad_checkpointing else 'no':11} {row.pictures_per_second:10.1f} "
             f"{row.need_bytes / 2**20:7.0f}"
         )
+    for one in plan.not_ranked:
+        print(f" -. {method_label(one.method, one.lowest_first):27} not ranked: {one.reason}")
     print()
     for number, row in enumerate(plan.rows, start=1):
         print(f"{number:2}. {command(row.config)}")
     print(
-        f"\nOf {plan.candidates} settings {plan.too_large} do not fit by estimate, {plan.refused} did not when they "
-        f"were run, and {plan.left_out} were left out for want of time (--seconds). Measured here on random pictures; "
-        "more accurate is another question (docs/alast.md). Add --data FOLDER to a command."
+        f"\nOf {plan.candidates} settings {plan.too_large} do not fit by estimate, {plan.refused} did not fit when "
+        f"they were run, and for {plan.left_out} there was no time (--seconds). Measured here on random pictures; "
+        "which is the most accurate is another question (docs/alast.md). Add --data FOLDER to a command."
     )
 
 
@@ -147,7 +177,7 @@ def print_traffic(console: Console, summary: dict[str, Any]) -> None:
         if against >= 1
         else f"{1 / against:.1f}x less than the pictures' files"
     )
-    where, seconds = beside_the_client(summary)
+    where, seconds = server_time(summary)
     link = f", the link would take {summary['link_seconds']:.1f} s" if "link_seconds" in summary else ""
     console.print(
         f"{less:.1f}x less traffic than uncompressed, {side}; client {summary['client_seconds']:.1f} s, {where} "

@@ -1,4 +1,4 @@
-"""What a run decided from model, data and machine: written into its config.yaml once, and read from there ever after."""
+"""What a run decided from model, data and machine: written into its config.yaml once, and read from there ever on."""
 
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -26,7 +26,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class ServerAddress:
-    """The server that has the other half of a run of `snello join`, and how it is reached: fields as in `JoinConfig`."""
+    """The server that has the other half of a run of `snello join`; fields as in `JoinConfig`."""
 
     address: str
     session: str

@@ -385,8 +385,8 @@ class ServerHalf(Half):
         Raises:
             ProtocolError: where that is no batch of tokens for this half.
         """
-        self._require_room(arrays)
         try:
+            self._require_room(arrays)
             decoded = self.codec.decode(arrays, with_gradient=with_gradient)
         except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
             text = f"the activations cannot be decoded by {self.codec.text}: {type(error).__name__} {error}"
@@ -400,21 +400,12 @@ class ServerHalf(Half):
 
     def _require_room(self, arrays: dict[str, Tensor]) -> None:
         """Refuses, before memory is taken, what would decode to more than a batch: few bytes may describe much."""
-        values = arrays.get("activations")
-        if values is None or values.ndim < 2:
+        if "activations" not in arrays:
             raise ProtocolError("a frame came without activations")
-        shape = tuple(values.shape)
-        largest = (
-            (self._num_tokens, self.vit.embed_dim) if values.ndim == 3 else (self._num_tokens * self.vit.embed_dim,)
-        )
-        rows = self.max_rows is None or shape[0] <= self.max_rows
-        if not rows or len(shape) > 3 or any(n > most for n, most in zip(shape[1:], largest, strict=True)):
-            raise ProtocolError(f"activations of shape {shape} are more than a batch of this model")
-        for name, told in arrays.items():
-            if name.startswith("indices.shape"):
-                tokens = told.tolist() if told.ndim == 1 and not told.is_floating_point() else []
-                if len(tokens) < 2 or tokens[-1] != self.vit.embed_dim or not 1 <= tokens[-2] <= self._num_tokens:
-                    raise ProtocolError(f"activations that decode to the shape {tokens} are no tokens for this model")
+        shape = self.codec.decoded_shape(arrays)
+        largest = (shape[0] if self.max_rows is None else self.max_rows, self._num_tokens, self.vit.embed_dim)
+        if len(shape) != 3 or any(n > most for n, most in zip(shape, largest, strict=True)):
+            raise ProtocolError(f"activations that decode to the shape {shape} are more than a batch of this model")
 
     @property
     def _num_tokens(self) -> int:

@@ -428,7 +428,7 @@ class Trainer:
         return f"{self.ranks.size} processes ({self.device.type}), {step} pictures a step together"
 
     def _print(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def _progress_bar(self) -> Iterator[None]:
@@ -437,8 +437,9 @@ class Trainer:
             f"{len(self.splits.train)} pictures to train, {len(self.splits.val)} held out, "
             f"{len(self.splits.train.classes)} classes ({self.splits.source})"
         )
-        if line := imbalance(self.splits.train):
-            self._print(line)
+        for line in (*self.splits.notes, imbalance(self.splits.train)):
+            if line:
+                self._print(line)
         with progress_bar(self.console, total=self.total_steps, completed=self.progress.step) as bar:
 
             def show(loss: float, seconds: float) -> None:

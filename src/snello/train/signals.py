@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+ASKING = (signal.SIGINT, signal.SIGTERM)
+"""The signals that ask a run to stop."""
+
 
 class Interrupted(Exception):
     """The run was asked to stop (Ctrl-C, SIGTERM), has saved a checkpoint, and can be resumed."""
@@ -29,7 +32,7 @@ def stopping(asked: list[int], *, patient: bool = False) -> Iterator[None]:
         asked.append(number)
 
     try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, ask) for number in ASKING}
     except ValueError:
         before = {}
     try:
@@ -37,3 +40,26 @@ def stopping(asked: list[int], *, patient: bool = False) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if patient and asked else handler)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Lets SIGTERM interrupt a block as Ctrl-C does, by KeyboardInterrupt; what comes after the first is ignored.
+
+    Outside the main thread signals cannot be caught: there nothing changes.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in ASKING:  # torchrun sends again what the terminal has already sent
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    try:
+        before = {number: signal.signal(number, interrupt) for number in ASKING}
+    except ValueError:
+        before = {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -477,5 +477,5 @@ def test_what_has_no_single_name_is_refused(data):
 
 
 def test_pytorch_is_not_imported():
-    code = "import sys, snello.split.certs, snello.split.doctor; sys.exit('torch' in sys.modules)"
+    code = "import sys, snello.split.security.certs, snello.split.security.doctor; sys.exit('torch' in sys.modules)"
     assert run_python("-c", code).returncode == 0

@@ -117,7 +117,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dns(monkeypatch):
     """Every name is this machine."""
     real = socket.getaddrinfo
-    monkeypatch.setattr(doctor.socket, "getaddrinfo", lambda host, port, **kw: real("127.0.0.1", port, **kw))
+    monkeypatch.setattr(doctor.socket, "getaddrinfo", lambda host, *more, **kw: real("127.0.0.1", *more, **kw))
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_a_name_that_does_not_resolve(certs):
     assert finding.what == "name" and "server.invalid cannot be resolved: " in finding.text and finding.advice
 
 
-@pytest.mark.parametrize("host", ["a..example", "a" * 300, "[]"])
+@pytest.mark.parametrize("host", ["a..example", "a" * 300])
 def test_what_is_no_name_does_not_resolve_either(certs, host):
     assert failed(look(7443, certs, host)).what == "name"
 
@@ -186,7 +186,7 @@ def test_other_ways_not_to_reach_a_port(monkeypatch, certs, error, text, advice)
 
 def test_one_address_that_answers_is_enough_and_all_that_do_not_are_named(monkeypatch, certs):
     def resolve(host: str, port: int) -> list[Any]:
-        return [(socket.AF_INET, (address, port)) for address in ("127.0.0.2", "127.0.0.1")]
+        return [(address, port) for address in ("127.0.0.2", "127.0.0.1")]
 
     monkeypatch.setattr(doctor, "_resolve", resolve)
     with grpc_server(certs) as port:

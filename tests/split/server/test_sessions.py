@@ -32,7 +32,7 @@ from snello.errors import CheckpointError, ProtocolError, SnelloWarning
 from snello.split.server.registry import Registry
 from snello.split.server.sessions import InferenceSession
 from snello.split.wire.frames import Flags, Frame, Kind, control, control_values
-from snello.split.wire.handshake import Hello, Plan
+from snello.split.wire.handshake import Hello, RunShape
 from snello.split.wire.refusals import Code, Refused
 from snello.split.wire.weights import weights_frame, weights_of
 
@@ -416,7 +416,7 @@ class TestMalformed:
     def test_few_labels_do_not_take_much_memory(self, tmp_path):
         registry = registry_in(tmp_path)
         terms = registry.sizes(1000).terms
-        hello = Hello("train", session="0" * 32, terms=terms, plan=Plan(10, 6, CLASSES))
+        hello = Hello("train", session="0" * 32, terms=terms, plan=RunShape(10, 6, CLASSES))
         _, session, _ = registry.open("ann", hello)
         arrays = {
             "activations": torch.zeros(4, 10, 64),
@@ -697,6 +697,21 @@ class TestShared:
         ann.registry = Registry(registry.config, registry.run)
         welcome = ann.open(checkpoints=[0, 1])
         assert (welcome.step, welcome.lost_steps) == (1, 0) and weights(ann.session) == before
+
+    @pytest.mark.parametrize("damaged", [False, True])
+    def test_without_a_checkpoint_that_can_be_used(self, tmp_path, labels, damaged):
+        registry = registry_in(tmp_path, **self.options(labels))
+        ann = Client(registry, "ann")
+        ann.open()
+        ann.train(1)
+        ann.carry(ann.save())
+        for path in (ann.session.run.path / "checkpoints").iterdir():
+            path.write_bytes(b"x") if damaged else path.unlink()
+        ann.registry = Registry(registry.config, registry.run)
+        for known in ({"checkpoints": [0, 1]}, {"step": 1, "incarnation": ann.incarnation}):
+            with pytest.raises(Refused, match=r"the client has .*\b1\b.*, the server .*\[\]") as caught:
+                ann.open(**known)
+            assert caught.value.code == Code.NO_CHECKPOINT
 
     def test_other_classes_are_refused(self, tmp_path, labels):
         registry = registry_in(tmp_path, **self.options(labels))

@@ -51,17 +51,17 @@ def test_prometheus_reads_what_happened(telemetry):
     assert before["snello_sessions", "train"] == before["snello_sessions", "inference"] == 0
     assert before["snello_steps_total",] == before["snello_queue_depth",] == before["snello_reconnects_total",] == 0
     for mode in ("train", "train", "inference"):
-        telemetry.session_opened(mode)
-    telemetry.session_closed("train")
+        telemetry.sessions.labels(mode).inc()
+    telemetry.sessions.labels("train").dec()
     for seconds in (0.0004, 0.02, 59.0, 100.0):
         telemetry.step(seconds)
     telemetry.sent("uplink", {"activations": 100, "headers": 7})
     telemetry.sent("uplink", {"activations": 20})
     telemetry.sent("downlink", {"gradients": 5})
-    telemetry.refused("UNAUTHENTICATED")
-    telemetry.queued(3)
-    telemetry.queued(-1)
-    telemetry.reconnected()
+    telemetry.refused.labels("UNAUTHENTICATED").inc()
+    telemetry.queue.inc(3)
+    telemetry.queue.dec()
+    telemetry.reconnects.inc()
     values = scrape(port)
     assert values["snello_sessions", "train"] == 1 and values["snello_sessions", "inference"] == 1
     assert values["snello_steps_total",] == values["snello_step_seconds_count",] == 4

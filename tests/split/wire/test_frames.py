@@ -371,8 +371,18 @@ def test_trailing_bytes_are_refused(extra):
 def test_wrong_headers_are_refused_before_anything_else_is_read(changes, match):
     data = header(joined(sample()), **changes)
     refused(data, match=match)
-    with pytest.raises(ProtocolError, match=match):
+    with pytest.raises(ProtocolError, match=match) as error:
         parse_header(data[: HEADER.size])
+    assert error.value.code == {"version": "version", "body": "too-large"}.get(*changes, "malformed")
+
+
+def test_the_words_of_a_peer_do_not_choose_the_code_of_a_refusal():
+    for name in ("protocol version", "larger than the limit"):
+        ours = "control".ljust(len(name), ".")
+        data = joined(Frame(Kind.SAVE, 0, 0, {ours: torch.zeros(4)})).replace(ours.encode(), name.encode())
+        with pytest.raises(ProtocolError, match=f"unknown kind of array: '{name}'") as error:
+            read([data])
+        assert error.value.code == "malformed"
 
 
 @pytest.mark.parametrize("body", [0, 1, 7, 8, 100, 2**31])

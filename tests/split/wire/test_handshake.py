@@ -15,11 +15,11 @@ from snello.config.values import from_dict
 from snello.errors import ProtocolError
 from snello.models import create_model
 from snello.split.wire.frames import VERSION, Kind, control, control_values, read, write
-from snello.split.wire.handshake import Hello, Plan, Terms, Welcome, hash_of, make_terms, parse, recipe_values
+from snello.split.wire.handshake import Hello, RunShape, Terms, Welcome, hash_of, make_terms, parse, recipe_values
 from snello.split.wire.refusals import Code, Refused
 
 TERMS = Terms(VERSION, "test_vit", "0123456789abcdef", 3, "none", "server", 10, 48, "fp32")
-PLAN = Plan(10, 6, "abc")
+PLAN = RunShape(10, 6, "abc")
 SESSION = "0123456789abcdef" * 2
 HELLO = Hello("train", SESSION, TERMS, PLAN, 3, "f" * 32, [2, 3])
 WELCOME = Welcome(1.5, "0.1.0", {"model": "test_vit"}, 10, "f" * 32, 3, True, False, 2, False)
@@ -45,7 +45,7 @@ def test_what_is_said_arrives(message):
     assert parse(type(message), over_the_wire(asdict(message))) == message
 
 
-@pytest.mark.parametrize("cls", [Hello, Welcome, Terms, Plan])
+@pytest.mark.parametrize("cls", [Hello, Welcome, Terms, RunShape])
 @pytest.mark.parametrize("values", [{}, {"more": 1}, {"__class__": 1}, {"": None}, {"mode": None}])
 def test_missing_and_unknown(cls, values):
     with pytest.raises(ProtocolError):
@@ -116,7 +116,7 @@ def test_steps_that_nobody_can_have_done(step):
 @pytest.mark.parametrize("value", [0, -1, 2**48, 10**30, 1.5, True, None, "x", [1], float("nan")])
 def test_plans_that_are_none(name, value):
     with pytest.raises(ProtocolError):
-        parse(Plan, {**asdict(PLAN), name: value})
+        parse(RunShape, {**asdict(PLAN), name: value})
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,7 @@ import grpc.aio
 from snello.config.units import is_loopback, parse_address
 from snello.errors import NetworkError, ProtocolError
 from snello.split.client.waiting import wait_for
-from snello.split.wire import chunks as wire
-from snello.split.wire import frames
+from snello.split.wire import chunks, frames
 from snello.split.wire.frames import MAX_CONTROL_BYTES, Frame, Kind, control, control_values
 from snello.split.wire.handshake import Hello, Welcome, parse
 from snello.split.wire.refusals import TRANSIENT, Code, Refused
@@ -34,7 +33,7 @@ SETTLE = 3
 
 A write to a stream that the server has ended would hide why it did."""
 OPTIONS = [
-    ("grpc.max_receive_message_length", wire.MAX_CHUNK_BYTES),
+    ("grpc.max_receive_message_length", chunks.MAX_CHUNK_BYTES),
     ("grpc.keepalive_time_ms", 20000),
     ("grpc.keepalive_timeout_ms", 20000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -49,7 +48,7 @@ class Endpoint:
 
     address: str
     ca: bytes | None = None
-    """Of the server's certificate; None for plaintext."""
+    """Who must have signed the server's certificate; None for plaintext."""
     certificate: bytes | None = None
     key: bytes | None = field(default=None, repr=False)
     credentials: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -67,10 +66,10 @@ class Endpoint:
 
 
 class RolledBack(GoBack):
-    """The frame in flight is of no use any more: both sides go on from an earlier checkpoint, or from the step's start.
+    """The frame in flight is of no use any more: both sides resume from an earlier checkpoint, or the step's start.
 
     Args:
-        welcome: what the server said; with `back` its `step` is that of the checkpoint.
+        welcome: the server's answer; with `back` its `step` is that of the checkpoint.
     """
 
     def __init__(self, welcome: Welcome) -> None:
@@ -91,13 +90,13 @@ class Connection:
 
     Args:
         endpoint: the server.
-        hello: what is said on every new stream.
+        hello: makes the first message of every new stream.
         max_body: bytes that the server's frames may have.
-        patience_seconds: see `JoinConfig`.
-        reconnect_seconds: see `JoinConfig`.
+        patience_seconds: for an answer, beside what its bytes may take.
+        reconnect_seconds: from the first loss of a frame until an answer comes.
         tell: prints a line for the user.
         should_stop: whether the user asked to stop.
-        on_shutdown: told the step that a server saved before it went.
+        on_shutdown: called with the step that a server saved before it went.
         accept: whether the frame in flight can be sent again after this welcome.
     """
 
@@ -117,10 +116,12 @@ class Connection:
         self.endpoint, self._hello, self.max_body = endpoint, hello, max_body
         self._patience, self._reconnect = patience_seconds, reconnect_seconds
         self._tell, self._should_stop, self._on_shutdown, self._accept = tell, should_stop, on_shutdown, accept
-        wire.keep_blocks()
+        chunks.keep_blocks()
         self._line: _Line | None = None
         self._slowest = 0.0
         self._sequence = 0
+        self._deadline: float | None = None  # of trying again: from the first loss on, until an answer comes
+        self._pause = 0.0
         self.repeated_bytes = 0
         """Bytes of frames that had to be sent again."""
 
@@ -141,28 +142,31 @@ class Connection:
 
         Raises:
             RolledBack: where the server lost what came after a checkpoint; it has loaded that one.
-            Refused: where the server cannot go on.
+            Refused: where the server gives up.
             NetworkError: where it cannot be reached for too long.
             Stopped: where the user asked to stop meanwhile.
         """
-        chunks = list(wire.chunks(frames.write(frame)))
-        size, times = sum(map(len, chunks)), 0
+        parts = chunks.of(frame)
+        size, times = sum(map(len, parts)), 0
         while True:
             try:
                 if self._line is None:
                     self._connect_again()
                 self.repeated_bytes += size if times else 0
                 times += 1
-                return self._answer(chunks, size)
+                answer = self._answer(parts, size)
             except Broken as error:
                 self._lost(str(error))
             except Refused as refused:
-                self._drop()
+                self.close()
                 if refused.code not in TRANSIENT:
                     raise
                 if refused.code == Code.SHUTDOWN and refused.step is not None:
                     self._on_shutdown(refused.step)
                 self._lost(refused.reason)
+            else:
+                self._deadline, self._pause = None, 0.0
+                return answer
 
     def request(self, frame: Frame, step: int) -> Frame:
         """`exchange` for frames that are not of a step's exchanges: each gets a number of its own."""
@@ -171,15 +175,17 @@ class Connection:
 
     def close(self) -> None:
         """Ends the stream."""
-        self._drop()
+        if self._line is not None:
+            line, self._line = self._line, None
+            wait_for(line.close())
 
     # -------------------------------------------------------------------------------------------------- one stream
 
     def _open(self) -> tuple[Welcome, Frame]:
-        self._drop()
+        self.close()
         values = asdict(self._hello())
         line = _Line(self.endpoint)
-        hello = list(wire.chunks(frames.write(control(Kind.HELLO, values))))
+        hello = chunks.of(control(Kind.HELLO, values))
         try:
             data = wait_for(line.talk(hello, max(self.max_body, MAX_CONTROL_BYTES), self._patience))
             frame = frames.read([data])
@@ -192,45 +198,49 @@ class Connection:
         self._line = line
         return welcome, frame
 
-    def _answer(self, chunks: list[bytes], size: int) -> Frame:
+    def _answer(self, parts: list[bytes], size: int) -> Frame:
         assert self._line is not None
         started = time.perf_counter()
         seconds = self._patience + 10 * self._slowest + size / SLOWEST_LINK
-        data = wait_for(self._line.talk(chunks, self.max_body, seconds))
+        data = wait_for(self._line.talk(parts, self.max_body, seconds))
         self._slowest = max(self._slowest, time.perf_counter() - started)
         return frames.read([data], self.max_body)
-
-    def _drop(self) -> None:
-        if self._line is not None:
-            line, self._line = self._line, None
-            wait_for(line.close())
 
     # ------------------------------------------------------------------------------------------------- a lost stream
 
     def _lost(self, reason: str) -> None:
-        self._drop()
-        self._tell(f"connection lost: {reason}; trying again for {self._reconnect:g} s")
+        self.close()
+        self._require_time(reason)
+        self._tell(f"connection lost: {reason}; trying again for {self._seconds_left:.0f} s")
+
+    @property
+    def _seconds_left(self) -> float:
+        return self._reconnect if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def _require_time(self, reason: str) -> None:
+        """Begins to count at the first loss, and gives up where the time is over."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._reconnect
+        elif self._seconds_left <= 0:
+            raise self._unreachable(reason)
 
     def _connect_again(self) -> None:
         """A new stream, with pauses that double up to half a minute, each of random length so that clients spread."""
-        deadline, pause, reason = time.monotonic() + self._reconnect, 0.25, "not tried"
         while True:
+            self._wait(min(random.uniform(self._pause / 2, self._pause), self._seconds_left))
+            self._pause = min(max(2 * self._pause, 0.25), 30.0)
             try:
                 welcome, _ = self._open()
                 break
             except (Broken, Refused) as error:
                 if isinstance(error, Refused) and error.code not in TRANSIENT:
                     raise
-                reason = str(error)
-            if time.monotonic() >= deadline:
-                raise self._unreachable(reason)
-            self._pause(min(random.uniform(pause / 2, pause), max(0.0, deadline - time.monotonic())))
-            pause = min(2 * pause, 30.0)
+                self._require_time(str(error))
         self._tell("connected again")
         if not self._accept(welcome):
             raise RolledBack(welcome)
 
-    def _pause(self, seconds: float) -> None:
+    def _wait(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if self._should_stop():
@@ -250,7 +260,7 @@ class _Line:
         self._channel: grpc.aio.Channel | None = None
         self._call: grpc.aio.StreamStreamCall | None = None
 
-    async def talk(self, chunks: list[bytes], max_body: int, seconds: float) -> bytearray:
+    async def talk(self, parts: list[bytes], max_body: int, seconds: float) -> bytearray:
         """Sends a frame and returns the next that comes.
 
         Raises:
@@ -258,38 +268,26 @@ class _Line:
             Refused: where the server says why it ends it.
             ProtocolError: for something that is no frame.
         """
-        task, late = asyncio.current_task(), asyncio.Event()
-        assert task is not None
-
-        def give_up() -> None:
-            late.set()
-            task.cancel()
-
-        timer = asyncio.get_running_loop().call_later(seconds, give_up)
         try:
-            return await self._talk(chunks, max_body)
-        except asyncio.CancelledError:
-            if not late.is_set():
-                raise
+            return await asyncio.wait_for(self._talk(parts, max_body), seconds)
+        except asyncio.TimeoutError:
             raise Broken(f"no answer in {seconds:.0f} s") from None
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the latter: it had ended before
             raise await self._why() from None
-        finally:
-            timer.cancel()
 
-    async def _talk(self, chunks: list[bytes], max_body: int) -> bytearray:
+    async def _talk(self, parts: list[bytes], max_body: int) -> bytearray:
         if self._call is None:
             self._channel = self._endpoint.channel()
-            method = self._channel.stream_stream(wire.METHOD)
-            metadata = ((wire.CREDENTIALS, json.dumps(dict(self._endpoint.credentials))),)
+            method = self._channel.stream_stream(chunks.METHOD)
+            metadata = ((chunks.CREDENTIALS, json.dumps(dict(self._endpoint.credentials))),)
             self._call = method(metadata=metadata, wait_for_ready=False)
         for _ in range(SETTLE):
             await asyncio.sleep(0)
         if self._call.done():
             raise await self._why()
-        for chunk in chunks:
-            await self._call.write(chunk)
-        assembler = wire.Assembler(max_body)
+        for part in parts:
+            await self._call.write(part)
+        assembler = chunks.Assembler(max_body)
         while True:
             chunk = await self._call.read()
             if chunk is grpc.aio.EOF:

@@ -20,7 +20,7 @@ from snello.split.client.connection import Connection, RolledBack, Stopped
 from snello.split.client.link import NetworkLink
 from snello.split.learner import SplitLearner
 from snello.split.wire.frames import Frame, Kind, control, control_values
-from snello.split.wire.handshake import Hello, Plan, Terms, Welcome, hash_of, make_terms
+from snello.split.wire.handshake import Hello, RunShape, Terms, Welcome, hash_of, make_terms
 from snello.split.wire.weights import weights_of
 from snello.train.learner import Learner
 from snello.train.place import GoBack, Place, Progress, Setup, State
@@ -71,7 +71,7 @@ class RemotePlace(Place):
         """Steps done again after a crash; steps of a shared server half that this client has lost."""
         self._server_forgot = False  # in shared sessions: what it counted since its last checkpoint
         self._terms: Terms
-        self._plan: Plan
+        self._plan: RunShape
         self._welcome: Welcome
         self._state: Callable[[], State]
 
@@ -90,7 +90,7 @@ class RemotePlace(Place):
         lower.model.to_empty(device=setup.device)
         learner = self.learner = SplitLearner(vit, lower, codec, setup, NetworkLink(self.connection))
         schedule = replace(setup.schedule, buffer=learner.buffer, max_steps=learner.max_steps)
-        self._plan = Plan(schedule.num_train, schedule.total_steps, hash_of(list(self._classes)))
+        self._plan = RunShape(schedule.num_train, schedule.total_steps, hash_of(list(self._classes)))
         options: dict[str, Any] = {"num_classes": setup.num_classes, "precision": setup.precision}
         self._terms = make_terms(vit.model, config, codec=codec.text, **options)
         self.checkpoints = Checkpoints(self._folder, learner.modules, learner.optimizers)

@@ -9,16 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from typing_extensions import override
+
 from snello.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Credentials(Protocol):
-    """What a client shows."""
+    """How a client proves who it is."""
 
     def credentials(self) -> dict[str, str]:
-        """Sent with every connection; never logged."""
+        """What is sent with every connection, and never logged; by default nothing."""
+        return {}
 
 
 class Authenticator(Protocol):
@@ -33,20 +36,16 @@ class Authenticator(Protocol):
         """
 
 
-class Anyone:
-    """Admits every client: for both halves in one process, or on one machine."""
+class Anyone(Credentials, Authenticator):
+    """Admits every client under one name: for both halves in one process, or on one machine."""
 
-    def credentials(self) -> dict[str, str]:
-        """Nothing."""
-        return {}
-
+    @override
     def identify(self, credentials: Mapping[str, str], certificate_name: str | None = None) -> str | None:
-        """Everybody has the same name."""
         return "anyone"
 
 
-class Token:
-    """A client's secret, shown to the server.
+class Token(Credentials):
+    """Shows a client's name and secret to the server.
 
     Args:
         name: of the client.
@@ -56,12 +55,12 @@ class Token:
     def __init__(self, name: str, token: str) -> None:
         self.name, self._token = name, token
 
+    @override
     def credentials(self) -> dict[str, str]:
-        """Name and secret."""
         return {"name": self.name, "token": self._token}
 
 
-class Tokens:
+class Tokens(Authenticator):
     """Admits clients that know the secret of their name; the server keeps only hashes.
 
     Args:
@@ -73,12 +72,12 @@ class Tokens:
         self._hashes = hashes
         self._read()
 
+    @override
     def identify(self, credentials: Mapping[str, str], certificate_name: str | None = None) -> str | None:
-        """Compares in constant time, also for a name that is not known."""
-        name = credentials.get("name", "")
-        known = self._read().get(name, hash_token(""))
-        same = hmac.compare_digest(hash_token(credentials.get("token", "")).encode(), known.encode())
-        return name if same and credentials.get("token") and name in self._read() else None
+        name, token, hashes = credentials.get("name", ""), credentials.get("token", ""), self._read()
+        # In constant time, also for a name that is not known.
+        same = hmac.compare_digest(hash_token(token).encode(), hashes.get(name, hash_token("")).encode())
+        return name if same and token and name in hashes else None
 
     def _read(self) -> Mapping[str, str]:
         if not isinstance(self._hashes, Path):
@@ -92,28 +91,28 @@ class Tokens:
         return hashes
 
 
-class Certificates:
-    """Admits clients whose certificate the connection has verified (mutual TLS)."""
+class Certificates(Authenticator):
+    """Admits clients whose certificate the connection has verified (mutual TLS), by the certificate's name."""
 
+    @override
     def identify(self, credentials: Mapping[str, str], certificate_name: str | None = None) -> str | None:
-        """The certificate's name."""
         return certificate_name if certificate_name and NAME.fullmatch(certificate_name) else None
 
 
-class Both:
+class Both(Authenticator):
     """Admits clients that two authenticators know by the same name."""
 
     def __init__(self, first: Authenticator, second: Authenticator) -> None:
         self._first, self._second = first, second
 
+    @override
     def identify(self, credentials: Mapping[str, str], certificate_name: str | None = None) -> str | None:
-        """Both are asked."""
         first = self._first.identify(credentials, certificate_name)
         second = self._second.identify(credentials, certificate_name)
         return first if first == second else None
 
 
-class Tickets:
+class Tickets(Authenticator):
     """Admits clients with a ticket that somebody who shares the server's key has signed, until it expires.
 
     Args:
@@ -132,8 +131,8 @@ class Tickets:
         expires = str(int(time.time() + seconds))
         return {"name": name, "expires": expires, "signature": self._sign(name, expires)}
 
+    @override
     def identify(self, credentials: Mapping[str, str], certificate_name: str | None = None) -> str | None:
-        """The name on a ticket that is signed and has not expired."""
         name, expires = credentials.get("name", ""), credentials.get("expires", "")
         signature = credentials.get("signature", "").encode("utf-8", "surrogatepass")
         signed = hmac.compare_digest(signature, self._sign(name, expires).encode())

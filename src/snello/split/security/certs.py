@@ -11,7 +11,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -101,8 +100,8 @@ class Authority:
 
 
 @dataclass
-class _Plan:
-    """What is to be written, by paths in the folder, and said; nothing is written before all of it is known."""
+class _Files:
+    """What is to be written, by paths in the folder, and printed; nothing is written before all of it is known."""
 
     new: dict[str, bytes] = field(default_factory=dict)
     replaced: dict[str, bytes] = field(default_factory=dict)
@@ -143,15 +142,15 @@ def make_certs(config: CertsConfig, now: datetime | None = None) -> list[str]:
         CheckpointError: where files cannot be written; then none of the new ones is there.
     """
     try:
-        plan = _plan(config, now or datetime.now(timezone.utc))
-        _put(config.folder, plan.new | plan.replaced)
+        made = _prepare(config, now or datetime.now(timezone.utc))
+        _put(config.folder, made.new | made.replaced)
     except OSError as error:
         raise CheckpointError(f"could not write to {config.folder}: {error} (nothing new was kept)") from error
-    return plan.lines
+    return made.lines
 
 
-def _plan(config: CertsConfig, now: datetime) -> _Plan:
-    folder, plan = config.folder, _Plan()
+def _prepare(config: CertsConfig, now: datetime) -> _Files:
+    folder, files = config.folder, _Files()
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file: give a folder")
     hosts = tuple(dict.fromkeys((*(_host(host) for host in config.host), *LOCAL_HOSTS)))
@@ -160,17 +159,17 @@ def _plan(config: CertsConfig, now: datetime) -> _Plan:
     clients = _new_clients(config, tokens)
     if authority is None:
         authority = Authority.new(now, max(config.days, CA_DAYS))
-        plan.add_authority(authority, folder)
+        files.add_authority(authority, folder)
     if config.host or not (folder / "server" / "server.crt").exists():
-        plan.add_server(authority, folder, hosts, now, config.days)
+        files.add_server(authority, folder, hosts, now, config.days)
     for name in clients:
-        tokens[name] = plan.add_client(authority, folder, name, now, config.days)
+        tokens[name] = files.add_client(authority, folder, name, now, config.days)
     if clients or not (folder / "server" / "tokens.json").exists():
-        plan.replaced["server/tokens.json"] = (json.dumps(tokens, indent=2) + "\n").encode()
-    if not plan.replaced:
+        files.replaced["server/tokens.json"] = (json.dumps(tokens, indent=2) + "\n").encode()
+    if not files.replaced:
         raise ConfigError(f"{folder}: nothing to do; add clients with --clients, renew the server with --host")
-    plan.lines += _advice(config, clients, "server/server.crt" in plan.replaced)
-    return plan
+    files.lines += _advice(config, clients, "server/server.crt" in files.replaced)
+    return files
 
 
 def _advice(config: CertsConfig, clients: Sequence[str], server: bool) -> list[str]:
@@ -303,14 +302,17 @@ def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 def _put(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes all files, by their paths in `folder`, or none: those that replace others must come last."""
-    with _removing_new(folder) as made, _staging(folder) as staging:
+    with (
+        _removing_new(folder) as made,
+        tempfile.TemporaryDirectory(prefix=".new-", dir=folder, ignore_cleanup_errors=True) as staging,
+    ):
         for name, content in files.items():
-            _write(staging / name, content)
+            _write(Path(staging, name), content)
         for name in files:
             target = folder / name
             _make_folder(target.parent, made)
             new = not target.exists()
-            os.replace(staging / name, target)
+            os.replace(Path(staging, name), target)
             if new:
                 made.append(target)
 
@@ -327,16 +329,6 @@ def _removing_new(folder: Path) -> Iterator[list[Path]]:
             with suppress(OSError):
                 path.rmdir() if path.is_dir() else path.unlink()
         raise
-
-
-@contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """A folder beside the files to come, which nobody else can look into; gone at the end."""
-    path = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _make_folder(folder: Path, made: list[Path]) -> None:

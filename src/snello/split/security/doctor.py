@@ -22,7 +22,7 @@ from rich.text import Text
 
 from snello.config import DoctorConfig
 from snello.config.units import is_loopback, parse_address
-from snello.errors import ConfigError, SnelloError
+from snello.errors import ConfigError, SnelloError, printable
 from snello.split.security.tls import RENEW_CLIENT, RENEW_SERVER, ClientFiles, certificate_hosts, date_problem, when
 
 TIMEOUT_S = 5.0
@@ -36,8 +36,8 @@ TLS_ALERT = b"\x15\x03"
 OTHER_CA = "use the folder that was made together with this server's certificate (or something on the way decrypts TLS)"
 NOT_SNELLO = "is it the port of `snello serve`?"
 
-Address = tuple[int, Any]
-"""Family and socket address, as getaddrinfo gives them."""
+Address = tuple[str, int]
+"""A numeric host and a port."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Finding:
 
     def __post_init__(self) -> None:
         """Names and reasons come from the other side: no control characters reach the terminal, nor endless texts."""
-        shown = "".join(char if char.isprintable() else "?" for char in self.text)
-        object.__setattr__(self, "text", shown if len(shown) <= MAX_TEXT else shown[:MAX_TEXT] + "...")
+        text = printable(self.text)
+        object.__setattr__(self, "text", text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + "...")
 
     def __str__(self) -> str:
         return f"{self.text}; {self.advice}" if self.advice else self.text
@@ -61,7 +61,7 @@ class Finding:
 def examine(config: DoctorConfig, probe: Callable[[], dict[str, Any]] | None = None) -> list[Finding]:
     """Looks at name, port, TLS and both certificates and, with a `probe`, at clock, version and token.
 
-    It ends with the first failure that leaves nothing to be said about the rest.
+    It ends with the first failure that leaves the rest open.
 
     Args:
         config: the server, and what to show it.
@@ -73,10 +73,8 @@ def examine(config: DoctorConfig, probe: Callable[[], dict[str, Any]] | None = N
         return findings
     if not config.certs and not is_loopback(parse_address(config.address, "ADDRESS")[0]):
         text = "the server takes plaintext and is not on this machine: everybody on the way can read and change it"
-        return [
-            *findings[:-1],
-            Finding("encryption", False, text, "let it `snello serve --certs`, and give --certs here"),
-        ]
+        advice = "let it `snello serve --certs`, and give --certs here"
+        return [*findings[:-1], Finding("encryption", False, text, advice)]
     return findings if probe is None else findings + list(_answers(probe))
 
 
@@ -109,7 +107,7 @@ def _connection(config: DoctorConfig) -> Iterator[Finding]:
         advice = "is the name spelt right, and is this machine online?"
         yield Finding("name", False, f"{host} cannot be resolved: {reason}", advice)
         return
-    yield Finding("name", True, f"{host} is {', '.join(dict.fromkeys(str(where[0]) for _, where in addresses))}")
+    yield Finding("name", True, f"{host} is {', '.join(dict.fromkeys(where for where, _ in addresses))}")
     address, finding = _reach(addresses, port)
     yield finding
     if address is None:
@@ -126,48 +124,36 @@ def _connection(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def _resolve(host: str, port: int) -> list[Address]:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [(family, where) for family, _, _, _, where in found]
+    return [(str(found[4][0]), port) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 def _reach(addresses: Sequence[Address], port: int) -> tuple[Address | None, Finding]:
     """The first address that accepts a connection, if any."""
     failures: dict[str, str] = {}
-    for family, where in addresses:
+    for address in addresses:
         try:
-            _connect((family, where)).close()
+            _connect(address).close()
         except OSError as error:
             text, advice = _unreached(error)
-            failures[f"{where[0]} port {port} {text}"] = advice
+            failures[f"{address[0]} port {port} {text}"] = advice
         else:
-            return (family, where), Finding("port", True, f"{where[0]} port {port} accepts connections")
+            return address, Finding("port", True, f"{address[0]} port {port} accepts connections")
     advice = "; ".join(dict.fromkeys(failures.values()))
     return None, Finding("port", False, ", ".join(failures), advice)
 
 
 def _connect(address: Address) -> socket.socket:
-    connection = socket.socket(address[0], socket.SOCK_STREAM)
-    try:
-        connection.settimeout(TIMEOUT_S)
-        connection.connect(address[1])
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+    return socket.create_connection(address, timeout=TIMEOUT_S)
 
 
 def _unreached(error: OSError) -> tuple[str, str]:
     """What happened, and what to do."""
     if isinstance(error, ConnectionRefusedError):
-        advice = (
-            "is `snello serve` running, on this port, and with a --listen that is not 127.0.0.1 for other machines?"
-        )
+        advice = "is `snello serve` running, on this port, and with a --listen that other machines reach?"
         return "refuses connections", advice
     if isinstance(error, TimeoutError):
-        return (
-            f"does not answer within {TIMEOUT_S:.0f} s",
-            "is the machine on, and does a firewall let the port through?",
-        )
+        advice = "is the machine on, and does a firewall let the port through?"
+        return f"does not answer within {TIMEOUT_S:.0f} s", advice
     if error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
         return f"is unreachable ({error.strerror})", "is there a network to it: the same LAN, a VPN, a route?"
     return f"cannot be connected to: {error.strerror or error}", "is the address right?"
@@ -177,12 +163,8 @@ def _plaintext(address: Address) -> Finding:
     if _speaks_plaintext(address):
         return Finding("encryption", True, "none: the server takes plaintext")
     if _speaks_tls(address):
-        return Finding(
-            "encryption",
-            False,
-            "the server speaks TLS, and no --certs is given here",
-            "give --certs with the clients/NAME folder that you were handed",
-        )
+        advice = "give --certs with the clients/NAME folder that you were handed"
+        return Finding("encryption", False, "the server speaks TLS, and no --certs is given here", advice)
     return Finding("encryption", False, "what answers is not a gRPC server", NOT_SNELLO)
 
 
@@ -256,12 +238,8 @@ def _no_tls(address: Address, files: ClientFiles, error: OSError) -> Iterator[Fi
         own = _own_dates(files)  # TLS 1.2 refuses a client's certificate here, TLS 1.3 at the first read
         yield _refused(alert, files) if own.ok else own
     elif _speaks_plaintext(address):
-        yield Finding(
-            "TLS",
-            False,
-            "the server speaks plaintext, and --certs is given here",
-            "start the server with --certs (on this machine, `snello join` without --certs reaches it as it is)",
-        )
+        advice = "start the server with --certs (on this machine, `snello join` without --certs reaches it as it is)"
+        yield Finding("TLS", False, "the server speaks plaintext, and --certs is given here", advice)
     else:
         reason = "it does not answer" if isinstance(error, TimeoutError) else error.strerror or error
         yield Finding("TLS", False, f"no TLS handshake: {reason}", NOT_SNELLO)
@@ -283,25 +261,21 @@ def _judge(
         text = f"the server's certificate is signed by {issuer!r}, not by our CA {ours!r}"
         yield Finding("server's CA", False, text, OTHER_CA)
         return
-    problem = date_problem(certificate)
-    hosts = certificate_hosts(certificate)
+    problem, hosts = date_problem(certificate), certificate_hosts(certificate)
     named = failure is None or _is_for(host, hosts)
     if failure is not None and problem is None and named:
         yield Finding("server's CA", False, f"the server's certificate is refused: {failure.verify_message}", OTHER_CA)
         return
     yield Finding("server's CA", True, f"the server's certificate is signed by our CA {ours!r}")
-    until = f"the server's certificate is valid until {when(certificate.not_valid_after_utc)}"
-    if problem is None:
-        yield Finding("server's dates", True, until)
-    else:
-        advice = f"is this machine's clock right? Otherwise: {RENEW_SERVER}"
-        yield Finding("server's dates", False, f"the server's certificate {problem}", advice)
-    listed = ", ".join(hosts) or "no name at all"
+    text = f"the server's certificate {problem or f'is valid until {when(certificate.not_valid_after_utc)}'}"
+    advice = f"is this machine's clock right? Otherwise: {RENEW_SERVER}"
+    yield Finding("server's dates", not problem, text, advice if problem else "")
+    text = f"the server's certificate is for {', '.join(hosts) or 'no name at all'}"
     if named:
-        yield Finding("server's names", True, f"the server's certificate is for {listed}")
+        yield Finding("server's names", True, text)
     else:
-        text = f"the server's certificate is for {listed}, not for {host}"
-        yield Finding("server's names", False, text, f"connect to one of those, or: {RENEW_SERVER}")
+        advice = f"connect to one of those, or: {RENEW_SERVER}"
+        yield Finding("server's names", False, f"{text}, not for {host}", advice)
 
 
 def _is_signed_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
@@ -331,7 +305,7 @@ def _own_dates(files: ClientFiles) -> Finding:
 
 
 def _admission(connection: ssl.SSLSocket, files: ClientFiles) -> Finding:
-    """Whether the server goes on after the handshake: in TLS 1.3 it looks at our certificate only then."""
+    """Whether the server still talks after the handshake: in TLS 1.3 it looks at our certificate only then."""
     try:
         received = _greeting(connection)
     except TimeoutError:
@@ -347,14 +321,12 @@ def _admission(connection: ssl.SSLSocket, files: ClientFiles) -> Finding:
 
 def _refused(reason: str, files: ClientFiles) -> Finding:
     text = f"the server refuses the certificate of client {files.name!r}: {reason}"
-    advice = (
-        "it may be of another CA than the server's, or the server's clock be wrong; ask for a new clients/NAME folder"
-    )
+    advice = "is it of another CA than the server's, or the server's clock wrong? Ask for a new clients/NAME folder"
     return Finding("admission", False, text, advice)
 
 
 def _alert(error: OSError) -> str | None:
-    """What the other side objected to, where it speaks TLS and said so."""
+    """What the other side objected to, where it speaks TLS and named it."""
     reason = getattr(error, "reason", None) or ""
     return reason.partition("ALERT_")[2].lower().replace("_", " ") or None
 
@@ -387,24 +359,24 @@ def _is_settings(header: bytes) -> bool:
 
 
 def _answers(probe: Callable[[], dict[str, Any]]) -> Iterator[Finding]:
-    """What the server says of itself and of us."""
+    """What only the server knows: its clock, its version, and whether our token is good."""
     from snello.split.wire.frames import VERSION  # PyTorch
 
     begin = time.time()
     try:
-        told = probe()
+        reply = probe()
     except SnelloError as error:
         yield Finding("server", False, str(error))
         return
-    ahead = told["time"] - (begin + time.time()) / 2
-    text = f"the server's is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} ours"
-    advice = "" if abs(ahead) <= MAX_CLOCK_S else "set both by NTP: certificates are valid by the clock"
+    offset_s = reply["time"] - (begin + time.time()) / 2
+    text = f"the server's is {abs(offset_s):.0f} s {'ahead of' if offset_s > 0 else 'behind'} ours"
+    advice = "" if abs(offset_s) <= MAX_CLOCK_S else "set both by NTP: certificates are valid by the clock"
     yield Finding("clock", not advice, text, advice)
-    yield _same("version", told["version"], version("snello"), "install the same snello on both sides")
-    yield _same("protocol", told["protocol"], VERSION, "the two cannot talk; install the same snello on both sides")
-    admitted = told["token"] == "accepted"
+    yield _same("version", reply["version"], version("snello"), "install the same snello on both sides")
+    yield _same("protocol", reply["protocol"], VERSION, "the two cannot talk; install the same snello on both sides")
+    admitted = reply["token"] == "accepted"
     advice = "" if admitted else "is it the token of this server's last `snello certs`? Ask for the clients/NAME folder"
-    yield Finding("token", admitted, str(told["token"]), advice)
+    yield Finding("token", admitted, str(reply["token"]), advice)
 
 
 def _same(what: str, theirs: object, ours: object, advice: str) -> Finding:

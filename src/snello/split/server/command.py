@@ -56,7 +56,7 @@ def make_security(config: ServeConfig) -> tuple[grpc.ServerCredentials | None, A
     Raises:
         ConfigError: where the files cannot be used, or plaintext would leave this machine unasked.
     """
-    host, _ = parse_address(config.listen, "--listen")
+    host, _ = parse_address(config.listen, "--listen", any_port=True)
     everywhere = config.insecure_plaintext_for_everyone_on_the_network_to_read
     if config.certs is None:
         if not (config.insecure_loopback or everywhere):
@@ -96,7 +96,7 @@ async def _serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(ValueError):  # outside the main thread
             asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    host, _ = parse_address(config.listen, "--listen")
+    host, _ = parse_address(config.listen, "--listen", any_port=True)
     try:
         port = await server.start(config.listen, tls)
     except OSError as error:

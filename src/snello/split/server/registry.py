@@ -1,4 +1,4 @@
-"""The sessions of a server: whose they are, which are in memory, and where a client that comes back goes on.
+"""The sessions of a server: whose they are, which are in memory, and where a client that comes back resumes.
 
     out/config.yaml                     the server's settings
     out/serve.log                       JSON lines
@@ -29,7 +29,7 @@ from snello.split.server.half import Sizes, make_server_model, make_vit, startin
 from snello.split.server.sessions import InferenceSession, Session, TrainingSession, session_values
 from snello.split.steps import ServerModel
 from snello.split.wire.frames import Frame, Kind, control
-from snello.split.wire.handshake import Hello, Plan, Welcome, parse, recipe_values
+from snello.split.wire.handshake import Hello, RunShape, Welcome, parse, recipe_values
 from snello.split.wire.refusals import Code, Refused
 from snello.split.wire.weights import weights_frame
 from snello.vit import AttentionPath
@@ -77,7 +77,7 @@ class Registry:
         return {"device": self.device, "precision": self.precision, "attention": attention or self.attention}
 
     def sizes(self, num_classes: int) -> Sizes:
-        """What can be said of a model with so many classes."""
+        """The sizes of a model with so many classes."""
         if num_classes not in self._sizes:
             if len(self._sizes) >= 64:
                 self._sizes.clear()  # clients choose the number: they must not fill the memory
@@ -93,13 +93,13 @@ class Registry:
         return control(Kind.WELCOME, values)
 
     def open(self, client: str, hello: Hello) -> tuple[str, Session, Frame]:
-        """The session that a client asks for, its name for `leave`, and what is said to the client.
+        """The session that a client asks for with its name for `leave`, and the welcome to the client.
 
         Raises:
-            Refused: where the client cannot go on here.
+            Refused: where the client cannot train or evaluate here.
         """
         if hello.terms is None:
-            raise Refused(Code.MALFORMED, "a client did not tell its terms")
+            raise Refused(Code.MALFORMED, "a client came without its terms")
         wanted = self.config.num_classes or hello.terms.num_classes
         if not 1 <= wanted < 2**16:
             raise Refused(Code.MISMATCH, f"num classes: the server takes 1 to 65535, the client has {wanted}")
@@ -108,7 +108,7 @@ class Registry:
         if hello.mode == "inference":
             return self._open_inference(client, hello, sizes)
         if hello.plan is None:
-            raise Refused(Code.MALFORMED, "a client did not tell its plan")
+            raise Refused(Code.MALFORMED, "a client came without its plan")
         return self._open_training(client, hello, hello.plan, sizes)
 
     def _welcome(self, **values: Any) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Registry:
         self._connected.add(name)
         return name, session, control(Kind.WELCOME, self._welcome())
 
-    def _open_training(self, client: str, hello: Hello, plan: Plan, sizes: Sizes) -> tuple[str, Session, Frame]:
+    def _open_training(self, client: str, hello: Hello, plan: RunShape, sizes: Sizes) -> tuple[str, Session, Frame]:
         known = self._known(client, hello.session)
         if known is not None and known != plan:
             raise Refused(Code.MISMATCH, f"pictures and steps: the session began with {known}, the client has {plan}")
@@ -150,10 +150,10 @@ class Registry:
         return name, session, welcome
 
     def _enter(
-        self, client: str, name: str, hello: Hello, plan: Plan, sizes: Sizes, new: bool, has_state: bool
+        self, client: str, name: str, hello: Hello, plan: RunShape, sizes: Sizes, new: bool, has_state: bool
     ) -> tuple[Session, Frame]:
         session = self._in_memory.get(name)
-        if session is not None and self._can_go_on(session, hello):
+        if session is not None and self._is_in_step(session, hello):
             return session, control(Kind.WELCOME, self._position(session))
         if session is None:
             session = self._make(client, hello.session, plan, sizes)
@@ -163,7 +163,7 @@ class Registry:
             session.save()
             save_json(session.run.path / "session.json", session_values(hello.session, client, plan))
         elif self._is_shared:
-            self._go_on_shared(session, hello)
+            self._resume_shared(session, hello)
         else:
             session.go_back(self._common(session, hello))
         values = self._position(session, back=has_state and (not self._is_shared or hello.step is None))
@@ -173,7 +173,7 @@ class Registry:
         return session, weights_frame(Kind.WELCOME, starting_weights(self.config, sizes.terms.num_classes), values)
 
     @staticmethod
-    def _can_go_on(session: TrainingSession, hello: Hello) -> bool:
+    def _is_in_step(session: TrainingSession, hello: Hello) -> bool:
         """Whether both still have in memory what they had when the connection broke."""
         if session.failed is not None or hello.step is None or session.incarnation != hello.incarnation:
             return False
@@ -188,14 +188,15 @@ class Registry:
         ours = session.checkpoints.steps()
         both = theirs.intersection(ours)
         if not both:
-            reason = f"the client has checkpoints of the steps {sorted(theirs)}, the server of {ours}"
-            raise Refused(Code.NO_CHECKPOINT, reason)
+            raise _no_checkpoint(theirs, ours)
         return max(both)
 
-    def _go_on_shared(self, session: TrainingSession, hello: Hello) -> None:
-        """A shared half is never rolled back: what a client lost since its checkpoint stays in it, and is told."""
+    def _resume_shared(self, session: TrainingSession, hello: Hello) -> None:
+        """A shared half is never rolled back: what a client lost since its checkpoint stays in it, and is counted."""
         at = hello.step if hello.step is not None else max(hello.checkpoints or [0])
         steps = session.checkpoints.steps()
+        if not steps:
+            raise _no_checkpoint({*hello.checkpoints, at}, steps)
         reached = max(session.step, *steps)
         nearest = max((step for step in steps if step <= at), default=None)
         if nearest is not None:
@@ -212,15 +213,15 @@ class Registry:
     def _folder(self, client: str, session: str) -> RunFolder:
         return RunFolder(self.run.path / "sessions" / f"{client}-{session[:12]}")
 
-    def _known(self, client: str, session: str) -> Plan | None:
-        """The plan of a session that this client has begun before."""
+    def _known(self, client: str, session: str) -> RunShape | None:
+        """The shape of a run that this client has begun before."""
         file = self._folder(client, session).path / "session.json"
         if not file.is_file():
             return None
         values = json.loads(file.read_text(encoding="utf-8"))
-        return parse(Plan, values["plan"]) if values["session"] == session and values["client"] == client else None
+        return parse(RunShape, values["plan"]) if values["session"] == session and values["client"] == client else None
 
-    def _make(self, client: str, session: str, plan: Plan, sizes: Sizes) -> TrainingSession:
+    def _make(self, client: str, session: str, plan: RunShape, sizes: Sizes) -> TrainingSession:
         run = self._folder(client, session)
         run.path.mkdir(parents=True, exist_ok=True)
         upper = self._shared_half(plan, sizes) if self._is_shared else self._new_half(sizes)
@@ -229,7 +230,7 @@ class Registry:
     def _new_half(self, sizes: Sizes) -> ServerModel:
         return make_server_model(self.config, sizes.terms.num_classes, **self._options())
 
-    def _shared_half(self, plan: Plan, sizes: Sizes) -> ServerModel:
+    def _shared_half(self, plan: RunShape, sizes: Sizes) -> ServerModel:
         if self._shared is None:
             self._shared = self._new_half(sizes)
             folder = self.run.path / "shared" / "checkpoints"
@@ -291,11 +292,11 @@ class Registry:
             self.forget(name)
 
     def stepped(self) -> None:
-        """A session has taken a step: checkpoints of a shared half are named by the number of all of them."""
+        """Counts a session's step: checkpoints of a shared half are named by the number of all of them."""
         self._shared_steps += 1
 
     def saved(self) -> None:
-        """A session has saved: in shared sessions the half is saved with it."""
+        """Saves the half of shared sessions too, where one of them has saved."""
         if self._shared is not None and self._shared_checkpoints is not None:
             state = {"upper": self._shared.state_dict(), "classes": self._shared_classes}
             self._shared_checkpoints.save(self._shared_steps, state)
@@ -312,6 +313,11 @@ class Registry:
         self.saved()
         if problems:
             raise problems[0]
+
+
+def _no_checkpoint(theirs: set[int], ours: list[int]) -> Refused:
+    reason = f"the client has checkpoints of the steps {sorted(theirs)}, the server of {ours}"
+    return Refused(Code.NO_CHECKPOINT, reason)
 
 
 def session_name(client: str, session: str) -> str:

@@ -19,10 +19,9 @@ from snello.split.checkpoints import Checkpoints
 from snello.split.ledger import Ledger
 from snello.split.server.half import Sizes
 from snello.split.steps import ServerModel, ServerSteps
-from snello.split.wire import chunks as wire
-from snello.split.wire import frames
+from snello.split.wire import chunks, frames
 from snello.split.wire.frames import Flags, Frame, Kind, control, control_values
-from snello.split.wire.handshake import Plan
+from snello.split.wire.handshake import RunShape
 from snello.split.wire.refusals import Code, Refused
 from snello.split.wire.weights import weights_frame, weights_of
 from snello.train.schedule import Schedule
@@ -69,7 +68,7 @@ class TrainingSession:
     """
 
     def __init__(
-        self, client: str, run: RunFolder, model: ServerModel, sizes: Sizes, plan: Plan, config: ServeConfig
+        self, client: str, run: RunFolder, model: ServerModel, sizes: Sizes, plan: RunShape, config: ServeConfig
     ) -> None:
         self.client, self.run, self.model, self.plan, self.config = client, run, model, plan, config
         self.shared = config.sessions == "shared"
@@ -117,18 +116,26 @@ class TrainingSession:
         key = (frame.kind, frame.step, frame.micro)
         if self._last is not None and self._last[0] == key:
             return Answer(self._last[1], repeated=True)
-        if self.steps.due:
-            self._update(overflow=Flags.SKIPPED in frame.flags)
+        settled = self.settle(frame.flags)
         started = time.perf_counter()
         answer, after = self._apply(frame)
+        if settled and after is None:
+            after = _nothing  # what follows a step is still to be done
         answer = replace(answer, step=frame.step, micro=frame.micro)
         sizes = frames.sizes(frame), frames.sizes(answer)
         self.ledger.counters.add(frame, sizes[0])
         self.ledger.counters.add(answer, sizes[1])
-        chunks = list(wire.chunks(frames.write(answer)))
-        self._last = key, chunks
+        parts = chunks.of(answer)
+        self._last = key, parts
         self._seconds += time.perf_counter() - started
-        return Answer(chunks, after, sizes=sizes)
+        return Answer(parts, after, sizes=sizes)
+
+    def settle(self, flags: Flags) -> bool:
+        """Moves the weights by a step that waited for the client's next frame, whose flags these are, and says so."""
+        due = self.steps.due
+        if due:
+            self._update(overflow=Flags.SKIPPED in flags)
+        return due
 
     def _apply(self, frame: Frame) -> tuple[Frame, Callable[[], None] | None]:
         try:
@@ -283,6 +290,10 @@ class TrainingSession:
         return control(Kind.WEIGHTS, {})
 
 
+def _nothing() -> None:
+    """Does nothing."""
+
+
 class InferenceSession:
     """A client that evaluates or predicts with the best weights of its session; it changes nothing.
 
@@ -309,7 +320,7 @@ class InferenceSession:
         else:
             raise Refused(Code.OUT_OF_TURN, f"a frame of kind {frame.kind.name} came in a session of evaluation")
         answer = replace(answer, step=frame.step, micro=frame.micro)
-        return Answer(list(wire.chunks(frames.write(answer))), sizes=(frames.sizes(frame), frames.sizes(answer)))
+        return Answer(chunks.of(answer), sizes=(frames.sizes(frame), frames.sizes(answer)))
 
 
 def require_release(config: ServeConfig) -> None:
@@ -318,6 +329,6 @@ def require_release(config: ServeConfig) -> None:
         raise Refused(Code.FORBIDDEN, "this server does not release its half of the model (--no-release-weights)")
 
 
-def session_values(session: str, client: str, plan: Plan) -> dict[str, Any]:
+def session_values(session: str, client: str, plan: RunShape) -> dict[str, Any]:
     """What a session's session.json says."""
     return {"session": session, "client": client, "plan": asdict(plan)}

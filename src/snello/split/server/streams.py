@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -22,16 +23,16 @@ from snello.split.security.auth import Authenticator
 from snello.split.server.registry import Registry, session_name
 from snello.split.server.sessions import Answer, Session, TrainingSession
 from snello.split.server.telemetry import Telemetry, health_reply
-from snello.split.wire import chunks as wire
-from snello.split.wire import frames
+from snello.split.wire import chunks, frames
 from snello.split.wire.frames import MAX_CONTROL_BYTES, Kind, control_values
 from snello.split.wire.handshake import Hello, parse
 from snello.split.wire.refusals import Code, Refused
 
 T = TypeVar("T")
+HEALTH = "/grpc.health.v1.Health/Check"
 MAX_HELLO_BYTES = MAX_CONTROL_BYTES + (1 << 12)
 QUIET_SECONDS = 0.5
-"""How long a server that stops waits for the next frame after an answer: that frame shows that the client has the
+"""A server that stops waits so long for the next frame after an answer: that frame shows that the client has the
 answer, which gRPC may drop where the stream ends right behind it."""
 STATUS = {Code.CREDENTIALS: grpc.StatusCode.UNAUTHENTICATED, Code.FULL: grpc.StatusCode.RESOURCE_EXHAUSTED}
 
@@ -79,9 +80,9 @@ class Server:
         self._calls: dict[str, _Call] = {}  # those that train, by session
         self._stopping = False
         self.on_step: Callable[[TrainingSession, float], None] = lambda session, seconds: None
-        """Told after every step of a session and its seconds, from the thread of the event loop."""
+        """Called after every step with its session and its seconds, in the thread of the event loop."""
         self.on_leave: Callable[[str], None] = lambda name: None
-        """Told the folder's name of a session whose connection has ended."""
+        """Called with the folder's name of a session whose connection has ended."""
 
     async def start(self, address: str, credentials: grpc.ServerCredentials | None) -> int:
         """Listens on host:port, with TLS where there are credentials; returns the port.
@@ -89,9 +90,9 @@ class Server:
         Raises:
             OSError: where the address cannot be had.
         """
-        wire.keep_blocks()
+        chunks.keep_blocks()
         self._server = grpc.aio.server(options=_options(self._limits), maximum_concurrent_rpcs=1024)
-        self._server.add_generic_rpc_handlers((self._handlers(),))
+        self._server.add_generic_rpc_handlers(self._handlers())
         try:
             if credentials is None:
                 port = self._server.add_insecure_port(address)
@@ -124,7 +125,7 @@ class Server:
         self._compute.shutdown(wait=True)
 
     async def _parting(self, session: TrainingSession) -> Refused:
-        """Saves a session that stands between two steps; what its client is told."""
+        """Saves a session that stands between two steps, and returns why its connection ends."""
         if session.failed is not None:
             return session.failed
         try:
@@ -140,17 +141,13 @@ class Server:
 
     # ------------------------------------------------------------------------------------------------- the network
 
-    def _handlers(self) -> grpc.GenericRpcHandler:
+    def _handlers(self) -> list[grpc.GenericRpcHandler]:
         methods = {
-            wire.METHOD: grpc.stream_stream_rpc_method_handler(self._train),
-            "/grpc.health.v1.Health/Check": grpc.unary_unary_rpc_method_handler(self._health),
+            chunks.METHOD: grpc.stream_stream_rpc_method_handler(self._train),
+            HEALTH: grpc.unary_unary_rpc_method_handler(self._health),
         }
-
-        class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
-            def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-                return methods.get(details.method)
-
-        return Handlers()
+        services = ((path.split("/"), handler) for path, handler in methods.items())
+        return [grpc.method_handlers_generic_handler(name, {method: it}) for (_, name, method), it in services]
 
     async def _health(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
         return health_reply(serving=not self._stopping)
@@ -164,16 +161,13 @@ class Server:
             if call.reason is None:
                 raise
             await self._refuse(call, call.reason)
-        except Refused as refused:
-            await self._refuse(call, refused)
-        except ProtocolError as error:
-            code = Code.VERSION if "protocol version" in str(error) else Code.MALFORMED
-            code = Code.TOO_LARGE if "larger than the limit" in str(error) else code
-            await self._refuse(call, Refused(code, str(error)))
         except grpc.aio.AbortError:
             raise
+        except Refused as refused:
+            await self._refuse(call, refused)
         except SnelloError as error:
-            await self._refuse(call, Refused(Code.INTERNAL, str(error)))
+            code = Code(error.code) if isinstance(error, ProtocolError) else Code.INTERNAL
+            await self._refuse(call, Refused(code, str(error)))
         except Exception as error:
             self._log.exception("unexpected error", extra={"fields": call.peer})
             await self._refuse(call, Refused(Code.INTERNAL, f"the server failed with {type(error).__name__}"))
@@ -183,7 +177,7 @@ class Server:
 
     async def _refuse(self, call: "_Call", refused: Refused) -> None:
         call.relax()
-        self._telemetry.refused(refused.code.value)
+        self._telemetry.refused.labels(refused.code.value).inc()
         level = logging.INFO if refused.code == Code.SHUTDOWN else logging.WARNING
         fields = {**call.peer, "code": refused.code.value, "reason": refused.reason}
         self._log.log(level, "refused", extra={"fields": fields})
@@ -198,24 +192,24 @@ class Server:
         if self._stopping:
             raise Refused(Code.SHUTDOWN, "the server shuts down")
         if hello.mode == "describe":
-            await call.write(list(wire.chunks(frames.write(self._registry.describe()))))
+            await call.write(chunks.of(self._registry.describe()))
             return
         await self._take_over(call, hello)
         name, session, welcome = await self._in_thread(lambda: self._registry.open(call.client, hello))
         call.peer |= {"session": hello.session[:12], "mode": hello.mode}
         self._log.info("session opened", extra={"fields": {**call.peer, "step": getattr(session, "step", 0)}})
-        mode: Literal["train", "inference"] = "train" if isinstance(session, TrainingSession) else "inference"
-        self._telemetry.session_opened(mode)
+        mode = "train" if isinstance(session, TrainingSession) else "inference"
+        self._telemetry.sessions.labels(mode).inc()
         if isinstance(session, TrainingSession):
             call.session = session
             self._calls[name] = call
         try:
-            await call.write(list(wire.chunks(frames.write(welcome))))
+            await call.write(chunks.of(welcome))
             del welcome
             await self._serve(call, session)
         finally:
             self._compute.submit(self._registry.leave, name)  # not awaited: this task may be cancelled already
-            self._telemetry.session_closed(mode)
+            self._telemetry.sessions.labels(mode).dec()
             self._log.info("session left", extra={"fields": {**call.peer, "step": getattr(session, "step", 0)}})
             if self._calls.get(name) is call:
                 del self._calls[name]
@@ -225,7 +219,7 @@ class Server:
     def _identify(self, context: grpc.aio.ServicerContext) -> str:
         metadata = dict(context.invocation_metadata() or ())
         try:
-            credentials = json.loads(metadata.get(wire.CREDENTIALS, "{}"))
+            credentials = json.loads(metadata.get(chunks.CREDENTIALS, "{}"))
             fits = isinstance(credentials, dict) and all(isinstance(v, str) for v in credentials.values())
         except (ValueError, RecursionError):
             fits = False
@@ -251,25 +245,28 @@ class Server:
         """Ends the connection that the session had: its client has noticed before us that it broke."""
         before = self._calls.get(session_name(call.client, hello.session)) if hello.mode == "train" else None
         if before is not None:
-            before.end(Refused(Code.TAKEN_OVER, "another connection goes on with this session"))
+            before.end(Refused(Code.TAKEN_OVER, "another connection has taken this session over"))
             await before.ended.wait()
-            self._telemetry.reconnected()
+            self._telemetry.reconnects.inc()
 
     # -------------------------------------------------------------------------------------------------- one session
 
     async def _serve(self, call: "_Call", session: Session) -> None:
-        call.limit(session.max_body)
+        call.assembler.max_body_bytes = session.max_body
         loop = asyncio.get_running_loop()
         while True:
             data = await call.read(self._limits.idle_seconds, Code.IDLE, "nothing came")
             if data is None:
                 return
-            if self._stopping and isinstance(session, TrainingSession) and session.between_steps:
-                raise await self._parting(session)
+            if self._stopping and isinstance(session, TrainingSession):
+                flags = frames.parse_header(data).flags
+                await self._in_thread(partial(session.settle, flags))
+                if session.between_steps:
+                    raise await self._parting(session)
             call.busy = True
-            self._telemetry.queued(1)
+            self._telemetry.queue.inc()
             future = loop.run_in_executor(self._compute, self._apply, session, data, loop, time.perf_counter())
-            future.add_done_callback(lambda done: self._telemetry.queued(-1))
+            future.add_done_callback(lambda done: self._telemetry.queue.dec())
             del data
             answer = await asyncio.shield(future)  # what is begun is ended, also where the connection breaks
             await call.write(answer.chunks)
@@ -284,7 +281,7 @@ class Server:
             return answer
         if answer.after is not None and isinstance(session, TrainingSession):
             self._compute.submit(self._after, answer.after, session, loop, started)
-        if data[5] == Kind.SAVE:
+        if frames.parse_header(data).kind == Kind.SAVE:
             self._registry.saved()
         return answer
 
@@ -312,7 +309,7 @@ class _Call:
     def __init__(self, context: grpc.aio.ServicerContext, limits: Limits) -> None:
         self.context, self._limits = context, limits
         self.peer: dict[str, Any] = {"peer": context.peer()}
-        """For the log."""
+        """Who it is, as the log has it."""
         self.client = ""
         self.session: TrainingSession | None = None
         self.busy = False
@@ -324,7 +321,7 @@ class _Call:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._assembler = wire.Assembler(MAX_HELLO_BYTES)
+        self.assembler = chunks.Assembler(MAX_HELLO_BYTES)
         self._timer: asyncio.TimerHandle | None = None
 
     @property
@@ -337,10 +334,6 @@ class _Call:
         if self.reason is None and not self.ended.is_set():
             self.reason = reason
             self._task.cancel()
-
-    def limit(self, max_body: int) -> None:
-        """Bytes that the bodies of frames may have from now on."""
-        self._assembler.max_body_bytes = max_body
 
     def relax(self) -> None:
         """The peer is not waited for."""
@@ -359,19 +352,19 @@ class _Call:
             chunk = await self.context.read()
             if chunk is grpc.aio.EOF:
                 return None
-            begun = self._assembler.header is not None
-            data = self._assembler.add(chunk)
+            begun = self.assembler.header is not None
+            data = self.assembler.add(chunk)
             if data is not None:
                 self.relax()
                 return data
-            if not begun and self._assembler.header is not None:
-                self._allow_transfer(self._assembler.header.body_bytes)
+            if not begun and self.assembler.header is not None:
+                self._allow_transfer(self.assembler.header.body_bytes)
 
-    async def write(self, chunks: list[bytes]) -> None:
+    async def write(self, parts: list[bytes]) -> None:
         """Sends a frame; ends the connection where the peer does not take it in time."""
-        self._allow_transfer(sum(map(len, chunks)))
-        for chunk in chunks:
-            await self.context.write(chunk)
+        self._allow_transfer(sum(map(len, parts)))
+        for part in parts:
+            await self.context.write(part)
         self.relax()
 
     def _allow_transfer(self, size: int) -> None:
@@ -388,7 +381,7 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
     """Messages stay small, dead connections are noticed, clients may ping."""
     keepalive = int(limits.keepalive_seconds * 1000)
     return [
-        ("grpc.max_receive_message_length", wire.MAX_CHUNK_BYTES),
+        ("grpc.max_receive_message_length", chunks.MAX_CHUNK_BYTES),
         ("grpc.max_metadata_size", 16384),
         ("grpc.keepalive_time_ms", keepalive),
         ("grpc.keepalive_timeout_ms", keepalive),

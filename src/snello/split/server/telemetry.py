@@ -1,4 +1,4 @@
-"""What a server tells its operators: metrics for Prometheus, a log, progress bars, and whether it is healthy."""
+"""What the operators of a server see: metrics for Prometheus, a log, progress bars, and whether it is healthy."""
 
 import json
 import logging
@@ -16,12 +16,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
+from typing_extensions import override
 
 from snello.errors import CheckpointError, ConfigError
 from snello.split.wire.frames import Direction
 
 LogFormat = Literal["text", "json"]
-Mode = Literal["train", "inference"]
 
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 LONGEST_VALUE = 500
@@ -31,10 +31,10 @@ LONGEST_NAME = 40
 
 
 class Telemetry:
-    """Metrics of one server, in a registry of their own.
+    """Metrics of one server, in a registry of their own; whoever knows that something has happened counts it.
 
     Args:
-        log: where it is told that metrics are served.
+        log: where a line says that metrics are served.
     """
 
     def __init__(self, log: logging.Logger) -> None:
@@ -42,45 +42,25 @@ class Telemetry:
         self._log = log
         self._endpoint: tuple[WSGIServer, threading.Thread] | None = None
         own: dict[str, Any] = {"registry": self.registry}
-        self._sessions = Gauge("snello_sessions", "Sessions under way", ("mode",), **own)
+        self.sessions = Gauge("snello_sessions", "Sessions under way", ("mode",), **own)
         self._steps = Counter("snello_steps", "Optimizer steps taken", **own)
         self._bytes = Counter("snello_bytes", "Bytes of frames by kind, headers included", ("direction", "kind"), **own)
         self._seconds = Histogram("snello_step_seconds", "Time of an optimizer step", buckets=STEP_SECONDS, **own)
-        self._refused = Counter("snello_refused", "Clients that were refused, by reason", ("code",), **own)
-        self._queue = Gauge("snello_queue_depth", "Frames waiting for compute", **own)
-        self._reconnects = Counter("snello_reconnects", "Sessions that went on after a broken connection", **own)
+        self.refused = Counter("snello_refused", "Clients that were refused, by reason", ("code",), **own)
+        self.queue = Gauge("snello_queue_depth", "Frames waiting for compute", **own)
+        self.reconnects = Counter("snello_reconnects", "Sessions that went on after a broken connection", **own)
         for mode in ("train", "inference"):
-            self._sessions.labels(mode)  # 0 from the start, not absent
-
-    def session_opened(self, mode: Mode) -> None:
-        """A session began."""
-        self._sessions.labels(mode).inc()
-
-    def session_closed(self, mode: Mode) -> None:
-        """A session ended."""
-        self._sessions.labels(mode).dec()
+            self.sessions.labels(mode)  # 0 from the start, not absent
 
     def step(self, seconds: float) -> None:
-        """An optimizer step was taken."""
+        """Counts an optimizer step."""
         self._steps.inc()
         self._seconds.observe(seconds)
 
     def sent(self, direction: Direction, sizes: Mapping[str, int]) -> None:
-        """A frame of these sizes by kind passed, as `frames.sizes` counts them."""
+        """Counts a frame of these sizes by kind, as `frames.sizes` counts them."""
         for kind, size in sizes.items():
             self._bytes.labels(direction, kind).inc(size)
-
-    def refused(self, code: str) -> None:
-        """A client was refused, with one of the codes that the protocol has for it."""
-        self._refused.labels(code).inc()
-
-    def queued(self, change: int) -> None:
-        """So many more frames wait for compute, or fewer."""
-        self._queue.inc(change)
-
-    def reconnected(self) -> None:
-        """A session went on after a broken connection."""
-        self._reconnects.inc()
 
     def serve(self, port: int) -> int:
         """Serves the metrics under http://127.0.0.1:port/metrics, and returns the port; 0 takes a free one.
@@ -123,9 +103,9 @@ def make_logger(folder: Path | None, format: LogFormat, console: Console) -> log
     close_logger(log)
     log.setLevel(logging.INFO)
     log.propagate = False
-    shown = _ConsoleHandler(console)
-    shown.setFormatter(_JsonFormatter() if format == "json" else _TextFormatter())
-    log.addHandler(shown)
+    screen = _ConsoleHandler(console)
+    screen.setFormatter(_JsonFormatter() if format == "json" else _TextFormatter())
+    log.addHandler(screen)
     if folder is not None:
         try:
             file = logging.FileHandler(folder / "serve.log", encoding="utf-8")
@@ -208,8 +188,8 @@ class Board:
             if name in self._rows:
                 self._progress.update(self._rows[name], completed=step, total=total, **fields)
             else:
-                shown = printable(name[:LONGEST_NAME])
-                self._rows[name] = self._progress.add_task(shown, completed=step, total=total, **fields)
+                label = printable(name[:LONGEST_NAME])
+                self._rows[name] = self._progress.add_task(label, completed=step, total=total, **fields)
 
     def remove(self, name: str) -> None:
         """Takes a row away; does nothing where there is none."""
@@ -240,17 +220,19 @@ class _ConsoleHandler(logging.Handler):
         super().__init__()
         self._console = console
 
+    @override
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints a line as it is: what peers sent is no markup."""
         try:
-            self._console.print(Text(self.format(record)), soft_wrap=True)
+            self._console.print(Text(self.format(record)), soft_wrap=True)  # what peers sent is no markup
         except Exception:
             self.handleError(record)
 
 
 class _TextFormatter(logging.Formatter):
+    """`HH:MM:SS level message key=value ...`, in local time; of an error that was caught only its text."""
+
+    @override
     def format(self, record: logging.LogRecord) -> str:
-        """`HH:MM:SS level message key=value ...`, in local time; of an error that was caught only what it says."""
         fields = _fields(record)
         if record.exc_info and record.exc_info[1] is not None:
             fields["error"] = f"{type(record.exc_info[1]).__name__}: {record.exc_info[1]}"
@@ -259,8 +241,10 @@ class _TextFormatter(logging.Formatter):
 
 
 class _JsonFormatter(logging.Formatter):
+    """One JSON object in ASCII: whatever is in a field is escaped."""
+
+    @override
     def format(self, record: logging.LogRecord) -> str:
-        """One JSON object in ASCII: whatever is in a field is escaped."""
         time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         line: dict[str, Any] = {"time": time.replace("+00:00", "Z"), "level": record.levelname.lower()}
         line["message"] = record.getMessage()
@@ -275,13 +259,10 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     """The fields given with a record: numbers as they are where JSON has them, all else as text of limited length."""
     fields: dict[str, Any] = {}
     for name, value in getattr(record, "fields", {}).items():
-        exact = value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))
-        fields[name] = value if exact else _shortened(str(value))
+        exact = value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+        text = str(value)
+        fields[name] = value if exact else text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
     return fields
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 
 def _quoted(value: Any) -> str:

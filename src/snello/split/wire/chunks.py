@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from snello.errors import ProtocolError
-from snello.split.wire.frames import HEADER, Buffer, Header, parse_header
+from snello.split.wire.frames import HEADER, Buffer, Frame, Header, parse_header, write
 
 METHOD = "/snello.Split/Train"
 """The gRPC method that carries the frames."""
@@ -18,7 +18,7 @@ CREDENTIALS = "snello-credentials"
 CHUNK_BYTES = 1 << 20
 """64 KiB chunks are half as fast, larger ones no faster; and what a peer can make us buffer stays small."""
 MAX_CHUNK_BYTES = CHUNK_BYTES * 3 // 2
-"""Of equal chunks of a frame that is just too small for two."""
+"""What the only chunk of a frame that is just too small for two may have."""
 
 
 def chunk_size(total: int, about: int = CHUNK_BYTES) -> int:
@@ -52,6 +52,11 @@ def chunks(buffers: Sequence[Buffer], about: int = CHUNK_BYTES) -> Iterator[byte
         yield b"".join(parts)
 
 
+def of(frame: Frame) -> list[bytes]:
+    """A frame as chunks, ready to be sent."""
+    return list(chunks(write(frame)))
+
+
 class Assembler:
     """Puts chunks together to frames.
 
@@ -63,7 +68,7 @@ class Assembler:
     def __init__(self, max_body_bytes: int, about: int = CHUNK_BYTES) -> None:
         self.max_body_bytes, self._about = max_body_bytes, about
         self.header: Header | None = None
-        """Of the frame that is coming in; None between frames."""
+        """What the frame begins with that is coming in; None between frames."""
         self._buffer = bytearray()
         self._at = self._size = 0
 

@@ -240,13 +240,14 @@ def parse_header(data: Buffer, max_body_bytes: int = MAX_BODY_BYTES) -> Header:
     if magic != MAGIC:
         raise ProtocolError("this is no frame of snello's protocol")
     if version != VERSION:
-        raise ProtocolError(f"a frame of protocol version {version}; this snello speaks version {VERSION}")
+        text = f"a frame of protocol version {version}; this snello speaks version {VERSION}"
+        raise ProtocolError(text, code="version")
     if flags & ~sum(Flags):
         raise ProtocolError(f"unknown flags in a frame: {flags:#x}")
     if kind not in Kind._value2member_map_:
         raise ProtocolError(f"unknown kind of frame: {kind}")
     if body > max_body_bytes:
-        raise ProtocolError(f"a frame of {body} bytes is larger than the limit of {max_body_bytes}")
+        raise ProtocolError(f"a frame of {body} bytes is larger than the limit of {max_body_bytes}", code="too-large")
     return Header(Kind(kind), Flags(flags), step, micro, body)
 
 

@@ -1,4 +1,4 @@
-"""What client and server tell each other before the first step, checked value by value."""
+"""The messages before the first step, checked value by value: what both have, want, and agree on."""
 
 import hashlib
 import re
@@ -27,7 +27,7 @@ class Terms:
     protocol: int
     model: str
     fingerprint: str
-    """Of the architecture: names and shapes of all weights."""
+    """A hash of the architecture: names and shapes of all weights."""
     cut: int
     codec: str
     labels: str
@@ -49,8 +49,8 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The client's side of the schedule."""
+class RunShape:
+    """How much the client trains and on what: its side of the schedule."""
 
     num_train: int
     """Pictures in an epoch."""
@@ -65,14 +65,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Hello:
-    """What a client says first."""
+    """A client's first message."""
 
     mode: Mode
     """`describe` asks for the settings, `train` trains, `inference` evaluates with the trained halves."""
     session: str = ""
     """32 hexadecimal digits, drawn by the client for each of its runs."""
     terms: Terms | None = None
-    plan: Plan | None = None
+    plan: RunShape | None = None
     step: int | None = None
     """Steps done by a client that still has them in memory; None where it has to load a checkpoint."""
     incarnation: str = ""
@@ -86,29 +86,29 @@ class Hello:
         if self.mode != "describe" and not re.fullmatch("[0-9a-f]{32}", self.session):
             raise ProtocolError("a session must be named by 32 hexadecimal digits")
         if self.step is not None and not 0 <= self.step < MAX_STEPS:
-            raise ProtocolError("a client told an impossible step")
+            raise ProtocolError("a client is at an impossible step")
         if len(self.checkpoints) > MAX_CHECKPOINTS or not all(
             type(step) is int and 0 <= step < MAX_STEPS for step in self.checkpoints
         ):
-            raise ProtocolError("a client told impossible checkpoints")
+            raise ProtocolError("a client has impossible checkpoints")
 
 
 @dataclass(frozen=True)
 class Welcome:
-    """What the server answers."""
+    """The server's answer."""
 
     time: float
     """Seconds since 1970 on the server's clock."""
     version: str
-    """Of snello there."""
+    """Which snello the server runs."""
     recipe: dict[str, Any] = field(default_factory=dict)
-    """The settings; to `describe`."""
+    """The settings, in answer to `describe`."""
     num_classes: int | None = None
     """Classes that the server wants; None where it takes what the client has."""
     incarnation: str = ""
-    """Of the server's state; another one after a restart."""
+    """A name for the server's state; another one after a restart."""
     step: int = 0
-    """Where both go on."""
+    """Where both resume."""
     back: bool = False
     """Whether the client has to load its checkpoint of `step`."""
     fresh: bool = False
@@ -118,7 +118,7 @@ class Welcome:
     shared: bool = False
     """Whether other clients train the same server half."""
     architecture: dict[str, Any] | None = None
-    """What a transformers model is made of, since a client need not have its folder; to `describe`."""
+    """What a transformers model is made of, since a client need not have its folder; in answer to `describe`."""
 
 
 def parse(cls: type[T], values: dict[str, Any]) -> T:
@@ -150,7 +150,7 @@ def make_terms(model: nn.Module, recipe: Recipe, *, codec: str, num_classes: int
 
 
 def hash_of(names: list[str]) -> str:
-    """A hash that tells lists of class names apart without telling them."""
+    """A hash that tells lists of class names apart without giving them away."""
     return hashlib.sha256("\0".join(names).encode()).hexdigest()[:16]
 
 
