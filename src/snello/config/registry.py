@@ -37,9 +37,11 @@ AUTO = "adc(samples=1, tokens=0.4)+int4"
 
 if TYPE_CHECKING:
     MethodName = str
+    MethodChoice = str
     RuleName = str
 else:
     MethodName = Literal[tuple(METHODS)]
+    MethodChoice = Literal["auto", MethodName]
     RuleName = Literal[tuple(RULES)]
 
 
