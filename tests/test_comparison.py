@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import run_python
+from conftest import run_python, with_method
 from rich.console import Console
 
 from snello import cli
@@ -37,7 +37,7 @@ def request(config: FinetuneConfig, **changes):
 
 def test_run_with_comparison(small, capsys):
     """From the training to the summary and the table that is printed."""
-    config = replace(small, method="alast", alast=AlastConfig(blocks=3, alpha=5.0), epochs=1, compare=True)
+    config = with_method(small, method="alast", alast=AlastConfig(blocks=3, alpha=5.0), epochs=1, compare=True)
     threads = torch.get_num_threads()
     summary = finetune(config)
     assert summary == json.loads((config.out / "summary.json").read_text())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUIET, assert_same_run, flags, resumed, rows_of
+from conftest import QUIET, assert_same_run, flags, resumed, rows_of, with_method
 from timm.layers import DropPath
 from torch import nn
 
@@ -89,7 +89,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_cut_off_within_an_epoch(small, tmp_path, monkeypatch, name):
     """The eleventh micro-batch: within the second epoch, and within a window where gradients accumulate."""
-    config = replace(small, **CASES[name])
+    config = with_method(small, **CASES[name])
     other = whole(config, tmp_path / "whole")
     cut_off(config, monkeypatch, Trainer, "_backward", 11)
     had = len(rows_of(config.out, "step"))
@@ -104,7 +104,7 @@ def test_cut_off_within_an_epoch(small, tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("method", ["full", "alast"])
 def test_cut_off_after_every_step(small, tmp_path, monkeypatch, method):
-    config = replace(small, method=method, accumulate=3, checkpoint_steps=1)
+    config = with_method(small, method=method, accumulate=3, checkpoint_steps=1)
     other = whole(config, tmp_path / "whole")
     for attempt in range(6):  # as many as there are steps: every process lives for one
         torch.manual_seed(attempt)  # whatever the random state of the process is
@@ -131,7 +131,7 @@ def with_noise(*args, **kwargs) -> nn.Module:
 @pytest.mark.parametrize("method", ["full", "alast"])
 def test_noise_of_the_model_goes_on(small, tmp_path, monkeypatch, method):
     monkeypatch.setattr(training, "create_model", with_noise)
-    config = replace(small, method=method, accumulate=3, checkpoint_steps=1)
+    config = with_method(small, method=method, accumulate=3, checkpoint_steps=1)
     other = whole(config, tmp_path / "whole")
     cut_off(config, monkeypatch, Trainer, "_backward", 11)
     torch.manual_seed(99)
@@ -154,7 +154,7 @@ def test_early_stop_is_remembered(small, tmp_path, monkeypatch):
 
 
 def test_workers_and_checkpoints_may_change(small, tmp_path, monkeypatch):
-    config = replace(small, method="alast", checkpoint_steps=3)
+    config = with_method(small, method="alast", checkpoint_steps=3)
     other = whole(config, tmp_path / "whole")
     cut_off(config, monkeypatch, Trainer, "_backward", 11)
     finetune(replace(resumed(config), workers=2, checkpoint_steps=1, check_pictures=False), QUIET)
@@ -165,7 +165,7 @@ def test_workers_and_checkpoints_may_change(small, tmp_path, monkeypatch):
 
 
 def test_before_the_first_checkpoint(small, tmp_path, monkeypatch):
-    config = replace(small, method="alast")
+    config = with_method(small, method="alast")
     other = whole(config, tmp_path / "whole")
     cut_off(config, monkeypatch, Trainer, "_backward", 4)
     assert len(rows_of(config.out)) == 3 and not RunFolder(config.out).checkpoint_file.exists()
@@ -194,7 +194,7 @@ def test_before_the_model_is_saved(small, tmp_path, monkeypatch):
 
 def test_after_the_last_checkpoint(small, tmp_path, monkeypatch):
     """Trained to the end, but without a summary: resuming writes it and trains no further."""
-    config = replace(small, method="alast")
+    config = with_method(small, method="alast")
     other = whole(config, tmp_path / "whole")
     cut_off(config, monkeypatch, Trainer, "summary", 1)
     monkeypatch.setattr(Trainer, "_step", None)
@@ -240,7 +240,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="there are no such signals
 @posix
 @pytest.mark.parametrize(("name", "call"), [("last.safetensors", 3), ("model.safetensors", 1)])
 def test_killed_between_write_and_rename(small, tmp_path, name, call):
-    config = replace(small, method="alast", checkpoint_steps=3)
+    config = with_method(small, method="alast", checkpoint_steps=3)
     other = whole(config, tmp_path / "whole")
     process = subprocess.run([sys.executable, "-c", DIES, name, str(call), "finetune", *flags(config)], timeout=300)
     assert process.returncode == -signal.SIGKILL
@@ -277,7 +277,7 @@ def wait_for_lines(process: subprocess.Popen[str], config: FinetuneConfig, num: 
 @posix
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_at_any_moment(small, tmp_path, workers):
-    config = replace(
+    config = with_method(
         small,
         method="alast",
         epochs=8,
@@ -302,7 +302,7 @@ def test_killed_at_any_moment(small, tmp_path, workers):
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0)])
 def test_asked_to_stop(small, tmp_path, number, workers):
     """Ctrl-C reaches the whole process group, loaders too; `kill` only the process."""
-    config = replace(small, method="alast", epochs=8, workers=workers)
+    config = with_method(small, method="alast", epochs=8, workers=workers)
     other = whole(config, tmp_path / "whole")
     process = start(config, tmp_path / "err")
     wait_for_lines(process, config, 9)
@@ -366,7 +366,7 @@ def test_ctrl_c_before_training(small, monkeypatch, capfd):
 
 
 def test_another_config_is_refused(small):
-    config = replace(small, epochs=1)
+    config = with_method(small, "alast", epochs=1)
     finetune(config, QUIET)
     before = {path: path.read_bytes() for path in config.out.iterdir()}
     changed = replace(resumed(config), lr=0.25, alast=AlastConfig(alpha=5.0, blocks=2), workers=1)

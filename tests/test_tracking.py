@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import QUIET, resumed, rows_of
+from conftest import QUIET, resumed, rows_of, with_method
 from rich.console import Console
 
 from snello import cli
@@ -54,7 +54,7 @@ def expected(run: Path, kind: str, name: str) -> list[tuple[int, float]]:
 def test_tensorboard_shows_the_run_and_goes_on_in_it(small, monkeypatch):
     """Cut off in the second epoch after step 10, with the last checkpoint after step 9: step 10 is done twice."""
     pytest.importorskip("tensorboard")
-    config = replace(small, method="alast", checkpoint_steps=3, track=("tensorboard",))
+    config = with_method(small, method="alast", checkpoint_steps=3, track=("tensorboard",))
     cut_off(config, monkeypatch, 11)
     assert [step for step, _ in shown(config.out)["train/loss"]] == list(range(1, 11))
     finetune(resumed(config), QUIET)

@@ -32,7 +32,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str
     run, summary, state = _train(config, ranks, console)
     if not ranks.is_main:
         return summary
-    if "alast" in config.method:
+    if "alast" in config.method_name:
         pictures.plot_budgets(run)
     if config.split.cut:
         terminal.print_traffic(console, summary)

@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 
-from snello.config import FinetuneConfig, LoraConfig
+from snello.config import FinetuneConfig
+from snello.config.effect import effective
 from snello.config.values import from_dict, to_dict
-from snello.devices import return_freed_memory
+from snello.devices import return_freed_memory, return_large_blocks
+from snello.environment import set_environment
 from snello.errors import SnelloError
 from snello.measure.step import TrainingStep, peak_memory, resident_memory
 from snello.models import is_transformers
@@ -121,7 +123,7 @@ def compare(
         attention=summary["attention"],
         memory_limit=memory_limit,
     )
-    others = compared_with(config.method)
+    others = compared_with(config.method_name)
     try:
         return _compare(request | {"state": state}, others)
     except OutOfMemoryError:
@@ -155,7 +157,7 @@ def make_request(
 ) -> dict[str, Any]:
     """What a measuring process is told; see `compare`."""
     return {
-        "config": to_dict(replace(config, data=None, out=None, config=None, resume=False)),
+        "config": to_dict(replace(config, method=config.method_name, data=None, out=None, config=None, resume=False)),
         "batch_size": config.batch_size,
         "num_classes": num_classes,
         "device": device,
@@ -168,9 +170,9 @@ def make_request(
 
 
 def _with_method(request: dict[str, Any], method: str) -> dict[str, Any]:
-    """The same for another method, from its start; settings of LoRA stay where that has some."""
-    lora = request["config"]["lora"] if "lora" in method else to_dict(LoraConfig())
-    return request | {"state": None, "config": request["config"] | {"method": method, "lora": lora}}
+    """The same for another method, from its start, without the settings that have no effect on that."""
+    config = effective(FinetuneConfig, request["config"] | {"method": method}, "request")
+    return request | {"state": None, "config": config}
 
 
 def _measure(requests: list[dict[str, Any]], batch_size: int) -> list[Measured]:
@@ -243,6 +245,7 @@ class Process:
 def _serve() -> None:
     """The measuring process: answers on the real standard output, whatever libraries print elsewhere."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process by closing its input
+    set_environment()
     request = json.loads(sys.stdin.readline())
     torch.set_num_threads(request["threads"])
     device = torch.device(request["device"])
@@ -250,6 +253,8 @@ def _serve() -> None:
         _limit_memory(request["memory_limit"])
     try:
         config = from_dict(FinetuneConfig, request["config"])
+        if config.grad_checkpointing:
+            return_large_blocks()
         options = {"device": device, "precision": request["precision"], "attention": request["attention"]}
         _load_libraries(config, options)
         before = resident_memory(device)
@@ -281,7 +286,7 @@ def _load_libraries(config: FinetuneConfig, options: dict[str, Any]) -> None:
     """Takes a step of a small model, so that what libraries take is not counted as the method's."""
     if is_transformers(config.model):
         import snello.models.transformers_models  # noqa: F401
-    TrainingStep(FinetuneConfig(method=config.method), num_classes=2, batch_size=2, **options).run()
+    TrainingStep(FinetuneConfig(method=config.method_name), num_classes=2, batch_size=2, **options).run()
     gc.collect()
     return_freed_memory()
 

@@ -191,7 +191,7 @@ class _Planner:
         config = FinetuneConfig(
             model=self.config.model,
             image_size=self.config.image_size,
-            method=method,  # type: ignore[arg-type]
+            method=method,
             alast=alast,
             precision=precision,
             device=self.config.device,

@@ -30,6 +30,7 @@ import yaml
 from snello.files import replacing
 from snello.config import FinetuneConfig, Recipe
 from snello.errors import CheckpointError, ConfigError
+from snello.config.effect import effective
 from snello.config.values import from_dict, read_yaml, to_dict
 
 # Settings that may differ when a run is resumed: they change where or how it runs, not what it computes.
@@ -103,7 +104,7 @@ class RunFolder:
             if config.resume:
                 raise ConfigError("--resume needs --out: the run folder to go on with")
             model = re.sub(r"[^\w.]+", "-", config.model).strip("-")  # a folder or hf:name has slashes
-            return cls(Path("runs") / f"{label}{model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+            return cls(Path("runs") / f"{label}{model}-{config.method_name}-{time.strftime('%Y%m%d-%H%M%S')}")
         run = cls(config.out)
         if config.resume and not run.config_file.is_file():
             raise ConfigError(f"--resume: {config.out} holds no run (no config.yaml); leave --resume out to start one")
@@ -137,7 +138,7 @@ class RunFolder:
             raise CheckpointError(f"{self.path} is not a run folder: there is no config.yaml in it")
         values = read_yaml(self.config_file)
         resolved = values.pop("resolved", {})
-        return from_dict(cls, values, str(self.config_file)), resolved
+        return from_dict(cls, effective(cls, values, str(self.config_file)), str(self.config_file)), resolved
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""
@@ -180,7 +181,7 @@ def require_same_config(saved: Recipe, config: Recipe, path: Path) -> None:
     Raises:
         ConfigError: naming every setting that differs.
     """
-    old, new = flat(to_dict(saved)), flat(to_dict(config))
+    old, new = (flat(to_dict(made) | {"method": made.method_name}) for made in (saved, config))
     changed = [name for name in old if name.split(".")[0] not in FREE and old[name] != new[name]]
     if changed:
         differences = ", ".join(f"{name} was {old[name]}, now {new[name]}" for name in changed)

@@ -153,7 +153,7 @@ class Cut:
 
     def _budgets(self) -> dict[str, Any]:
         """ALaST's budgets and trained blocks over the whole depth; a half without it passes on and trains all."""
-        if self.config.method != "alast":
+        if self.config.method_name != "alast":
             return {}
         budgets: list[float] = []
         trained: list[int] = []

@@ -191,9 +191,9 @@ class Trainer:
             "epochs": self.progressed.epochs,
             "steps": self.progressed.step,
             "train_time_s": round(sum(row["seconds"] for row in rows), 3),
-            **(self._traffic(rows) if self.config.split.cut else comparison.not_measured(self.config.method)),
+            **(self._traffic(rows) if self.config.split.cut else comparison.not_measured(self.config.method_name)),
             "num_classes": len(self.splits.train.classes),
-            "method": self.config.method,
+            "method": self.config.method_name,
             "model": self.config.model,
             "seed": self.config.seed,
             "device": str(self.device),
@@ -361,7 +361,7 @@ class Trainer:
         return {"progressed": asdict(self.progressed), "learner": self.learner.state_dict()}
 
     def _save_method(self, state: dict[str, Any]) -> None:
-        if "alast" in self.config.method and self.progressed.finished:
+        if "alast" in self.config.method_name and self.progressed.finished:
             files.save_json(self.run.alast_file, state["learner"]["method"])
 
     def _resume(self, saved: dict[str, Any], resolved: dict[str, Any]) -> None:
@@ -454,7 +454,7 @@ class Trainer:
     @contextmanager
     def _progress_bar(self) -> Iterator[None]:
         self.console.print(
-            f"{self.config.model}, {self.config.method}, {self.precision} on {self._where()}: "
+            f"{self.config.model}, {self.config.method_name}, {self.precision} on {self._where()}: "
             f"{len(self.splits.train)} pictures to train, {len(self.splits.val)} held out, "
             f"{len(self.splits.train.classes)} classes ({self.splits.source})",
             highlight=False,

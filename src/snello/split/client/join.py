@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
-from snello.config import FinetuneConfig, JoinConfig
+from snello.config import FinetuneConfig, JoinConfig, Recipe
 from snello.config.values import from_dict, to_dict
 from snello.data import Splits, splits_of
 from snello.devices import resolve_device, resolve_precision
@@ -51,8 +51,15 @@ LOCAL = (
 )
 
 
-def join(config: JoinConfig, console: Console | None = None) -> dict[str, Any]:
+def join(
+    config: JoinConfig, console: Console | None = None, on_settings: Callable[[Recipe], None] = lambda recipe: None
+) -> dict[str, Any]:
     """Trains with a server as it says and returns the summary that it saves in the run folder.
+
+    Args:
+        config: this side's own.
+        console: where the run reports to.
+        on_settings: called with the settings that the server gave, before the first step.
 
     Raises:
         SnelloError: for input that cannot be used, or a server that cannot be reached or refuses, before anything is
@@ -62,6 +69,7 @@ def join(config: JoinConfig, console: Console | None = None) -> dict[str, Any]:
     console = console or Console(stderr=True)
     with warnings_on(console):
         session = RemoteSession(config, console=console)
+        on_settings(session.trainer.config)
         try:
             session.trainer.fit()
             summary = session.finish()

@@ -82,7 +82,7 @@ class Remote:
         self._at_begin: dict[str, Any] | None = None  # of the step under way, before it moved anything
         self._aside: ThreadPoolExecutor | None = None
         self._twins: deque[ClientHalf] = deque()
-        if config.split.prefetch:
+        if False:
             self._prepare_prefetch()
 
     def _prepare_prefetch(self) -> None:
