@@ -11,6 +11,19 @@ SnelloError
 └── AuthenticationError  the other side did not admit this client
 """
 
+__all__ = [
+    "AuthenticationError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ModelError",
+    "NetworkError",
+    "ProtocolError",
+    "SnelloError",
+    "SnelloWarning",
+    "TrainingError",
+]
+
 
 class SnelloError(Exception):
     """Base of every error a user can cause and mend; its text says what was wrong, where, and what to do."""

@@ -109,6 +109,11 @@ class Predictor:
         return probabilities
 
 
+def load(run: Path | str, device: str = "auto") -> Predictor:
+    """The model of a run folder, ready to be used; `close()` ends what it holds."""
+    return Predictor(Path(run), device)
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Accuracy and loss of a run's model on its held-out pictures, or on those in `config.data`."""
     predictor = Predictor(config.run, config.device)
