@@ -64,7 +64,7 @@ def main() -> None:
     head, rows = {"config": config, "environment": environment(torch.device("cpu"))}, list[dict[str, Any]]()
     for batch_size in map(int, args.batch_sizes.split(",")):
         for method in args.methods.split(","):
-            plain = FinetuneConfig(model=args.model, method=method, batch_size=batch_size)  # type: ignore[arg-type]
+            plain = FinetuneConfig(model=args.model, method=method, batch_size=batch_size)
             variants = [plain, replace(plain, grad_checkpointing=True)]
             if "alast" in method:
                 variants.insert(1, replace(plain, alast=AlastConfig(optimizer_state="release")))
