@@ -344,6 +344,14 @@ IDLE = [
     (ServeConfig, ["--split.no-frames"], "--split.frames", "over a network"),
     (ServeConfig, ["--insecure-loopback", "--auth", "token"], "--auth", "without --certs"),
     (ServeConfig, ["--alast.blocks", "3"], "--alast.blocks", "without --method alast"),  # `auto` is full across a cut
+    (FinetuneConfig, ["--columns.label", "kind"], "--columns.label", "without --data"),
+    (JoinConfig, ["localhost:1", "--data-root", "sets"], "--data-root", "without --data"),
+    (
+        JoinConfig,
+        ["localhost:1", "--certs", "certs", "--insecure-plaintext-for-everyone-on-the-network-to-read"],
+        "--insecure-plaintext-for-everyone-on-the-network-to-read",
+        "with --certs",
+    ),
     (JoinConfig, ["localhost:1", "--name", "ward-3"], "--name", "without --certs"),
     (DoctorConfig, ["localhost:1", "--name", "ward-3"], "--name", "without --certs"),
     (EvaluateConfig, ["run", "--columns.label", "kind"], "--columns.label", "without --data"),
@@ -379,8 +387,8 @@ def test_every_need_names_a_setting():
 
 
 def test_what_differs_from_the_defaults():
-    config = FinetuneConfig(seed=3, alast=AlastConfig(blocks=2), columns=ColumnsConfig(image="x"))
-    assert list(changed(config)) == ["alast.blocks", "seed", "columns.image"]
+    config = FinetuneConfig(seed=3, alast=AlastConfig(blocks=2), data="x.csv", columns=ColumnsConfig(image="x"))
+    assert list(changed(config)) == ["alast.blocks", "seed", "data", "columns.image"]
     assert list(changed(FinetuneConfig())) == list(changed(ServeConfig())) == []
     assert list(changed(AlastConfig(blocks=2), AlastConfig(blocks=3, alpha=0.1))) == ["blocks", "alpha"]
 

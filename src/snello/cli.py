@@ -1,7 +1,7 @@
 """The command line: `snello <verb>`, every flag, default and help text from the dataclasses in `snello.config`.
 
 What needs PyTorch is imported inside the verbs, so that help answers at once. Errors a user can mend are one line on
-stderr and exit code 2.
+stderr and exit code 2. What snello changes in a process, environment and allocator, is changed here.
 """
 
 import contextlib
@@ -280,10 +280,9 @@ def _parse(cls: type[T], args: Sequence[str], verb: str) -> T:
 
 
 def _one_line(box: str, verb: str) -> str:
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
-    told = [line for line in lines[1:] if line]  # the first is the box's title
-    until = next((i for i, line in enumerate(told) if line.startswith(("Argument helptext", "For full help"))), None)
-    text = re.sub(r"\s+", " ", " ".join(told[:until])) or "cannot be parsed"
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]  # the first is the box's title
+    ends = (i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full help")))
+    text = " ".join(" ".join(lines[: next(ends, None)]).split()) or "cannot be parsed"
     text = re.sub(r"^Error parsing \w+: (?=--|[A-Z]+ )", "", text)  # our own words, which name the flag already
     return f"{text} (snello {verb} --help lists the options)"
 

@@ -5,12 +5,10 @@ Each config lists in `NEEDS` what its settings need; a new entry is one line the
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from snello.config.values import default_of, flag, from_dict
 from snello.errors import ConfigError
-
-T = TypeVar("T")
 
 REMOVED = ("split.prefetch",)
 """Settings of earlier versions, which their runs have kept."""
@@ -42,7 +40,7 @@ def idle(config: Any) -> Iterator[tuple[str, str]]:
     """The changed settings that have no effect in `config`, each with the reason."""
     for name in changed(config):
         for need in config.NEEDS:
-            if name.startswith(need.setting) and name[len(need.setting) :][:1] in ("", ".") and not need.is_met(config):
+            if f"{name}.".startswith(f"{need.setting}.") and not need.is_met(config):
                 yield name, need.reason
                 break
 
@@ -68,9 +66,8 @@ def effective(cls: type[Any], values: Mapping[str, Any], where: str) -> dict[str
     kept = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
     for name in REMOVED:
         _remove(kept, name)
-    if hasattr(cls, "NEEDS"):
-        for name, _ in list(idle(from_dict(cls, kept, where, checked=False))):
-            _remove(kept, name)
+    for name, _ in list(idle(from_dict(cls, kept, where, checked=False))):
+        _remove(kept, name)
     return kept
 
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from snello.config.pictures import PicturesConfig
-from snello.config.recipe import Recipe
+from snello.config.pictures import PICTURES_NEEDS, PicturesConfig
+from snello.config.recipe import RECIPE_NEEDS, Recipe
 
 
 @dataclass(frozen=True)
@@ -12,6 +12,8 @@ class FinetuneConfig(PicturesConfig, Recipe):
 
     compare: bool = True
     """After training, measure step time, FLOPs and memory against full fine-tuning on this machine."""
+
+    NEEDS = RECIPE_NEEDS + PICTURES_NEEDS
 
     def __post_init__(self) -> None:
         Recipe.__post_init__(self)

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import tyro
 
 from snello.config.effect import Need, require_effect
-from snello.config.pictures import PicturesConfig
-from snello.config.recipe import Recipe, SplitConfig
+from snello.config.pictures import PICTURES_NEEDS, PicturesConfig
+from snello.config.recipe import RECIPE_NEEDS, Recipe, SplitConfig
 from snello.config.units import parse_address, parse_bytes
 from snello.errors import require
 
@@ -51,7 +51,7 @@ class ServeConfig(Recipe):
     """How the log on stderr is written; serve.log in the run folder is always JSON."""
 
     NEEDS = (
-        *Recipe.NEEDS,
+        *RECIPE_NEEDS,
         Need("split.frames", lambda c: False, "over a network, which nothing crosses but frames"),
         Need("auth", lambda c: c.certs is not None, "without --certs"),
     )
@@ -93,7 +93,11 @@ class JoinConfig(PicturesConfig):
     insecure_plaintext_for_everyone_on_the_network_to_read: bool = False
     """Without TLS to a server that is not on this machine: everybody on the way can read and change everything."""
 
-    NEEDS = (NAME_NEEDS_CERTS,)
+    NEEDS = (
+        *PICTURES_NEEDS,
+        NAME_NEEDS_CERTS,
+        Need("insecure_plaintext_for_everyone_on_the_network_to_read", lambda c: c.certs is None, "with --certs"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +112,7 @@ class CertsConfig:
     """Make what a server and its clients need to trust each other: a small CA, certificates and join tokens."""
 
     folder: tyro.conf.Positional[Path]
-    """Where to; with a CA in it already, clients are added."""
+    """Folder to write to; where it has a CA already, clients are added."""
     host: tuple[str, ...] = ()
     """Names and IP addresses of the server, as server.example 192.0.2.7."""
     clients: tuple[str, ...] = ("client",)

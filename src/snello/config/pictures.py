@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from snello.config.effect import Need
 from snello.config.registry import TRACKERS, TrackerName
 from snello.errors import require
 
@@ -17,6 +18,12 @@ class ColumnsConfig:
     """Column of the classes; default: label, class, target, ..."""
     split: str | None = None
     """Column of a table that says train, val or test; default: split, where there is one."""
+
+
+PICTURES_NEEDS: tuple[Need, ...] = (
+    Need("columns", lambda c: c.data is not None, "without --data"),
+    Need("data_root", lambda c: c.data is not None, "without --data"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,8 @@ class PicturesConfig:
     """Processes that load pictures; 0 loads in the main process."""
     track: tuple[TrackerName, ...] = ()
     """Show the run also in these trackers: tensorboard (in the run folder), wandb, mlflow."""
+
+    NEEDS = PICTURES_NEEDS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "data", source_text(self.data))

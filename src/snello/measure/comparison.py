@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,9 @@ def make_request(
     memory_limit: int | None = None,
 ) -> dict[str, Any]:
     """What a measuring process is told; see `compare`."""
+    own = {"method": config.method_name, "data": None, "out": None, "config": None, "resume": False}
     return {
-        "config": to_dict(replace(config, method=config.method_name, data=None, out=None, config=None, resume=False)),
+        "config": effective(FinetuneConfig, to_dict(config) | own, "request"),
         "batch_size": config.batch_size,
         "num_classes": num_classes,
         "device": device,
