@@ -74,7 +74,7 @@ def small(pictures: Path, tmp_path: Path) -> FinetuneConfig:
     )
 
 
-def with_method(config: FinetuneConfig, method: str = "full", **settings: Any) -> FinetuneConfig:
+def with_method(config: FinetuneConfig, /, method: str = "full", **settings: Any) -> FinetuneConfig:
     """The same run with another method; ALaST with budgets that move visibly, since its CLS token changes little."""
     adaptive = {"alast": AlastConfig(alpha=5.0)} if "alast" in method else {}
     return replace(config, method=method, **adaptive | settings)
