@@ -1,5 +1,7 @@
 """Names that settings may have, and where what they mean is found; no torch, so that flags are checked at once."""
 
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 METHODS = ("auto", "alast", "full", "head", "last-k", "lora", "alast+lora")
 EXPORTS = ("timm", "transformers", "onnx")
@@ -20,3 +22,17 @@ CODECS = {
 # Measured, see docs/adc.md: a nineteenth of the bytes and less than half of the server's compute for 2 points, and
 # nothing trained beside the model.
 AUTO = "adc(samples=1, tokens=0.4)+int4"
+
+METHOD_NAMES = tuple(name for name in METHODS if name != "auto")
+METHOD_CHOICES = ("auto", *METHOD_NAMES)
+
+if TYPE_CHECKING:  # a type checker cannot read names out of a tuple
+    MethodName: TypeAlias = str
+    MethodChoice: TypeAlias = str
+    TrackerName: TypeAlias = str
+    ExportFormat: TypeAlias = str
+else:
+    MethodName = Literal[METHOD_NAMES]
+    MethodChoice = Literal[METHOD_CHOICES]
+    TrackerName = Literal[TRACKERS]
+    ExportFormat = Literal[EXPORTS]

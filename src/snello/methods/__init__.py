@@ -6,7 +6,6 @@ from typing import Any, Protocol
 import torch
 
 from snello.config import Recipe
-from snello.devices import return_large_blocks
 from snello.errors import ConfigError
 from snello.methods.alast import ALaST
 from snello.methods.lora import Adapters
@@ -198,5 +197,4 @@ def make_method(vit: ViT, config: Recipe, name: str | None = None) -> Method:
     """
     if config.grad_checkpointing:
         vit.set_grad_checkpointing(True)
-        return_large_blocks()
-    return METHODS[name or config.method](vit, config)
+    return METHODS[name or config.method_name](vit, config)
