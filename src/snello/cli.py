@@ -32,7 +32,7 @@ from snello.config import (
     ServeConfig,
 )
 from snello.config.effect import effective
-from snello.config.values import from_dict, read_yaml
+from snello.config.values import flag, from_dict, read_yaml
 from snello.environment import num_processes, set_environment
 from snello.errors import ConfigError, SnelloError, printable
 
@@ -222,7 +222,7 @@ def main(args: Sequence[str] | None = None) -> int:
         set_environment()
         return VERBS[verb](rest)
     except SnelloError as error:
-        _say(f"error: {error}")
+        _say(f"error: {error.for_command_line}")
         return USAGE
     except KeyboardInterrupt:
         return _interrupted("interrupted")
@@ -288,6 +288,7 @@ def _one_line(box: str, verb: str) -> str:
     ends = (i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full help")))
     text = " ".join(" ".join(lines[: next(ends, None)]).split()) or "cannot be parsed"
     text = re.sub(r"^Error parsing \w+: (?=--|[A-Z]+ )", "", text)  # our own words, which name the flag already
+    text = re.sub(r"^Error parsing (alast): (\w+) must", lambda m: f"{flag('.'.join(m.groups()))} must", text)
     return f"{text} (snello {verb} --help lists the options)"
 
 

@@ -32,6 +32,15 @@ __all__ = [
 class SnelloError(Exception):
     """Base of every error a user can cause and mend; its text says what was wrong, where, and what to do."""
 
+    section = ""
+    """Where the flag of the setting stands whose name the text begins with: `alast` for `--alast.blocks`."""
+
+    @property
+    def for_command_line(self) -> str:
+        """The text, naming a setting by its flag."""
+        name, _, rest = str(self).partition(" ")
+        return f"--{self.section}.{name.replace('_', '-')} {rest}" if self.section else str(self)
+
 
 class SnelloWarning(UserWarning):
     """Something works, but not as the user may think; the command line prints it as one line."""
@@ -78,10 +87,12 @@ class AuthenticationError(SnelloError):
     """The other side did not admit this client."""
 
 
-def require(ok: bool, name: str, rule: str, got: object) -> None:
+def require(ok: bool, name: str, rule: str, got: object, section: str = "") -> None:
     """Raises the ConfigError `name must be rule, got ...` unless `ok`."""
     if not ok:
-        raise ConfigError(f"{name} must be {rule}, got {got}")
+        error = ConfigError(f"{name} must be {rule}, got {got}")
+        error.section = section
+        raise error
 
 
 def printable(text: Path | str) -> str:

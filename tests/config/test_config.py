@@ -36,7 +36,7 @@ def parse(*args: str, cls: type = FinetuneConfig) -> Any:
 def error_of(call, *args, **kwargs) -> str:
     with pytest.raises(ConfigError) as caught:
         call(*args, **kwargs)
-    text = str(caught.value)
+    text = caught.value.for_command_line
     assert text and "\n" not in text
     return text
 
@@ -462,11 +462,11 @@ def test_an_address_of_the_web_stays_as_it_was_typed():
 
 
 def test_names_come_from_the_registry(capsys):
-    from snello.config.registry import EXPORTS, METHOD_NAMES, TRACKERS
+    from snello.config.registry import EXPORTS, METHODS, TRACKERS
 
     for verb, flags in (
-        ("finetune", {"--method": ("auto", *METHOD_NAMES), "--track": TRACKERS}),
-        ("plan", {"--methods": METHOD_NAMES}),
+        ("finetune", {"--method": ("auto", *METHODS), "--track": TRACKERS}),
+        ("plan", {"--methods": METHODS}),
         ("export", {"--format": EXPORTS}),
     ):
         with pytest.raises(SystemExit):

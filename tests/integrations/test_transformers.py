@@ -408,6 +408,7 @@ def test_adapters_resume_exactly(tmp_path):
     assert_same_weights(rest.model, whole.model)
 
 
+@pytest.mark.filterwarnings("error::snello.errors.SnelloWarning")  # from_pretrained gives a model in eval mode
 @pytest.mark.slow
 def test_the_code_in_the_docs_runs(tmp_path, monkeypatch):
     write_pictures(tmp_path / "photos" / "train", {"blue": 9, "green": 9, "red": 8})

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 
 import pytest
@@ -18,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from snello.errors import ConfigError
+from snello.config import AlastConfig
+from snello.errors import ConfigError, SnelloWarning
 from snello.methods.alast import PAPER_LR, ALaST
 from snello.vit import ViT
 
@@ -308,8 +310,7 @@ def test_the_draw_follows_the_budgets_of_this_step():
     deltas = iter([[5.0] * 4, [4.0, 4.0, 5.0, 4.0]])  # only block 2 keeps its budget
     alast.step(lr=1.0)
     for row in deltas:
-        for index, delta in enumerate(row):
-            alast.record(index, torch.tensor(delta))
+        alast.record([torch.tensor(delta) for delta in row])
         alast.step(lr=1.0)
     assert alast.budgets == [1e-9, 1e-9, 1.0, 1e-9] and alast.trained == [2]
 
@@ -742,9 +743,60 @@ def test_a_setting_out_of_range_is_refused_and_the_model_left_alone(name, value)
     model = tiny_vit()
     with pytest.raises(ConfigError) as error:
         ALaST(model, **{name: value})
-    assert str(error.value).startswith(f"{name} must be") and str(error.value).endswith(f"got {value!r}")
+    assert str(error.value).startswith(f"{name} must be") and str(error.value).endswith(f"got {value}")
     assert "forward" not in vars(model.blocks[0])
     ALaST(model)
+
+
+def test_options_and_a_config_are_the_same_thing():
+    options = {"blocks": 2, "start_budget": 0.8, "draw": "softmax", "rule": "merge", "full_tail": 0.5}
+    one, other = ALaST(tiny_vit(), **options), ALaST(tiny_vit(), AlastConfig(**options))
+    assert one.config == other.config == AlastConfig(**options)
+    assert ALaST(tiny_vit(), AlastConfig(**options), blocks=3).config == AlastConfig(**{**options, "blocks": 3})
+    with pytest.raises(ConfigError, match=r"^ALaST has no option block, heads; it has: blocks, start_budget, "):
+        ALaST(tiny_vit(), block=2, heads=3)
+
+
+def test_as_a_context_manager_it_detaches_at_the_end_also_by_an_error():
+    model = tiny_vit()
+    with ALaST(model, blocks=1) as alast:
+        alast.step()
+        assert sum(all(p.requires_grad for p in block.parameters()) for block in model.blocks) == 1
+    assert all(p.requires_grad for p in model.parameters()) and not alast.vit.attached
+    with pytest.raises(ZeroDivisionError), ALaST(model):
+        raise ZeroDivisionError
+    assert not ViT(model).attached
+
+
+def test_printed_it_says_what_trains():
+    model = tiny_vit(embed_dim=128)
+    alast = ALaST(model, blocks=3, train_embeddings=False)
+    before = str(alast)
+    alast.step()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    assert str(alast) == before == f"ALaST trains {trained / 1e6:.1f} of {total / 1e6:.1f} M parameters, 3 of 4 blocks"
+
+
+def test_the_tail_needs_to_know_how_far_training_is():
+    alast = ALaST(tiny_vit(), full_tail=0.5)
+    with pytest.raises(ConfigError, match=r"^full_tail needs .*call step\(progress=\.\.\.\)$"):
+        alast.step()
+    dropping = []
+    for progress in (0.0, 0.49, 0.5, 0.9):
+        alast.step(progress=progress)
+        dropping.append(alast.dropping)
+    assert dropping == [True, True, False, False]
+
+
+def test_a_model_in_eval_mode_at_the_first_step_is_warned_of_once():
+    alast = ALaST(tiny_vit().eval())
+    with pytest.warns(SnelloWarning, match=r"in eval mode, in which ALaST does nothing: call its train\(\)"):
+        alast.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alast.step()
+        ALaST(tiny_vit()).step()
 
 
 # Data parallelism
@@ -760,7 +812,7 @@ def _rank(rank: int, folder: str) -> None:
     optimizer = adamw(model)
     log = []
     for step in range(5):
-        alast.step(optimizer=optimizer)
+        alast.step(optimizer=optimizer, process_group=dist.group.WORLD)
         log.append({"budgets": alast.budgets.copy(), "trained": alast.trained, "deltas": alast._deltas})
         optimizer.zero_grad()
         del rows[:]
@@ -769,7 +821,16 @@ def _rank(rank: int, folder: str) -> None:
         log[-1]["own"] = [sum(column) / 2 for column in zip(*rows, strict=True)]
         optimizer.step()
     sharded = [_sharded(rank, shard) for shard in (False, True)]
-    torch.save({"log": log, "weights": model.state_dict(), "sharded": sharded}, f"{folder}/{rank}.pt")
+    saved = alast.state_dict(process_group=dist.group.WORLD)
+    alone = alast.state_dict() if rank == 0 else None  # would wait for ever if it were collective
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        own = ALaST(tiny_vit())
+        for seed in range(2):
+            own.step()
+            backward(own.vit.model, 100 * rank + seed)
+    result = {"log": log, "weights": model.state_dict(), "sharded": sharded, "saved": saved, "alone": alone}
+    torch.save({**result, "warned": [str(one.message) for one in caught]}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
     os._exit(0)  # a gloo thread that lets go of a tensor while the interpreter ends would abort the process
 
@@ -786,7 +847,7 @@ def _sharded(rank: int, shard: bool) -> tuple[dict[str, torch.Tensor], list]:
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, 0.9)
     for step in range(5):
-        alast.step(optimizer=optimizer)
+        alast.step(optimizer=optimizer, process_group=dist.group.WORLD)
         optimizer.zero_grad()
         backward(forward, 100 * rank + step)
         moving = [i for i, block in enumerate(model.blocks) if any(p.grad is not None for p in block.parameters())]
@@ -802,6 +863,12 @@ def test_ranks_stay_equal_and_average_their_deltas(tmp_path):
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name, value in one["weights"].items():
         assert torch.equal(value, other["weights"][name]), name
+    assert one["saved"] == other["saved"] and one["saved"]["pending_samples"] == [8, 8]  # of both ranks
+    assert one["alone"]["pending_samples"] == [4, 4] and one["alone"]["budgets"] == one["saved"]["budgets"]
+    for rank in (one, other):
+        assert (
+            len(rank["warned"]) == 1 and "call step(process_group=torch.distributed.group.WORLD)" in rank["warned"][0]
+        )
     for rank in (one, other):  # FSDP2 gives what DDP does
         (weights, log), (sharded, its_log) = rank["sharded"]
         for (trained, _, budgets), (its_trained, moving, its_budgets) in zip(log, its_log, strict=True):

@@ -117,7 +117,7 @@ def test_the_attention_that_ranks_tokens_is_that_with_the_adapters():
         alast = ALaST(one, blocks=4, start_budget=0.5)
         alast.step()
         one(images())
-        kept.append([adapter.kept for adapter in alast.vit._adapters])
+        kept.append(list(alast.vit.context.kept.values()))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*kept, strict=True))
     assert not torch.equal(kept[0][0], _kept_without_adapters())
 
@@ -127,7 +127,7 @@ def _kept_without_adapters():
     alast = ALaST(model, blocks=4, start_budget=0.5)
     alast.step()
     model(images())
-    return alast.vit._adapters[0].kept
+    return alast.vit.context.kept[0]
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -248,7 +248,7 @@ def test_a_run_resumes_exactly_and_its_weights_are_merged(lora, tmp_path, monkey
     state, _ = load_tensors(tmp_path / "whole" / "model.safetensors")
     assert set(state) == set(create_model("test_vit", "none", 3, 48).state_dict())
     result = evaluate(EvaluateConfig(run=tmp_path / "whole", workers=0, device="cpu"))
-    assert result["accuracy"] == pytest.approx(summary["accuracy"])
+    assert result["accuracy"] == pytest.approx(summary.accuracy)
     assert (tmp_path / "whole" / "budgets.png").exists() and (tmp_path / "whole" / "alast.json").exists()
 
 

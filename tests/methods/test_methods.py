@@ -5,12 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_deit, tiny_vit
+from conftest import QUIET, tiny_deit, tiny_vit
 
-from snello import config as config_module
-from snello.config import AlastConfig, FinetuneConfig
+from snello.config import AlastConfig, FinetuneConfig, SplitConfig
+from snello.config.registry import METHODS
 from snello.errors import ConfigError
-from snello.methods import METHODS, make_method
+from snello.finetuning import finetune
+from snello.methods import make_method, training_share
 from snello.train.optim import make_optimizer
 from snello.vit import ViT
 
@@ -36,10 +37,6 @@ def expected(model, method: str, last_k: int = 2) -> set[str]:
     return {name for name in names if name.startswith(tops + blocks)}
 
 
-def test_config_and_registry_name_the_same_methods():
-    assert {"auto", *METHODS} == set(config_module.METHODS)
-
-
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", [name for name in METHODS if "lora" not in name])  # see test_lora.py
 def test_a_method_trains_what_it_says_and_detach_restores(name, kind):
@@ -53,6 +50,7 @@ def test_a_method_trains_what_it_says_and_detach_restores(name, kind):
     if name == "alast":
         assert trainable(model) == found  # nothing is frozen before its first step, as data parallelism needs
     before = {key: value.clone() for key, value in model.state_dict().items()}
+    described = method.describe()
     method.step(1e-2, optimizer, 0.0)
     if name == "alast":
         drawn = method.metrics()["trained"]
@@ -61,6 +59,9 @@ def test_a_method_trains_what_it_says_and_detach_restores(name, kind):
     else:
         trains = expected(model, name) & found
     assert trainable(model) == trains
+    numbers = [sum(p.numel() for key, p in model.named_parameters() if key in keys) for keys in (trains, before)]
+    blocks = len({key.split(".")[1] for key in trains if key.startswith("blocks.")})
+    assert described == training_share(*numbers, blocks, 4) and method.num_left(16) == (9 if name == "alast" else 16)
     model(torch.randn(4, 3, 16, 16)).square().sum().backward()
     optimizer.step()
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
@@ -93,8 +94,9 @@ def test_last_k_beyond_the_depth_is_refused():
 
 
 def test_alast_names_the_flag_that_does_not_fit():
-    with pytest.raises(ConfigError, match=r"^--alast\.blocks must be in 1\.\.4 .*got 5$"):
+    with pytest.raises(ConfigError, match=r"^blocks must be in 1\.\.4 .*got 5$") as error:
         make_method(ViT(tiny_vit()), FinetuneConfig(alast=AlastConfig(blocks=5)))
+    assert error.value.for_command_line == f"--alast.{error.value}"
 
 
 def test_alast_takes_every_setting_from_the_config():
@@ -112,9 +114,8 @@ def test_alast_takes_every_setting_from_the_config():
         optimizer_state="release",
     )
     model = tiny_vit()
-    alast = make_method(ViT(model), FinetuneConfig(alast=settings, seed=7)).alast
-    for name in ("min_budget", "alpha", "draw", "temperature", "drop_at", "token_multiple", "optimizer_state"):
-        assert getattr(alast, name) == getattr(settings, name)
+    alast = make_method(ViT(model), FinetuneConfig(alast=settings, seed=7))
+    assert alast.config == settings
     assert alast.num_blocks == 2 and alast.budgets == [0.8] * 4
     assert not model.cls_token.requires_grad
     assert alast._generator.initial_seed() == 7
@@ -130,6 +131,16 @@ def test_the_tail_drops_no_tokens(tail, dropped):
         method.step(1e-3, torch.optim.SGD(model.parameters()), step / 4)
         model(torch.randn(2, 3, 16, 16))
     assert [length < 17 for length in lengths] == [bool(value) for value in dropped]
+
+
+@pytest.mark.filterwarnings("error::snello.errors.SnelloWarning")
+def test_our_own_loop_puts_the_model_into_training_mode_before_the_first_step(small):
+    pytest.importorskip("transformers").ViTConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, image_size=48, patch_size=16
+    ).save_pretrained(small.out / "model")  # what transformers makes is in eval mode
+    for name, settings in (("test_vit", {"compare": True}), (str(small.out / "model"), {"split": SplitConfig(cut=2)})):
+        run = replace(small, model=name, method="alast", epochs=1, out=small.out / name.split("/")[-1] / "run")
+        finetune(replace(run, **settings), QUIET)
 
 
 def test_the_base_learning_rate_is_the_step_size_of_the_budgets():

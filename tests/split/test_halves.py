@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from snello.config import AlastConfig, FinetuneConfig, SplitConfig
 from snello.errors import ConfigError, ProtocolError, TrainingError
-from snello.methods import AdaptiveMethod
+from snello.methods.alast import AlastMethod
 from snello.seeds import mix
 from snello.split.halves import Targets
 from snello.split.wire.frames import ARRAY_KINDS, Flags, Frame, Kind
@@ -232,7 +232,7 @@ def test_alast_inside_a_cut(codec, where):
     cut = Cut(tiny_vit(), config)
     for index in range(3):
         assert step(cut, [batch(8, seed=index)], index).isfinite()
-    attached = [isinstance(half.method, AdaptiveMethod) for half in (cut.client, cut.server)]
+    attached = [isinstance(half.method, AlastMethod) for half in (cut.client, cut.server)]
     assert attached == [where != "server", where != "client"]
     metrics = cut.learner.metrics()
     assert len(metrics["budgets"]) == 4

@@ -11,6 +11,7 @@ from snello.errors import ConfigError
 from snello.measure.step import saved_bytes, storages_of
 from snello.methods.alast import ALaST
 from snello.vit import ViT, logits_of, tokens
+from snello.vit.rules import make_rule
 
 VARIANTS = {
     "plain": {},
@@ -64,7 +65,7 @@ def test_more_than_half_cannot_be_merged(num_keep):
 class Merge:
     """An observer that merges half of the patch tokens in the blocks `where`."""
 
-    rule = "merge"
+    rule = make_rule("merge")
 
     def __init__(self, where, drop_at="mid"):
         self.where, self.drop_at = where, drop_at
@@ -72,7 +73,7 @@ class Merge:
     def num_keep(self, index, num_patches):
         return num_patches // 2 if index in self.where else num_patches
 
-    def record(self, index, change, num_samples=1):
+    def record(self, changes, num_samples):
         pass
 
 
@@ -100,7 +101,7 @@ def test_merging_equal_tokens_changes_nothing(variant, drop_at, path):
     out, expected = model(x), untouched(x)
     assert lengths == [vit.num_prefix_tokens + 8]
     assert (out - expected).abs().max() < 1e-4  # each counts twice in the softmax of the blocks above
-    assert vit._adapters[3].sizes.sum(1).tolist() == [vit.num_prefix_tokens + 16] * 3
+    assert vit.context.sizes.sum(1).tolist() == [vit.num_prefix_tokens + 16] * 3
     out.square().sum().backward()
     expected.square().sum().backward()
     for (name, p), q in zip(model.named_parameters(), untouched.parameters(), strict=True):
@@ -120,7 +121,7 @@ def test_merging_equal_tokens_changes_nothing_in_a_transformers_model(implementa
     untouched, vit = copy.deepcopy(model), ViT(model)
     vit.attach(Merge((1,)))
     out, expected = logits_of(model(in_pairs())), logits_of(untouched(in_pairs()))
-    assert vit._adapters[3].sizes.shape == (3, 9)
+    assert vit.context.sizes.shape == (3, 9)
     assert (out - expected).abs().max() < 1e-4
 
 
@@ -137,7 +138,7 @@ def test_in_eval_mode_and_after_a_step_with_all_tokens_nothing_is_left_of_it():
     alast.dropping = False
     assert torch.equal(model(x), untouched(x))
     alast.detach()
-    assert all(adapter.sizes is None for adapter in alast.vit._adapters)
+    assert alast.vit.context.sizes is None
 
 
 @pytest.mark.parametrize("rule", ["drop", "merge"])

@@ -114,7 +114,7 @@ def test_full_budget_changes_nothing_in_training(kind, path):
     alast = ALaST(model, blocks=4, start_budget=1.0)
     alast.step()
     assert_same(model, untouched, images())
-    assert all(len(column) == 1 for column in alast._records)
+    assert [len(changes) for changes in alast._records] == [4]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -147,10 +147,10 @@ def test_tokens_that_stay_are_those_with_most_attention_from_the_cls_token(kind,
     alast = ALaST(model, blocks=4, start_budget=0.5, drop_at=drop_at)
     alast.step()
     model(images())
-    kept = alast.vit._adapters[0].kept
-    assert torch.equal(kept[:, :prefix], torch.arange(prefix).expand(3, -1))
-    assert torch.equal(kept[:, prefix:], expected)
-    assert [adapter.kept.shape[1] - prefix for adapter in alast.vit._adapters] == [8, 4, 2, 1]
+    kept = alast.vit.context.kept
+    assert torch.equal(kept[0][:, :prefix], torch.arange(prefix).expand(3, -1))
+    assert torch.equal(kept[0][:, prefix:], expected)
+    assert [kept[block].shape[1] - prefix for block in range(4)] == [8, 4, 2, 1]
 
 
 @pytest.mark.parametrize("kind", ["vit", "dinov2"])
@@ -162,7 +162,7 @@ def test_the_block_that_drops_is_the_block_on_fewer_tokens(kind):
     x = torch.randn(3, 9, 32)
     y = adapter.block(x)
     whole = adapter.attend(x)
-    index = adapter.kept.unsqueeze(-1).expand(-1, -1, 32)
+    index = alast.vit.context.kept[1].unsqueeze(-1).expand(-1, -1, 32)
     assert torch.allclose(y, adapter.feed(whole.gather(1, index)), atol=1e-6)
 
 
@@ -194,7 +194,7 @@ def test_gradient_checkpointing_recomputes_the_same(kind):
     assert torch.equal(plain[0], checkpointed[0])
     for name, grad in plain[1].items():
         assert torch.allclose(grad, checkpointed[1][name], atol=1e-6), name
-    assert all(len(column) == 2 for column in alast._records)  # one per forward, none for what was computed again
+    assert [len(changes) for changes in alast._records] == [4, 4]  # one per forward, none for what was computed again
 
 
 def test_two_models_of_one_config_do_not_see_each_other():
@@ -203,7 +203,7 @@ def test_two_models_of_one_config_do_not_see_each_other():
     alast = ALaST(one, blocks=4, start_budget=0.5)
     alast.step()
     other(images())
-    assert alast._records == [[]] * 4
+    assert alast._records == []
     assert all(block.attention.config is config for block in ViT(other).blocks)
 
 
@@ -216,7 +216,7 @@ def test_another_vit_of_the_model_changes_paths_without_ending_the_observation(p
     assert other.attention_paths == ViT(model).attention_paths == [path] * 4
     alast.step()
     run(model, images())
-    assert [adapter.kept.shape[1] - 1 for adapter in alast.vit._adapters] == [8, 4, 2, 1]
+    assert [kept.shape[1] - 1 for kept in alast.vit.context.kept.values()] == [8, 4, 2, 1]
     alast.detach()
     assert ViT(model).attention_paths == [path] * 4
     assert {layer.attention.config._attn_implementation for layer in model.vit.layers} == {
@@ -439,7 +439,7 @@ def test_a_run_resumes_exactly_and_needs_its_folder_no_more(run_config, tmp_path
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(run_config.model.removeprefix("hf:"))
     result = evaluate(EvaluateConfig(run=tmp_path / "whole", workers=0, device="cpu"))
-    assert result["accuracy"] == pytest.approx(summary["accuracy"])
+    assert result["accuracy"] == pytest.approx(summary.accuracy)
 
 
 def test_cut_in_one_process_equals_the_whole(run_config, tmp_path):
@@ -447,7 +447,7 @@ def test_cut_in_one_process_equals_the_whole(run_config, tmp_path):
     whole = finetune(replace(plain, out=tmp_path / "whole"))
     split = SplitConfig(cut=2, codec="none", eval_codec="none")
     halves = finetune(replace(plain, out=tmp_path / "halves", split=split))
-    assert halves["accuracy"] == whole["accuracy"]
+    assert halves.accuracy == whole.accuracy
 
 
 def test_default_run_folder_has_no_slashes(run_config):

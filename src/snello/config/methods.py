@@ -1,23 +1,28 @@
 """Settings of the methods: ALaST and LoRA."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from snello.errors import require
+from snello.config.registry import RuleName
+from snello.errors import ConfigError, require
+
+DropAt = Literal["mid", "block-end"]
 
 
 @dataclass(frozen=True)
 class AlastConfig:
     """ALaST: an adaptive compute budget for every block (arXiv:2408.08670)."""
 
+    # The one home of ALaST's options: `snello.ALaST` and the callbacks take them by these names.
     blocks: int | None = None
     """Blocks trained at each step; default: three quarters of the depth (9 of 12)."""
     start_budget: float = 0.9
     """Budget of every block at the start, in (0, 1]: the share of patch tokens that a block passes on."""
     min_budget: float = 0.5
-    """Lowest budget a block can fall to, in (0, 1]."""
+    """Lowest budget a block can fall to, in (0, start_budget]."""
     alpha: float | None = None
     """Step size of the budgets, >= 0; default: the base learning rate (--lr)."""
     draw: Literal["proportional", "softmax", "lowest-first"] = "proportional"
@@ -25,10 +30,10 @@ class AlastConfig:
     (`lowest-first`, the cheapest: the backward pass ends early)."""
     temperature: float = 1.0
     """Temperature of the softmax draw, > 0; small values favour high budgets."""
-    drop_at: Literal["mid", "block-end"] = "mid"
+    drop_at: DropAt = "mid"
     """Where tokens are dropped: between attention and MLP (`mid`) or after the block (`block-end`, as published)."""
-    rule: Literal["drop", "merge"] = "drop"
-    """What happens to the tokens that a block does not pass on: discarded, those with the least attention (`drop`, as
+    rule: RuleName = "drop"
+    """What becomes of the tokens that a block does not pass on: discarded, those with the least attention (`drop`, as
     published), or averaged with the token that is most like them (`merge`)."""
     train_embeddings: bool = True
     """Train the patch, position and prefix embeddings too."""
@@ -44,20 +49,33 @@ class AlastConfig:
     """Optimizer state (AdamW's moments) of a frozen block: kept (exact), or released to save memory."""
 
     def __post_init__(self) -> None:
-        require(self.blocks is None or self.blocks >= 1, "--alast.blocks", "at least 1", self.blocks)
-        require(0 < self.start_budget <= 1, "--alast.start-budget", "in (0, 1]", self.start_budget)
-        require(0 < self.min_budget <= 1, "--alast.min-budget", "in (0, 1]", self.min_budget)
-        require(
-            self.min_budget <= self.start_budget,
-            "--alast.min-budget",
-            f"at most --alast.start-budget ({self.start_budget})",
-            self.min_budget,
-        )
-        require(self.alpha is None or self.alpha >= 0, "--alast.alpha", "0 or more", self.alpha)
-        require(self.temperature > 0, "--alast.temperature", "above 0", self.temperature)
-        require(self.flops is None or 0 < self.flops <= 1, "--alast.flops", "in (0, 1]", self.flops)
-        require(0 <= self.full_tail <= 1, "--alast.full-tail", "in [0, 1]", self.full_tail)
-        require(self.token_multiple >= 1, "--alast.token-multiple", "at least 1", self.token_multiple)
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal:
+                self._require(getattr(self, name) in get_args(hint), name, f"one of {', '.join(get_args(hint))}")
+        self._require(self.blocks is None or self.blocks >= 1, "blocks", "at least 1")
+        self._require(0 < self.start_budget <= 1, "start_budget", "in (0, 1]")
+        most = f"in (0, {self.start_budget}] (start_budget)"
+        self._require(0 < self.min_budget <= self.start_budget, "min_budget", most)
+        self._require(self.alpha is None or self.alpha >= 0, "alpha", "0 or more")
+        self._require(self.temperature > 0, "temperature", "above 0")
+        self._require(self.flops is None or 0 < self.flops <= 1, "flops", "in (0, 1]")
+        self._require(0 <= self.full_tail <= 1, "full_tail", "in [0, 1]")
+        self._require(self.token_multiple >= 1, "token_multiple", "at least 1")
+
+    def _require(self, ok: bool, name: str, rule: str) -> None:
+        require(ok, name, rule, getattr(self, name), section="alast")
+
+    def with_options(self, options: Mapping[str, Any]) -> "AlastConfig":
+        """These settings, but for some of them.
+
+        Raises:
+            ConfigError: for an option that ALaST does not have, or a value out of range.
+        """
+        known = [f.name for f in fields(self)]
+        unknown = sorted(options.keys() - set(known))
+        if unknown:
+            raise ConfigError(f"ALaST has no option {', '.join(unknown)}; it has: {', '.join(known)}")
+        return replace(self, **options)
 
 
 @dataclass(frozen=True)

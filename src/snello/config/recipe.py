@@ -8,7 +8,7 @@ from typing import Literal
 from snello.config.codec_text import parse_codec
 from snello.config.effect import Need, require_effect
 from snello.config.methods import AlastConfig, LoraConfig
-from snello.config.registry import AUTO, METHOD_CHOICES, MethodChoice
+from snello.config.registry import AUTO, METHOD_CHOICES, RULES, MethodChoice, find
 from snello.config.units import Link, parse_bytes
 from snello.config.values import flag
 from snello.errors import ConfigError, require
@@ -165,9 +165,10 @@ class Recipe:
             raise ConfigError(
                 "--alast.flops does not go with --split.cut: the other half and the codec change the cost"
             )
-        if self.split.cut and self.alast.rule == "merge":  # what crosses is named by where it stood
+        rule = self.alast.rule  # what crosses is named by where it stood; the default does, so torch is not needed here
+        if self.split.cut and rule != AlastConfig.rule and not find(RULES[rule]).has_places:
             raise ConfigError(
-                "--alast.rule merge does not go with --split.cut: merged tokens have no place of their own"
+                f"--alast.rule {rule} does not go with --split.cut: its tokens have no place of their own"
             )
 
     @property

@@ -1,9 +1,21 @@
 """Names that settings may have, and where what they mean is found; no torch, so that flags are checked at once."""
 
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-METHODS = ("auto", "alast", "full", "head", "last-k", "lora", "alast+lora")
+METHODS = {
+    "alast": "snello.methods.alast:AlastMethod",
+    "full": "snello.methods.fixed:Full",
+    "head": "snello.methods.fixed:Head",
+    "last-k": "snello.methods.fixed:LastK",
+    "lora": "snello.methods.lora:Lora",
+    "alast+lora": "snello.methods.lora:AlastLora",
+}
+RULES = {
+    "drop": "snello.vit.rules.drop:Drop",
+    "merge": "snello.vit.rules.merge:Merge",
+}
 EXPORTS = ("timm", "transformers", "onnx")
 CODECS = {
     "none": "snello.codecs.floats:Float32",
@@ -23,16 +35,23 @@ CODECS = {
 # nothing trained beside the model.
 AUTO = "adc(samples=1, tokens=0.4)+int4"
 
-METHOD_NAMES = tuple(name for name in METHODS if name != "auto")
-METHOD_CHOICES = ("auto", *METHOD_NAMES)
+METHOD_CHOICES = ("auto", *METHODS)
 
 if TYPE_CHECKING:  # a type checker cannot read names out of a tuple
     MethodName: TypeAlias = str
     MethodChoice: TypeAlias = str
+    RuleName: TypeAlias = str
     TrackerName: TypeAlias = str
     ExportFormat: TypeAlias = str
 else:
-    MethodName = Literal[METHOD_NAMES]
+    MethodName = Literal[tuple(METHODS)]
     MethodChoice = Literal[METHOD_CHOICES]
+    RuleName = Literal[tuple(RULES)]
     TrackerName = Literal[TRACKERS]
     ExportFormat = Literal[EXPORTS]
+
+
+def find(where: str) -> Any:
+    """What is called `name` in a module, of `module:name`."""
+    module, _, name = where.partition(":")
+    return getattr(import_module(module), name)

@@ -1,40 +1,37 @@
 """What the callbacks share: ALaST on a host's model, its steps, its state in the host's checkpoints, its metrics."""
 
-import inspect
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from snello.errors import CheckpointError, ConfigError, require
+from snello.config import AlastConfig
+from snello.errors import CheckpointError, require
 from snello.methods.alast import ALaST
 from snello.vit import ViT
 
 Log = Literal["blocks", "mean", "none"]
 
-OPTIONS = {name: p.default for name, p in inspect.signature(ALaST).parameters.items() if p.kind is p.KEYWORD_ONLY}
-"""ALaST's options with their defaults."""
+DEFAULTS: dict[str, Any] = {"seed": 0, **{field.name: field.default for field in fields(AlastConfig)}}
+"""What ALaST takes, with its defaults."""
 
 
 class Attachment:
     """ALaST's options, and ALaST itself from the start of a host's training to its end.
 
     Args:
-        options: of `ALaST`.
-        full_tail: last share of the training steps that drops no tokens, in [0, 1].
-        log: what `metrics` says: `blocks` (all), `mean` (mean and lowest budget) or `none`.
+        options: of `ALaST`, and its `seed`.
+        log: what `metrics` returns: `blocks` (all), `mean` (mean and lowest budget) or `none`.
 
     Raises:
         ConfigError: for an option that ALaST does not have, or a value out of range.
     """
 
-    def __init__(self, options: dict[str, Any], full_tail: float, log: Log) -> None:
-        unknown = sorted(options.keys() - OPTIONS.keys())
-        if unknown:
-            raise ConfigError(f"ALaST has no option {', '.join(unknown)}; it has: {', '.join(OPTIONS)}")
-        require(0 <= full_tail <= 1, "full_tail", "in [0, 1]", full_tail)
+    def __init__(self, options: dict[str, Any], log: Log) -> None:
+        self.config = AlastConfig().with_options({key: value for key, value in options.items() if key != "seed"})
         require(log in ("blocks", "mean", "none"), "log", "blocks, mean or none", log)
-        self.options, self.full_tail, self.log = options, full_tail, log
+        self.options, self.log = options, log
         self.alast: ALaST | None = None
         """The one in use, or after training the one that was."""
         self._lr = 0.0
@@ -66,12 +63,7 @@ class Attachment:
             done: optimizer steps before this one.
             total: optimizer steps of the whole training.
         """
-        self.set_dropping(done, total)
-        self.attached.step(self._lr, optimizer)
-
-    def set_dropping(self, done: int, total: float) -> None:
-        """Passes on all tokens in the tail of the training."""
-        self.attached.dropping = self.full_tail == 0 or done / total < 1 - self.full_tail
+        self.attached.step(self._lr, optimizer, progress=done / total, process_group=_processes())
 
     def metrics(self) -> dict[str, float]:
         """Budgets and the blocks that train (1.0) or are frozen (0.0), as a logger takes them."""
@@ -84,12 +76,17 @@ class Attachment:
             values |= {f"alast/trained_{index}": float(index in trained) for index in range(len(budgets))}
         return values
 
-    def state(self) -> dict[str, Any]:
-        """All that a resumed training needs, as numbers, texts, lists and dictionaries."""
-        return {"settings": self._settings(), "lr": self._lr, "alast": self.attached.state_dict()}
+    def state(self, together: bool) -> dict[str, Any]:
+        """All that a resumed training needs, as numbers, texts, lists and dictionaries.
+
+        Args:
+            together: whether all processes ask for it; one alone may where no forward was since the last step.
+        """
+        alast = self.attached.state_dict(_processes() if together else None)
+        return {"settings": self._settings(), "lr": self._lr, "alast": alast}
 
     def resume(self, state: Any) -> None:
-        """Goes on from `state`; call it after the model was wrapped for data parallelism, for it freezes blocks.
+        """Takes over a `state`; call it after the model was wrapped for data parallelism, for it freezes blocks.
 
         Raises:
             CheckpointError: where there is none, or it is of other settings.
@@ -99,7 +96,7 @@ class Attachment:
                 "the checkpoint holds no state of ALaST, so its training cannot be resumed with ALaSTCallback: "
                 "go on without it, or start anew from the checkpoint's weights"
             )
-        ours, theirs = self._settings(), {**OPTIONS, **state["settings"]}
+        ours, theirs = self._settings(), {**DEFAULTS, **state["settings"]}
         differ = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
         if differ:
             was, now = (", ".join(f"{name}={side.get(name)!r}" for name in differ) for side in (theirs, ours))
@@ -108,4 +105,10 @@ class Attachment:
         self.attached.load_state_dict(state["alast"])
 
     def _settings(self) -> dict[str, Any]:
-        return {**OPTIONS, **self.options, "blocks": self.attached.num_blocks, "full_tail": self.full_tail}
+        return {**DEFAULTS, **self.options, "blocks": self.attached.num_blocks}
+
+
+def _processes() -> Any:
+    """The processes that train together, where there are several."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.group.WORLD if several else None

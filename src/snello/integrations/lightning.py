@@ -32,9 +32,8 @@ class ALaSTCallback(Callback):  # type: ignore[misc]
     Args:
         module: the attribute of the LightningModule that is the Vision Transformer (see `snello.vit.ViT`), as in
             `backbone` or `student.vit`; default: the only one of its children that is one.
-        full_tail: last share of the training steps that drops no tokens, in [0, 1].
         log: `blocks` logs the budget of every block and which train, `mean` the mean and lowest budget, `none` nothing.
-        options: of `snello.ALaST`.
+        options: of `snello.ALaST`, and its `seed`.
 
     Raises:
         ConfigError: for an option or a value that ALaST does not take; when fitting starts, for a strategy that it
@@ -43,10 +42,8 @@ class ALaSTCallback(Callback):  # type: ignore[misc]
         CheckpointError: when fitting starts, for a checkpoint without ALaST, or with other settings.
     """
 
-    def __init__(
-        self, *, module: str | None = None, full_tail: float = 0.0, log: Log = "blocks", **options: Any
-    ) -> None:
-        self._attachment = Attachment(options, full_tail, log)
+    def __init__(self, *, module: str | None = None, log: Log = "blocks", **options: Any) -> None:
+        self._attachment = Attachment(options, log)
         self._module = module
         self._optimizer: torch.optim.Optimizer | None = None
         self._total = float("inf")  # optimizer steps
@@ -82,7 +79,7 @@ class ALaSTCallback(Callback):  # type: ignore[misc]
         if not all(block.training for block in vit.blocks):
             raise ModelError("the Vision Transformer is in eval mode, in which ALaST does nothing: call its train()")
         self._total = trainer.estimated_stepping_batches
-        if self._attachment.full_tail and self._total == float("inf"):
+        if self._attachment.config.full_tail and self._total == float("inf"):
             raise ConfigError("full_tail needs to know where training ends: give the Trainer max_epochs or max_steps")
         blocks = {id(parameter) for block in vit.blocks for parameter in block.parameters()}
         holding = [o for o in trainer.optimizers if any(id(p) in blocks for g in o.param_groups for p in g["params"])]
@@ -104,7 +101,7 @@ class ALaSTCallback(Callback):  # type: ignore[misc]
         """What the Trainer writes into a checkpoint: ALaST's state, as `snello`."""
         if self._attachment.alast is None:
             return {}
-        return {"snello": self._attachment.state(), "drawn_at": self._drawn_at}
+        return {"snello": self._attachment.state(together=True), "drawn_at": self._drawn_at}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Detaches ALaST."""

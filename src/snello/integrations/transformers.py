@@ -5,7 +5,7 @@ enough: ALaST freezes nothing before its first step, so optimizer and DDP know e
 traced at its first forward only.
 
 The step for the next optimizer step is done at the end of the one before it, not when that begins: then no deltas are
-pending when a checkpoint is saved, which only one process does, and the averaging over processes would wait for ever.
+pending when a checkpoint is saved, which only one process does, and which would have its own deltas alone.
 
 The Trainer saves a model under the names that the hub knows, and reads checkpoints under those of the code. Where they
 differ, as for ViT, it would go on with fresh blocks (huggingface/transformers#48805): while we are attached it saves
@@ -40,9 +40,8 @@ class ALaSTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     Budgets and trained blocks are in the Trainer's `log_history` and in what callbacks after this one are told.
 
     Args:
-        full_tail: last share of the training steps that drops no tokens, in [0, 1].
         log: `blocks` logs the budget of every block and which train, `mean` the mean and lowest budget, `none` nothing.
-        options: of `snello.ALaST`.
+        options: of `snello.ALaST`, and its `seed`.
 
     Raises:
         ConfigError: for an option or a value that ALaST does not take; when training starts, for a kind of parallelism
@@ -50,8 +49,8 @@ class ALaSTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         CheckpointError: when training starts, for a checkpoint without ALaST, or with other settings.
     """
 
-    def __init__(self, *, full_tail: float = 0.0, log: Log = "blocks", **options: Any) -> None:
-        self._attachment = Attachment(options, full_tail, log)
+    def __init__(self, *, log: Log = "blocks", **options: Any) -> None:
+        self._attachment = Attachment(options, log)
         self._metrics: dict[str, float] = {}
         self._model: PreTrainedModel | None = None  # the one that saves under the names of the code
         self.snello: dict[str, Any] | None = None
@@ -75,6 +74,7 @@ class ALaSTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Attaches ALaST, and goes on from the checkpoint or draws the first blocks."""
         _check_parallelism(args)
         self.detach()  # where an error ended the training before
+        kwargs["model"].train()  # the Trainer does it too, but only after ALaST's first step
         self._attachment.attach(kwargs["model"])
         try:
             if isinstance(kwargs["model"], PreTrainedModel):
@@ -84,7 +84,7 @@ class ALaSTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 saved = state.stateful_callbacks.get(type(self).__name__, {})
                 saved = saved[0] if isinstance(saved, list) else saved
                 self._attachment.resume(saved.get("attributes", {}).get("snello"))
-                self._attachment.set_dropping(state.global_step, state.max_steps)
+                self._attachment.attached.set_progress(state.global_step / state.max_steps)
             else:
                 self._attachment.begin(kwargs["optimizer"])
                 self._attachment.step(kwargs["optimizer"], 0, state.max_steps)
@@ -119,9 +119,8 @@ class ALaSTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into `trainer_state.json`: under `attributes`, as `snello`."""
         attachment = self._attachment
-        snello = None if attachment.alast is None else attachment.state()
-        options = {**attachment.options, "full_tail": attachment.full_tail, "log": attachment.log}
-        return {"args": options, "attributes": {"snello": snello}}
+        snello = None if attachment.alast is None else attachment.state(together=False)
+        return {"args": {**attachment.options, "log": attachment.log}, "attributes": {"snello": snello}}
 
 
 def _check_parallelism(args: TrainingArguments) -> None:

@@ -1,19 +1,42 @@
-"""What is trained: each method is one entry of METHODS, and the training loop knows only the interface `Method`."""
+"""What is trained. The training loop knows a method by the interface `Method` alone.
 
-from collections.abc import Callable
-from typing import Any, Protocol
+alast.py        adaptive budgets: `ALaST` for any loop, `AlastMethod` for ours
+flop_target.py  ALaST's budgets scaled to meet a share of full fine-tuning's FLOPs
+lora.py         adapters, alone and on ALaST's budgets
+fixed.py        the same parameters at every step: all, the head, the last blocks
+
+A new method is a subclass of `Method` in a file here, and a line in `snello.config.registry.METHODS`.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from snello.config import Recipe
-from snello.errors import ConfigError
-from snello.methods.alast import ALaST
-from snello.methods.lora import Adapters
+from snello.config.registry import METHODS, find
 from snello.vit import ViT
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
-class Method(Protocol):
-    """What the training loop asks of a method."""
+
+class Method:
+    """What the training loop asks of a method, which overrides what it does otherwise.
+
+    Args:
+        vit: the model, or a part of one.
+        config: of the run.
+
+    Raises:
+        ConfigError: where an option does not fit the model.
+    """
+
+    process_group: "ProcessGroup | None" = None
+    """The processes that train the model together: what a method learns of a step is averaged over them."""
+
+    def __init__(self, vit: ViT, config: Recipe) -> None:
+        self.vit = vit
 
     def step(self, lr: float, optimizer: torch.optim.Optimizer, progress: float) -> None:
         """Called once per optimizer step, before its first forward.
@@ -27,164 +50,33 @@ class Method(Protocol):
     def discount(self) -> None:
         """Called after a forward whose samples do not count: they are another rank's."""
 
+    def num_left(self, num_patches: int) -> int:
+        """How many of so many patch tokens the model passes on in the step under way."""
+        return num_patches
+
+    def describe(self) -> str:
+        """What trains at each step, of all there is: `trains 2.1 of 2.7 M parameters, 9 of 12 blocks`."""
+        parameters = list(self.vit.model.parameters())
+        blocks = sum(any(p.requires_grad for p in block.parameters()) for block in self.vit.blocks)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        return training_share(trained, sum(p.numel() for p in parameters), blocks, self.vit.depth)
+
     def metrics(self) -> dict[str, Any]:
         """What is logged of the step under way."""
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """Writes what of the method can be used without its run, as adapters can, into a folder of their own."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, as values that JSON can hold."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state_dict()`."""
+        """Takes over a `state_dict()`."""
 
     def detach(self) -> None:
         """Leaves the model as it was found."""
-
-
-class Fixed:
-    """Trains the same parameters at every step: all of them, the head, or the last blocks with norm and head."""
-
-    def __init__(self, vit: ViT, trained: set[int]) -> None:
-        self._frozen = [p for name, p in vit.model.named_parameters() if id(p) not in trained and p.requires_grad]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
-
-    def step(self, lr: float, optimizer: torch.optim.Optimizer, progress: float) -> None:
-        """Changes nothing."""
-
-    def discount(self) -> None:
-        """Nothing."""
-
-    def metrics(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def detach(self) -> None:
-        """Makes trainable what was."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-
-
-class AdaptiveMethod:
-    """ALaST in the training loop, with its tail of steps that drop no tokens."""
-
-    def __init__(self, vit: ViT, config: Recipe) -> None:
-        options = {name: value for name, value in vars(config.alast).items() if name != "full_tail"}
-        if options["blocks"] is not None and vit.depth < vit.top_layer - 1:  # a half trains its share of them
-            options["blocks"] = max(1, round(options["blocks"] * vit.depth / (vit.top_layer - 1)))
-        try:
-            self.alast = ALaST(vit, **options, seed=config.seed)
-        except ConfigError as error:
-            raise ConfigError(f"--alast.{error}") from None  # the name as the user typed it
-        self._tail = 1 - config.alast.full_tail
-
-    def step(self, lr: float, optimizer: torch.optim.Optimizer, progress: float) -> None:
-        """Moves budgets, draws and freezes; drops tokens until the tail."""
-        self.alast.dropping = progress < self._tail
-        self.alast.step(lr, optimizer)
-
-    def discount(self) -> None:
-        """ALaST's."""
-        self.alast.discount()
-
-    def metrics(self) -> dict[str, Any]:
-        """Budgets, trained blocks, and where a FLOP target scales the budgets, what the step dropped tokens by."""
-        summary = self.alast.summary()
-        row = {"budgets": summary["budgets"], "trained": summary["trained"]}
-        return row if self.alast.target is None else row | {"step_budgets": self.alast.step_budgets}
-
-    def state_dict(self) -> dict[str, Any]:
-        """ALaST's."""
-        return self.alast.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """ALaST's."""
-        self.alast.load_state_dict(state)
-
-    def detach(self) -> None:
-        """ALaST's."""
-        self.alast.detach()
-
-
-class Lora:
-    """Adapters in the blocks and the classifier train, all or those that ALaST draws."""
-
-    def __init__(self, vit: ViT, config: Recipe, adaptive: bool) -> None:
-        self.adapters = Adapters(vit, config.lora, config.model)
-        self._inner: Method | None = AdaptiveMethod(vit, config) if adaptive else None
-
-    def step(self, lr: float, optimizer: torch.optim.Optimizer, progress: float) -> None:
-        """ALaST's, where it draws."""
-        if self._inner is not None:
-            self._inner.step(lr, optimizer, progress)
-
-    def discount(self) -> None:
-        """ALaST's."""
-        if self._inner is not None:
-            self._inner.discount()
-
-    def metrics(self) -> dict[str, Any]:
-        """ALaST's."""
-        return {} if self._inner is None else self._inner.metrics()
-
-    def state_dict(self) -> dict[str, Any]:
-        """ALaST's."""
-        return {} if self._inner is None else self._inner.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """ALaST's."""
-        if self._inner is not None:
-            self._inner.load_state_dict(state)
-
-    def detach(self) -> None:
-        """Takes the adapters out again."""
-        if self._inner is not None:
-            self._inner.detach()
-        self.adapters.remove()
-
-
-def _full(vit: ViT, config: Recipe) -> Method:
-    return Fixed(vit, {id(p) for p in vit.model.parameters()})
-
-
-def _head(vit: ViT, config: Recipe) -> Method:
-    return Fixed(vit, {id(p) for p in vit.head_parameters()})
-
-
-def _last_k(vit: ViT, config: Recipe) -> Method:
-    depth = vit.top_layer - 1
-    if config.last_k > depth:
-        raise ConfigError(f"--last-k must be in 1..{depth} (the model's depth), got {config.last_k}")
-    first = depth - config.last_k + 1
-    return Fixed(vit, {id(p) for name, p in vit.model.named_parameters() if vit.layer_of(name) >= first})
-
-
-def _alast(vit: ViT, config: Recipe) -> Method:
-    return AdaptiveMethod(vit, config)
-
-
-def _lora(vit: ViT, config: Recipe) -> Method:
-    return Lora(vit, config, adaptive=False)
-
-
-def _alast_lora(vit: ViT, config: Recipe) -> Method:
-    return Lora(vit, config, adaptive=True)
-
-
-METHODS: dict[str, Callable[[ViT, Recipe], Method]] = {
-    "alast": _alast,
-    "full": _full,
-    "head": _head,
-    "last-k": _last_k,
-    "lora": _lora,
-    "alast+lora": _alast_lora,
-}
 
 
 def make_method(vit: ViT, config: Recipe, name: str | None = None) -> Method:
@@ -197,4 +89,14 @@ def make_method(vit: ViT, config: Recipe, name: str | None = None) -> Method:
     """
     if config.grad_checkpointing:
         vit.set_grad_checkpointing(True)
-    return METHODS[name or config.method_name](vit, config)
+    method: Method = find(METHODS[name or config.method_name])(vit, config)
+    return method
+
+
+def training_share(trained: int, parameters: int, blocks: int, depth: int) -> str:
+    """What trains, in words: parameters in millions, and blocks."""
+    return f"trains {_millions(trained)} of {_millions(parameters)} M parameters, {blocks} of {depth} blocks"
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.1f}" if number >= 100_000 else f"{number / 1e6:.2g}"

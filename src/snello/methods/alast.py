@@ -8,17 +8,26 @@ tokens are dropped between attention and MLP by default (`drop_at="block-end"` i
 
 import math
 import operator
-from collections.abc import Iterable
-from typing import Any, Literal
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import override
 
-from snello.errors import ConfigError
+from snello.config import AlastConfig, Recipe
+from snello.errors import ConfigError, SnelloWarning, require
+from snello.methods import Method, training_share
 from snello.methods.flop_target import FlopTarget
-from snello.vit import DropAt, TokenRule, ViT
+from snello.vit import ViT
+from snello.vit.rules import make_rule
 
-Draw = Literal["proportional", "softmax", "lowest-first"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 PAPER_LR = 1e-4
 
@@ -26,11 +35,11 @@ PAPER_LR = 1e-4
 class ALaST:
     """Attaches ALaST to a Vision Transformer inside any training loop.
 
-        alast = ALaST(model, blocks=9, start_budget=0.9, min_budget=0.5, alpha=1e-4, draw="proportional")
-        for batch in loader:
-            alast.step()            # once per optimizer step, before its first forward
-            ...                     # forward, backward, optimizer step as ever
-        alast.detach()              # the model is as it was found
+        with ALaST(model, blocks=9, start_budget=0.9, min_budget=0.5, alpha=1e-4, draw="proportional") as alast:
+            for batch in loader:
+                alast.step()        # once per optimizer step, before its first forward
+                ...                 # forward, backward, optimizer step as ever
+        # the model is as it was found; without `with`: alast.detach()
 
     In training mode, block l keeps the share b_l (its budget) of its patch tokens, those with the most attention from
     the CLS token (without one: on average); prefix tokens stay. `step` moves the budgets by the change of
@@ -42,90 +51,74 @@ class ALaST:
     Args:
         model: a supported ViT (see `snello.vit.ViT`), or a part of one; not yet compiled or wrapped for data
             parallelism.
-        blocks: blocks that train at each step, K in 1..depth; default: three quarters of the depth.
-        start_budget: budget of every block at the start, in (0, 1].
-        min_budget: lowest budget, in (0, start_budget].
-        alpha: step size of the budgets, >= 0; default: the `lr` given to `step`, or 1e-4 (the paper's) without one.
-        draw: `proportional` (to the budgets, without replacement), `softmax` (of budget / temperature), or
-            `lowest-first` (always freezes the lowest blocks, where the backward pass costs most to reach).
-        temperature: of the softmax draw, > 0.
-        drop_at: `mid` drops tokens between attention and MLP, `block-end` after the block (published).
-        rule: `drop` discards the tokens with the least attention (published), `merge` averages pairs of tokens that are
-            most alike; at most half of a block's, and not in models whose classifier averages patch tokens.
-        train_embeddings: whether patch, position and prefix embeddings train.
-        flops: what a step that drops tokens costs, as a share of full fine-tuning's FLOPs, in (0, 1]: the budgets
-            are scaled by a common factor to meet it, while they adapt underneath. None leaves them as they are.
-        token_multiple: rounds the number of kept patch tokens up to a multiple, for few shapes
-            under `torch.compile`.
-        optimizer_state: `keep` leaves the optimizer's moments of frozen blocks alone; `release` deletes them at each
-            `step` (give it the optimizer), so that a block starts with fresh ones when it is drawn again.
+        config: the options, each described in `snello.AlastConfig`.
         seed: of the draws.
+        options: the same options one by one; they win over `config`.
 
     Raises:
-        ConfigError: for a value out of range.
+        ConfigError: for an option that there is not, or a value out of range.
         ModelError: for a model that is not supported, already attached, or already compiled.
     """
 
     def __init__(
-        self,
-        model: nn.Module | ViT,
-        *,
-        blocks: int | None = None,
-        start_budget: float = 0.9,
-        min_budget: float = 0.5,
-        alpha: float | None = None,
-        draw: Draw = "proportional",
-        temperature: float = 1.0,
-        drop_at: DropAt = "mid",
-        rule: TokenRule = "drop",
-        train_embeddings: bool = True,
-        flops: float | None = None,
-        token_multiple: int = 1,
-        optimizer_state: Literal["keep", "release"] = "keep",
-        seed: int = 0,
+        self, model: nn.Module | ViT, config: AlastConfig | None = None, *, seed: int = 0, **options: Any
     ) -> None:
+        self.config = config = (config or AlastConfig()).with_options(options)
         self.vit = model if isinstance(model, ViT) else ViT(model)
         depth = self.vit.depth
-        self.num_blocks = max(1, round(depth * 0.75)) if blocks is None else blocks
-        _check(1 <= self.num_blocks <= depth, f"blocks must be in 1..{depth} (the model's depth)", self.num_blocks)
-        _check(0 < start_budget <= 1, "start_budget must be in (0, 1]", start_budget)
-        _check(0 < min_budget <= start_budget, f"min_budget must be in (0, {start_budget}]", min_budget)
-        _check(alpha is None or alpha >= 0, "alpha must be 0 or more", alpha)
-        _check(draw in ("proportional", "softmax", "lowest-first"), "draw must be a known one", draw)
-        _check(temperature > 0, "temperature must be above 0", temperature)
-        _check(drop_at in ("mid", "block-end"), "drop_at must be mid or block-end", drop_at)
-        _check(rule in ("drop", "merge"), "rule must be drop or merge", rule)
-        if rule == "merge" and self.vit.family.pools_patches:
-            raise ConfigError("rule must be drop for this model: its classifier averages patch tokens, got 'merge'")
-        _check(token_multiple >= 1, "token_multiple must be at least 1", token_multiple)
-        _check(optimizer_state in ("keep", "release"), "optimizer_state must be keep or release", optimizer_state)
-        self.min_budget, self.alpha, self.draw, self.temperature = min_budget, alpha, draw, temperature
-        self.drop_at, self.token_multiple, self.optimizer_state = drop_at, token_multiple, optimizer_state
-        self.rule: TokenRule = rule
-        self.dropping = True  # False passes on every token, for a full-token tail
-        self.budgets = [start_budget] * depth
+        self.num_blocks = max(1, round(depth * 0.75)) if config.blocks is None else config.blocks
+        limit = f"in 1..{depth} (the model's depth)"
+        require(self.num_blocks <= depth, "blocks", limit, self.num_blocks, section="alast")
+        self.drop_at, self.rule = config.drop_at, make_rule(config.rule)
+        if self.vit.family.pools_patches and not self.rule.has_places:
+            rule = "drop for this model: its classifier averages patch tokens"
+            require(False, "rule", rule, repr(config.rule), section="alast")
+        self.dropping = True  # False passes on every token
+        self.budgets = [config.start_budget] * depth
         self.trained = list(range(depth))  # the blocks of the current draw
         self._deltas: list[float] | None = None  # of the step before
-        self._records: list[list[Tensor]] = [[] for _ in range(depth)]  # one () float32 per forward since the last step
+        self._records: list[Sequence[Tensor]] = []  # of each forward since the last step, the change in every block
         self._samples: list[int] = []  # of each of those forwards
-        self._loaded: tuple[list[list[float]], list[int]] = ([], [])  # what `_pending` said where a run was cut off
+        self._loaded: tuple[list[list[float]], list[int]] = ([], [])  # what `_pending` returned where a run was cut off
+        self._stepped = False
         self._generator = torch.Generator().manual_seed(seed)
         self._parameters = [_places(block) for block in self.vit.blocks]
         self._embeddings = _places(self.vit.model, {id(p) for p in self.vit.embedding_parameters()})
         self.target: FlopTarget | None = None
-        if flops is not None:
+        if config.flops is not None:
             self.target = FlopTarget(
-                flops,
+                config.flops,
                 self.vit,
                 num_blocks=self.num_blocks,
-                drop_at=drop_at,
-                rule=rule,
-                train_embeddings=train_embeddings and len(self._embeddings) > 0,
+                drop_at=self.drop_at,
+                rule=self.rule,
+                train_embeddings=config.train_embeddings and len(self._embeddings) > 0,
                 keep=self._keep,
             )
         self.vit.attach(self)
-        if not train_embeddings:
+        if not config.train_embeddings:
             _set_trainable(self._embeddings, False)
+
+    def __enter__(self) -> "ALaST":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"ALaST {self.describe()}"
+
+    def describe(self) -> str:
+        """What trains at each step, of all there is: `trains 2.1 of 2.7 M parameters, 9 of 12 blocks`."""
+        depth = self.vit.depth
+        in_blocks = sum(_numel(places) for places in self._parameters)
+        held = {id(getattr(*place)) for places in self._parameters for place in places}
+        parameters = list(self.vit.model.parameters())
+        others = sum(p.numel() for p in parameters if p.requires_grad and id(p) not in held)
+        trained = others + round(in_blocks * self.num_blocks / depth)  # blocks are of one size
+        return training_share(trained, sum(p.numel() for p in parameters), self.num_blocks, depth)
 
     @property
     def step_budgets(self) -> list[float]:
@@ -143,26 +136,28 @@ class ALaST:
 
     def _keep(self, budget: float, num_patches: int) -> int:
         keep = max(1, math.floor(budget * num_patches + 1e-6))  # 0.58 * 50 is 28.999... and means 29
-        if self.rule == "merge":
-            keep = max(keep, num_patches - num_patches // 2)  # in pairs
-        return min(num_patches, math.ceil(keep / self.token_multiple) * self.token_multiple)
+        keep = max(keep, self.rule.least_keep(num_patches))
+        multiple = self.config.token_multiple
+        return min(num_patches, math.ceil(keep / multiple) * multiple)
 
-    def record(self, index: int, change: Tensor, num_samples: int = 1) -> None:
-        """Remembers delta of block `index`, () float32 on the model's device, a mean over samples, until `step`."""
-        if index == 0:  # a forward begins: what one that broke off half-way left behind does not count
-            forwards = min(map(len, self._records))
-            for column in self._records:
-                del column[forwards:]
-            del self._samples[forwards:]
-            self._samples.append(num_samples)
-        self._records[index].append(change)
+    def record(self, changes: Sequence[Tensor], num_samples: int = 1) -> None:
+        """Remembers delta of every block, () float32 on the model's device, means over samples, until `step`."""
+        self._records.append(changes)
+        self._samples.append(num_samples)
 
     def discount(self) -> None:
         """Makes the last forward count for nothing: it was there to keep a rank without samples in step with others."""
         if self._samples:
             self._samples[-1] = 0
 
-    def step(self, lr: float | None = None, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def step(
+        self,
+        lr: float | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        progress: float | None = None,
+        *,
+        process_group: "ProcessGroup | None" = None,
+    ) -> None:
         """Moves the budgets, draws the blocks that train, freezes the others and drops their gradients.
 
         Call it once per optimizer step, before its first forward. It waits for the device once.
@@ -170,26 +165,37 @@ class ALaST:
         Args:
             lr: base learning rate (not the scheduled one), the budgets' step size where `alpha` was not given.
             optimizer: checked to hold every block's parameters; needed for `optimizer_state="release"`.
+            progress: share of the training steps that are done, in [0, 1); needed for `full_tail`.
+            process_group: the processes that train the model together (`torch.distributed.group.WORLD`): the deltas
+                are averaged over them, and each of them has to call this. None: this process alone.
 
         Raises:
-            ConfigError: where the optimizer lacks parameters of a block, or `optimizer_state="release"` has none.
+            ConfigError: where the optimizer lacks parameters of a block, or where one is needed, or progress is.
         """
-        if optimizer is not None:
-            self._check_optimizer(optimizer)
-        elif self.optimizer_state == "release":
-            raise ConfigError('optimizer_state="release" needs the optimizer: call step(optimizer=optimizer)')
+        self._check_step(optimizer, progress)
+        if not self._stepped:
+            self._warn(process_group)
+        self._stepped = True
         self.vit.require_intact()
-        self._move_budgets(lr)
+        if progress is not None:
+            self.set_progress(progress)
+        self._move_budgets(lr, process_group)
         self.trained = self._draw()
         if self.target is not None and self.dropping:
             self.target.scale(self.budgets, self.trained)
-        for index, parameters in enumerate(self._parameters):
-            frozen = index not in self.trained
-            _set_trainable(parameters, not frozen)
-            if frozen and optimizer is not None and self.optimizer_state == "release":
-                for module, name in parameters:
-                    parameter = getattr(module, name)
-                    optimizer.state.pop(parameter, None)
+        self._freeze()
+        if optimizer is not None and self.config.optimizer_state == "release":
+            for index in set(range(self.vit.depth)).difference(self.trained):
+                for place in self._parameters[index]:
+                    optimizer.state.pop(getattr(*place), None)
+
+    def set_progress(self, progress: float) -> None:
+        """Drops tokens where the tail of the training has not come yet.
+
+        Args:
+            progress: share of the training steps that are done, in [0, 1).
+        """
+        self.dropping = progress < 1 - self.config.full_tail
 
     def detach(self) -> None:
         """Leaves the model as it was found: forwards restored, everything that was trainable trainable again."""
@@ -208,23 +214,27 @@ class ALaST:
             "parameters": sum(p.numel() for p in parameters),
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, process_group: "ProcessGroup | None" = None) -> dict[str, Any]:
         """All that a resumed run needs, as plain numbers and lists (JSON can hold them without loss).
 
-        Under data parallelism every rank has to call it: pending deltas are averaged over ranks.
+        Args:
+            process_group: as of `step`: the deltas since the last step are averaged over these processes, each of which
+                has to call this. None: they are of this process alone, which may be the only one that saves.
         """
+        pending, samples = self._pending(process_group)
         return {
             "budgets": list(self.budgets),
             "target": None if self.target is None else self.target.state_dict(),
             "trained": list(self.trained),
             "deltas": self._deltas,
-            **dict(zip(("pending", "pending_samples"), self._pending(), strict=True)),
+            "pending": pending,
+            "pending_samples": samples,
             "dropping": self.dropping,
             "generator": self._generator.get_state().tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state_dict()` of an ALaST with the same settings on a model of the same depth.
+        """Takes over the `state_dict()` of an ALaST with the same settings on a model of the same depth.
 
         It freezes what the state's draw froze: under data parallelism call it after wrapping the model.
 
@@ -232,79 +242,136 @@ class ALaST:
             ConfigError: where the state is of a model of another depth.
         """
         depth = self.vit.depth
-        _check(len(state["budgets"]) == depth, f"the state must be of a model of {depth} blocks", len(state["budgets"]))
+        require(len(state["budgets"]) == depth, "the state", f"of a model of {depth} blocks", len(state["budgets"]))
         self.budgets = list(state["budgets"])
         if self.target is not None and state["target"] is not None:
             self.target.load_state_dict(state["target"])
         self.trained = list(state["trained"])
         self._deltas = state["deltas"]
         self._loaded = state["pending"], state["pending_samples"]
-        self._records, self._samples = [[] for _ in range(depth)], []
+        self._records, self._samples = [], []
         self.dropping = state["dropping"]
         self._generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
-        for index, parameters in enumerate(self._parameters):
-            _set_trainable(parameters, index in self.trained)
+        self._freeze()
 
-    def _pending(self) -> tuple[list[list[float]], list[int]]:
-        """The deltas since the last step, forwards x blocks, means over all ranks, and the samples of each forward.
+    def _pending(self, process_group: "ProcessGroup | None") -> tuple[list[list[float]], list[int]]:
+        """The deltas since the last step, forwards x blocks, and the samples of each forward, over the group.
 
         Waits for the device.
         """
         rows, samples = self._loaded
-        forwards = min(map(len, self._records))  # whole ones only
-        if forwards == 0:
+        if not self._records:
             return rows, samples
-        deltas = torch.stack([torch.stack(column[:forwards]) for column in self._records], dim=1)
-        counts = self._samples[:forwards]
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return rows + deltas.tolist(), samples + counts
-        weights = torch.tensor(counts, dtype=deltas.dtype, device=deltas.device)[:, None]
+        deltas = torch.stack([torch.stack(list(changes)) for changes in self._records])
+        if process_group is None:
+            return rows + deltas.tolist(), samples + self._samples
+        weights = torch.tensor(self._samples, dtype=deltas.dtype, device=deltas.device)[:, None]
         sums = torch.cat([deltas * weights, weights], dim=1)
-        torch.distributed.all_reduce(sums)
+        dist.all_reduce(sums, group=process_group)
         values = sums.tolist()
         return (
             rows + [[value / max(row[-1], 1.0) for value in row[:-1]] for row in values],
             samples + [int(row[-1]) for row in values],
         )
 
-    def _move_budgets(self, lr: float | None) -> None:
+    def _move_budgets(self, lr: float | None, process_group: "ProcessGroup | None") -> None:
         """b_l <- clip(b_l + alpha * (delta_l now - delta_l before), min_budget, 1); the first time only records."""
-        rows, samples = self._pending()
-        self._records, self._samples, self._loaded = [[] for _ in self.budgets], [], ([], [])
+        rows, samples = self._pending(process_group)
+        self._records, self._samples, self._loaded = [], [], ([], [])
         if not any(samples):
             return
         now = [sum(map(operator.mul, samples, column)) / sum(samples) for column in zip(*rows, strict=True)]
         if not all(map(math.isfinite, now)):
             return  # an overflowing forward says nothing about the blocks
         if self._deltas is not None:
-            alpha = next(value for value in (self.alpha, lr, PAPER_LR) if value is not None)
+            alpha = next(value for value in (self.config.alpha, lr, PAPER_LR) if value is not None)
             for index, (new, old) in enumerate(zip(now, self._deltas, strict=True)):
-                self.budgets[index] = min(1.0, max(self.min_budget, self.budgets[index] + alpha * (new - old)))
+                moved = self.budgets[index] + alpha * (new - old)
+                self.budgets[index] = min(1.0, max(self.config.min_budget, moved))
         self._deltas = now
 
     def _draw(self) -> list[int]:
         """The K blocks that train next, ascending."""
         depth = self.vit.depth
-        if self.draw == "lowest-first":
+        if self.config.draw == "lowest-first":
             return list(range(depth - self.num_blocks, depth))
         weights = torch.tensor(self.budgets, dtype=torch.float64)
-        if self.draw == "softmax":
-            weights = (weights / self.temperature).softmax(0)
+        if self.config.draw == "softmax":
+            weights = (weights / self.config.temperature).softmax(0)
         chosen = torch.multinomial(weights, self.num_blocks, replacement=False, generator=self._generator)
         return sorted(chosen.tolist())
 
-    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+    def _freeze(self) -> None:
+        for index, places in enumerate(self._parameters):
+            _set_trainable(places, index in self.trained)
+
+    def _check_step(self, optimizer: torch.optim.Optimizer | None, progress: float | None) -> None:
+        if progress is None and self.config.full_tail > 0:
+            raise ConfigError("full_tail needs to know how far training is: call step(progress=...)")
+        if optimizer is None:
+            if self.config.optimizer_state == "release":
+                raise ConfigError('optimizer_state="release" needs the optimizer: call step(optimizer=optimizer)')
+            return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         lacking = [
             index
-            for index, parameters in enumerate(self._parameters)
-            if any(id(getattr(module, name)) not in held for module, name in parameters)
+            for index, places in enumerate(self._parameters)
+            if any(id(getattr(*place)) not in held for place in places)
         ]
         if lacking:
             raise ConfigError(
                 f"the optimizer lacks parameters of blocks {lacking}, which would never train: "
                 "build it from all parameters, before the first step()"
             )
+
+    def _warn(self, process_group: "ProcessGroup | None") -> None:
+        """Says at the first step where ALaST would quietly do nothing, or something else on every rank."""
+        if not any(block.training for block in self.vit.blocks):
+            text = "the model is in eval mode, in which ALaST does nothing: call its train() before the first step()"
+            warnings.warn(text, SnelloWarning, stacklevel=3)
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several and process_group is None:
+            text = (
+                "several processes run, but ALaST was given no process group: each will draw blocks of its own; where "
+                "they train one model, call step(process_group=torch.distributed.group.WORLD)"
+            )
+            warnings.warn(text, SnelloWarning, stacklevel=3)
+
+
+class AlastMethod(ALaST, Method):
+    """ALaST in our own training loop."""
+
+    def __init__(self, vit: ViT, config: Recipe) -> None:
+        settings, whole = config.alast, vit.top_layer - 1
+        if settings.blocks is not None and vit.depth < whole:  # a half trains its share of them
+            settings = replace(settings, blocks=max(1, round(settings.blocks * vit.depth / whole)))
+        super().__init__(vit, settings, seed=config.seed)
+
+    @override
+    def step(
+        self,
+        lr: float | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        progress: float | None = None,
+        *,
+        process_group: "ProcessGroup | None" = None,
+    ) -> None:
+        super().step(lr, optimizer, progress, process_group=process_group or self.process_group)
+
+    @override
+    def state_dict(self, process_group: "ProcessGroup | None" = None) -> dict[str, Any]:
+        return super().state_dict(process_group or self.process_group)
+
+    @override
+    def num_left(self, num_patches: int) -> int:
+        for index in range(self.vit.depth):
+            num_patches = self.num_keep(index, num_patches)
+        return num_patches
+
+    @override
+    def metrics(self) -> dict[str, Any]:
+        row = {"budgets": list(self.budgets), "trained": list(self.trained)}
+        return row if self.target is None else row | {"step_budgets": self.step_budgets}
 
 
 def _places(root: nn.Module, among: set[int] | None = None) -> list[tuple[nn.Module, str]]:
@@ -326,6 +393,5 @@ def _set_trainable(places: Iterable[tuple[nn.Module, str]], trainable: bool) -> 
             parameter.grad = None
 
 
-def _check(ok: bool, rule: str, got: object) -> None:
-    if not ok:
-        raise ConfigError(f"{rule}, got {got!r}")
+def _numel(places: Iterable[tuple[nn.Module, str]]) -> int:
+    return sum(getattr(*place).numel() for place in places)

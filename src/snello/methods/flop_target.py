@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from snello.errors import ConfigError
-from snello.vit import DropAt, TokenRule, ViT
+from snello.config.methods import DropAt
+from snello.errors import require
+from snello.vit import ViT
 from snello.vit.flops import StepFlops, Tokens
+from snello.vit.rules import TokenRule
 
 
 class FlopTarget:
@@ -17,7 +19,7 @@ class FlopTarget:
         vit: a model as ALaST finds it: what requires gradients may train.
         num_blocks: blocks that train at each step.
         drop_at: where tokens are dropped.
-        rule: what happens to them.
+        rule: what becomes of them.
         train_embeddings: whether embeddings train.
         keep: how many of so many patch tokens a budget keeps.
 
@@ -38,7 +40,7 @@ class FlopTarget:
     ) -> None:
         self.share, self.drop_at, self.rule = share, drop_at, rule
         self.train_embeddings, self._keep = train_embeddings, keep
-        self.num_prefix_tokens, self.flops = vit.num_prefix_tokens, StepFlops(vit)
+        self.num_prefix_tokens, self.embed_dim, self.flops = vit.num_prefix_tokens, vit.embed_dim, StepFlops(vit)
         self.num_patches = vit.num_patches  # of the forward before
         self.scaled: list[float] | None = None
         """The budgets of the step under way, or of the last that dropped tokens; None before the first."""
@@ -66,9 +68,10 @@ class FlopTarget:
         for budget in budgets:
             keep = self._keep(budget, patches)
             in_mlp = keep if self.drop_at == "mid" else patches
-            merged = patches - keep if self.rule == "merge" else 0
-            scored = keep < patches and not merged
-            tokens.append(Tokens(prefix + patches, prefix + in_mlp, scored, merged))
+            scored, reducing = False, (0.0, 0.0)
+            if keep < patches:
+                scored, reducing = self.rule.needs_scores, self.rule.cost(patches, keep, prefix, self.embed_dim)
+            tokens.append(Tokens(prefix + patches, prefix + in_mlp, scored, reducing))
             patches = keep
         return self.flops.step(tokens, self.num_patches, trained, self.train_embeddings)
 
@@ -77,18 +80,15 @@ class FlopTarget:
         least = self.cost([0.0] * depth, range(num_blocks)) / full  # with the dearest draw
         most = self.cost([1.0] * depth, range(depth - num_blocks, depth)) / full  # with the cheapest
         low, high = math.ceil(100 * least - 1e-9) / 100, math.floor(100 * most + 1e-9) / 100
-        if not low <= self.share <= high:
-            raise ConfigError(
-                f"flops must be in {low}..{high} for this model with {num_blocks} of {depth} blocks trained, "
-                f"got {self.share}"
-            )
+        reach = f"in {low}..{high} for this model with {num_blocks} of {depth} blocks trained"
+        require(low <= self.share <= high, "flops", reach, self.share, section="alast")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
         return {"scaled": self.scaled, "owed": self._owed, "num_patches": self.num_patches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a `state_dict()`."""
+        """Takes over a `state_dict()`."""
         self.scaled, self._owed, self.num_patches = state["scaled"], state["owed"], state["num_patches"]
 
 

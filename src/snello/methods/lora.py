@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typing_extensions import override
 
-from snello.config import LoraConfig
+from snello.config import LoraConfig, Recipe
 from snello.errors import CheckpointError, ConfigError, ModelError, SnelloError
 from snello.files import load_tensors, replacing
+from snello.methods import Method
+from snello.methods.alast import AlastMethod
 from snello.vit import ViT
 
 NAME = "default"
@@ -133,6 +136,39 @@ class Adapters:
             setattr(self.vit.model.get_submodule(parent), own, adapted.get_base_layer())
         for parameter in self.vit.model.parameters():
             parameter.requires_grad_(id(parameter) in self._trained_before)
+
+
+class Lora(Method):
+    """Adapters in the blocks and the classifier train."""
+
+    def __init__(self, vit: ViT, config: Recipe) -> None:
+        super().__init__(vit, config)
+        self.adapters = Adapters(vit, config.lora, config.model)
+
+    @override
+    def save(self, folder: Path) -> None:
+        self.adapters.save(folder)
+
+    @override
+    def detach(self) -> None:
+        self.adapters.remove()
+
+
+class AlastLora(AlastMethod):
+    """The adapters of the blocks that ALaST draws train, and the classifier."""
+
+    def __init__(self, vit: ViT, config: Recipe) -> None:
+        self.adapters = Adapters(vit, config.lora, config.model)
+        super().__init__(vit, config)
+
+    @override
+    def save(self, folder: Path) -> None:
+        self.adapters.save(folder)
+
+    @override
+    def detach(self) -> None:
+        super().detach()
+        self.adapters.remove()
 
 
 def target_layers(vit: ViT, wanted: tuple[str, ...]) -> list[str]:

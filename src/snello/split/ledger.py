@@ -10,7 +10,6 @@ from snello.codecs.base import Codec
 from snello.config import Recipe
 from snello.config.units import Link, parse_bytes
 from snello.errors import ConfigError
-from snello.methods import AdaptiveMethod
 from snello.split.halves import ClientHalf
 from snello.split.traffic import Exchange, exchange_bytes, uncompressed_bytes
 from snello.split.wire.frames import Counters
@@ -75,12 +74,8 @@ class Ledger:
 
     def _plan(self, client: ClientHalf, step_samples: Sequence[int]) -> list[int]:
         """The training bytes of an epoch's steps, with ALaST's budgets as they are now."""
-        num_patches, batch_size = self.vit.num_patches, self.config.batch_size * self.codec.buffer
-        if isinstance(client.method, AdaptiveMethod):
-            alast = client.method.alast
-            for index in range(alast.vit.depth):
-                num_patches = alast.num_keep(index, num_patches)
-        num_tokens = self.vit.num_prefix_tokens + num_patches
+        batch_size = self.config.batch_size * self.codec.buffer
+        num_tokens = self.vit.num_prefix_tokens + client.method.num_left(self.vit.num_patches)
         head = {id(p) for p in client.vit.head_parameters()}
         below = any(p.requires_grad and id(p) not in head for p in client.parameters())
         above = self.config.method_name != "head"

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from snello.config import FinetuneConfig
 from snello.data.loaders import Batch
-from snello.methods import Lora, Method, make_method
+from snello.methods import Method, make_method
 from snello.seeds import mix
 from snello.train.optim import make_optimizer, set_lr
 from snello.vit import ViT, logits_of
@@ -133,6 +133,8 @@ class WholeLearner(Learner):
     def __init__(self, vit: ViT, config: FinetuneConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
         self.method: Method = make_method(vit, config)
+        if accelerator.num_processes > 1:
+            self.method.process_group = torch.distributed.group.WORLD
         optimizer = make_optimizer(
             vit,
             lr=config.lr,
@@ -148,8 +150,7 @@ class WholeLearner(Learner):
 
     @override
     def save_adapters(self, folder: Path) -> None:
-        if isinstance(self.method, Lora):
-            self.method.adapters.save(folder)
+        self.method.save(folder)
 
     @override
     def begin(self, step: int, progress: float, num_micro: int) -> None:

@@ -1,36 +1,45 @@
-"""A block under observation: it scores, drops and records tokens around its own submodules.
+"""A block under observation: it scores, drops or merges and records tokens around its own submodules.
 
 A block is observed through an adapter, one small class per library, that replaces the block's `forward` while it is
-attached and calls the block's own submodules. Switched off, or in eval mode, it calls the block's own forward.
+attached and calls the block's own submodules. Switched off, or in eval mode, it calls the block's own forward. What a
+forward pass knows is in its `ForwardContext`: an adapter holds nothing of it.
 """
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from snello.config.methods import DropAt
 from snello.errors import ModelError
 from snello.vit import tokens
+from snello.vit.context import ForwardContext, Passes
+from snello.vit.rules import TokenRule
 
 AttentionPath = Literal["fused", "explicit"]
-DropAt = Literal["mid", "block-end"]
-TokenRule = Literal["drop", "merge"]
 Score = Literal["auto", "cls", "received"]
 
 
 class BlockObserver(Protocol):
-    """What decides over the tokens of a block and is told what the block did. Asked in training mode only."""
+    """What decides over the tokens of the blocks and hears what the blocks did. Asked in training mode only."""
 
     drop_at: DropAt
     rule: TokenRule
-    """`drop` discards the tokens that are not passed on, `merge` averages them into those that are most alike."""
+    """What becomes of the tokens that are not passed on."""
 
     def num_keep(self, index: int, num_patches: int) -> int:
-        """How many of its patch tokens block `index` passes on, in 1..num_patches."""
+        """How many of its patch tokens block `index` passes on, in rule.least_keep(num_patches)..num_patches."""
 
-    def record(self, index: int, change: Tensor, num_samples: int) -> None:
-        """Told once per forward of block `index`: the mean squared change of its CLS token, () float32."""
+    def record(self, changes: Sequence[Tensor], num_samples: int) -> None:
+        """Called at the end of a whole forward pass with every block's mean squared change of the CLS token.
+
+        Args:
+            changes: () float32 each, on the model's device.
+            num_samples: in the pass.
+        """
 
 
 class BlockAdapter(ABC):
@@ -46,16 +55,13 @@ class BlockAdapter(ABC):
     def __init__(self, block: Any, index: int, num_prefix_tokens: int, has_cls: bool) -> None:
         self.block = block
         self.index = index
+        self.is_last = False
+        """Whether a forward pass ends with this block."""
         self.num_prefix_tokens = num_prefix_tokens
         self.has_cls = has_cls
         self.observer: BlockObserver | None = None
-        self.kept: Tensor | None = None
-        """Indices (B, K) of the tokens that the last forward kept; None where it dropped none."""
-        self.previous: BlockAdapter | None = None
-        """The block below."""
-        self.sizes: Tensor | None = None
-        """Patches that each token of the last forward's output stands for, (B, K) float32; None: one each."""
-        self._capturing = False
+        self.passes = Passes(num_prefix_tokens)
+        """Shared by all blocks of a model."""
         self._watched = False
 
     # What a library's blocks differ in.
@@ -64,20 +70,26 @@ class BlockAdapter(ABC):
     """How the block computes attention."""
 
     @abstractmethod
-    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Attention and its residual, (B, N, D); `bias` (B, 1, 1, N) is added to the logits of every key."""
+    def attend(self, x: Tensor, bias: Tensor | None = None, **arguments: Any) -> Tensor:
+        """Attention and its residual, (B, N, D).
+
+        Args:
+            x: (B, N, D).
+            bias: (B, 1, 1, N), added to the logits of every key.
+            arguments: of the block's own attention, as `arguments` found them.
+        """
 
     @abstractmethod
     def feed(self, h: Tensor) -> Tensor:
         """MLP and its residual, (B, K, D)."""
 
     @abstractmethod
-    def masked(self, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
-        """Whether what the block's forward was given beside its tokens asks for a mask."""
+    def arguments(self, *args: Any, **options: Any) -> dict[str, Any] | None:
+        """What the block's attention gets of what the block was given beside its tokens; None where that is a mask."""
 
     @abstractmethod
     def capture(self) -> None:
-        """Makes the block keep queries and keys where `wanted` says so, from its next forward on."""
+        """Makes the block put queries and keys into the context where `wanted` says so, from its next forward on."""
 
     @abstractmethod
     def release(self) -> None:
@@ -88,19 +100,21 @@ class BlockAdapter(ABC):
         """Whether the block's attention is still made of the modules that `capture` found."""
 
     @abstractmethod
-    def queries_and_keys(self, from_cls: bool, keep: bool) -> tuple[Tensor, Tensor, float]:
-        """Those of the last forward that was captured, (B, H, 1 or N, D / H) and (B, H, N, D / H), and the scale.
+    def queries_and_keys(self, captured: Any, from_cls: bool) -> tuple[Tensor, Tensor, float]:
+        """Queries (B, H, 1 or N, D / H), keys (B, H, N, D / H) and the scale, of what was captured.
 
         Args:
+            captured: from the context.
             from_cls: only the CLS token's query.
-            keep: for another call; else they are dropped: they count as memory.
         """
 
     # What they share.
 
     def wanted(self) -> bool:
         """Whether this forward's queries and keys are wanted."""
-        return self._capturing or (self._watched and self.block.training and not recomputing())
+        context = self.passes.current
+        scoring = context.scoring and context.block == self.index
+        return scoring or (self._watched and self.block.training and not recomputing())
 
     def watch(self) -> None:
         """Keeps what the attention row is computed from, in training mode, with or without an observer."""
@@ -117,82 +131,104 @@ class BlockAdapter(ABC):
         """Restores the block's forward; does nothing where nothing is attached."""
         if self.observer is None:
             return
-        self.observer = self.sizes = None
+        self.observer = None
         del self.block.forward
         if not self._watched:
             self.release()
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """The block on x (B, N, D); returns (B, K, D), where K = N unless the observer drops or merges tokens."""
-        block, observer = self.block, self.observer
-        original = type(block).forward
-        if observer is None or not block.training:
-            result: Tensor = original(block, x, *args, **options)
-            return result
-        if self.masked(args, options):
-            raise ModelError("attention masks are not supported while tokens are dropped: detach first")
-        self.kept = None
-        self.sizes = sizes = None if self.previous is None else self.previous.sizes
-        num_patches = x.shape[1] - self.num_prefix_tokens
-        num_keep = observer.num_keep(self.index, num_patches)
-        if num_keep < num_patches and observer.rule == "drop":
-            return self._forward_dropping(observer, x, num_keep)
-        if num_keep < num_patches or sizes is not None:
-            return self._forward_merging(observer, x, num_keep, sizes)
-        y: Tensor = original(block, x)
-        self._record(observer, x, y)
-        return y
-
-    def _forward_dropping(self, observer: BlockObserver, x: Tensor, num_keep: int) -> Tensor:
-        self._capturing = True
-        try:
-            h = self.attend(x)
-        finally:
-            self._capturing = False
-        index = tokens.keep_top(self._scores(self.has_cls), num_keep, self.num_prefix_tokens)
-        self.kept = index
-        if observer.drop_at == "mid":
-            h = tokens.gather(h, index)
-        y = self.feed(h)
-        if observer.drop_at == "mid":
-            self._record(observer, x, y, index)
+        observer, passes = self.observer, self.passes
+        if observer is None or not self.block.training:
+            y: Tensor = type(self.block).forward(self.block, x, *args, **options)
             return y
-        self._record(observer, x, y)
-        return tokens.gather(y, index)
+        if not recomputing():
+            if self.index == 0:
+                passes.begin()
+            passes.current.block = self.index
+            passes.current.num_keep = observer.num_keep(self.index, x.shape[1] - self.num_prefix_tokens)
+            passes.remember(x)
+            return self._observed(observer, passes.current, x, args, options)
+        before, passes.current = passes.current, passes.recall(x) or self._unknown(observer, x)
+        try:
+            return self._observed(observer, passes.current, x, args, options)
+        finally:
+            passes.current = before
 
-    def _forward_merging(self, observer: BlockObserver, x: Tensor, num_keep: int, sizes: Tensor | None) -> Tensor:
-        # A token that stands for n patches counts n times in the softmax.
-        z = self.attend(x, None if sizes is None else sizes.log()[:, None, None].to(_matmul_dtype(x)))
-        if observer.drop_at == "block-end":
-            z = self.feed(z)
-        if num_keep < x.shape[1] - self.num_prefix_tokens:
-            z, self.sizes = tokens.merge_alike(z, sizes, num_keep, self.num_prefix_tokens)
+    def _unknown(self, observer: BlockObserver, x: Tensor) -> ForwardContext:
+        """The context of a pass that is computed again, but of which nothing is known."""
+        if not observer.rule.has_places:
+            text = "gradient checkpointing gave a block other tensors than before (offloaded?)"
+            raise ModelError(f"{text}, which merging does not support: use rule=drop")
+        num_keep = observer.num_keep(self.index, x.shape[1] - self.num_prefix_tokens)
+        return ForwardContext(self.num_prefix_tokens, self.index, num_keep)
+
+    def _observed(
+        self, observer: BlockObserver, context: ForwardContext, x: Tensor, args: tuple[Any, ...], options: Any
+    ) -> Tensor:
+        arguments = self.arguments(*args, **options)
+        if arguments is None:
+            raise ModelError("attention masks are not supported while tokens are dropped: detach first")
+        context.arguments = arguments
+        rule, num_keep = observer.rule, context.num_keep
+        assert num_keep is not None
+        reducing = num_keep < x.shape[1] - self.num_prefix_tokens
+        if not reducing and context.sizes is None:
+            y: Tensor = inspect.unwrap(type(self.block).forward)(self.block, x, *args, **options)
+            self._record(observer, context, x, y)
+            return y
+        z = self._attend(context, x, scoring=reducing and rule.needs_scores)
         if observer.drop_at == "mid":
-            z = self.feed(z)
-        self._record(observer, x, z)
-        return z
+            z = self.feed(rule.reduce(z, context, num_keep) if reducing else z)
+            self._record(observer, context, x, z)
+            return z
+        z = self.feed(z)
+        self._record(observer, context, x, z)
+        return rule.reduce(z, context, num_keep) if reducing else z
+
+    def _attend(self, context: ForwardContext, x: Tensor, scoring: bool) -> Tensor:
+        # A token that stands for n patches counts n times in the softmax.
+        sizes = context.sizes
+        bias = None if sizes is None else sizes.log()[:, None, None].to(_matmul_dtype(x))
+        context.scoring = scoring
+        h = self.attend(x, bias, **context.arguments)
+        context.scoring = False
+        if scoring:
+            context.scores = self._scores(context, self.has_cls, keep=self._watched)
+        return h
 
     @torch.no_grad()
-    def _record(self, observer: BlockObserver, x: Tensor, y: Tensor, index: Tensor | None = None) -> None:
-        """Tells the observer how much the block changed the CLS token, or without one the patch tokens on average."""
+    def _record(self, observer: BlockObserver, context: ForwardContext, x: Tensor, y: Tensor) -> None:
+        """Notes how much the block changed the CLS token, or without one the patch tokens on average."""
         if recomputing():
             return
         if self.has_cls:
             before, after = x[:, :1], y[:, :1]
         else:
+            index = context.kept.get(self.index)
             before = x if index is None else tokens.gather(x, index)
             before, after = before[:, self.num_prefix_tokens :], y[:, self.num_prefix_tokens :]
-        observer.record(self.index, (after.float() - before.float()).square().sum(-1).mean(), len(x))
+        context.changes[self.index] = (after.float() - before.float()).square().sum(-1).mean()
+        if self.is_last:
+            observer.record(list(context.changes.values()), len(x))
 
     def take_attention(self, from_cls: bool) -> Tensor:
         """Attention that each token which the watched block passed on received, (B, K) float32; once per forward."""
-        scores = self._scores(from_cls, take=True)
-        return scores if self.kept is None else scores.gather(1, self.kept)
+        context = self.passes.current
+        scores, kept = self._scores(context, from_cls, keep=False), context.kept.get(self.index)
+        return scores if kept is None else scores.gather(1, kept)
 
     @torch.no_grad()
-    def _scores(self, from_cls: bool, take: bool = False) -> Tensor:
-        """Attention that each token receives, (B, N) float32: from the CLS token, or the mean over all queries."""
-        q, k, scale = self.queries_and_keys(from_cls, keep=self._watched and not take)
+    def _scores(self, context: ForwardContext, from_cls: bool, keep: bool) -> Tensor:
+        """Attention that each token receives, (B, N) float32: from the CLS token, or the mean over all queries.
+
+        Args:
+            context: of the pass; what was captured stays in it where `keep` says so: it counts as memory.
+            from_cls: whether only the CLS token's attention counts.
+            keep: for another call.
+        """
+        captured = context.attention[self.index] if keep else context.attention.pop(self.index)
+        q, k, scale = self.queries_and_keys(captured, from_cls)
         logits = (q * scale) @ k.transpose(-2, -1)
         scores: Tensor = logits.float().softmax(dim=-1).mean(dim=(1, 2))
         return scores

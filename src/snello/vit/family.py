@@ -52,15 +52,15 @@ class Family(ABC):
 
     @abstractmethod
     def cut(self, blocks: int, head_below: bool) -> tuple["Family", "Family"]:
-        """Both parts of a cut after `blocks` blocks, see `ViT.cut`."""
+        """Both parts of a cut after `blocks` blocks, as `ViT.cut` describes them."""
 
     @abstractmethod
     def tokens(self, x: Tensor) -> Tensor:
-        """See `ViT.tokens`."""
+        """Tokens (B, N, D) after the last block and norm, of pictures, or in an upper part of tokens."""
 
     @abstractmethod
     def features(self, z: Tensor) -> Tensor:
-        """See `ViT.features`."""
+        """What the classifier sees of tokens (B, N, D)."""
 
     @property
     @abstractmethod
@@ -69,11 +69,11 @@ class Family(ABC):
 
     @abstractmethod
     def head(self, features: Tensor) -> Tensor:
-        """See `ViT.head`."""
+        """The logits (B, C) of features."""
 
     @abstractmethod
     def set_grad_checkpointing(self, on: bool) -> None:
-        """See `ViT.set_grad_checkpointing`."""
+        """Switches the library's gradient checkpointing."""
 
     def is_head(self, name: str) -> bool:
         """Whether a parameter of this name belongs to a classifier."""

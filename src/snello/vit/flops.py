@@ -20,8 +20,8 @@ class Tokens:
     mlp: int
     scored: bool
     """Whether attention is computed once more to rank them: the CLS token's row, or without one the whole matrix."""
-    merged: int = 0
-    """Those that are merged into others."""
+    reducing: tuple[float, float] = (0.0, 0.0)
+    """What the rule that reduces them costs itself, forward and backward: `TokenRule.cost`."""
 
 
 class StepFlops:
@@ -32,7 +32,7 @@ class StepFlops:
     """
 
     def __init__(self, vit: ViT) -> None:
-        self.prefix, self.has_cls, self.dim = vit.num_prefix_tokens, vit.has_cls, vit.embed_dim
+        self.prefix, self.has_cls = vit.num_prefix_tokens, vit.has_cls
         attention = vit.family.attention_modules
         self._blocks = [_Block(dict(block.named_parameters()), attention) for block in vit.blocks]
         self._embedding = _sum(p for p in vit.embedding_parameters() if p.ndim == 4)  # the convolution
@@ -60,15 +60,11 @@ class StepFlops:
         for index, (block, n) in enumerate(zip(self._blocks, tokens, strict=True)):
             linear = 2.0 * (n.attention * block.attention + n.mlp * block.mlp)
             products = 4.0 * n.attention**2 * block.width
-            total += linear + products
+            total += linear + products + n.reducing[0]
             if n.scored:
                 total += 2.0 * n.attention * block.width * (1 if self.has_cls else n.attention)
-            merging = 2.0 * (n.attention - n.merged) * n.merged * self.dim
-            if n.merged:
-                patches = n.attention - self.prefix
-                total += merging + 2.0 * (patches - patches // 2) * (patches // 2) * self.dim
             if index >= lowest:
-                total += linear + 2 * products + merging
+                total += linear + 2 * products + n.reducing[1]
             if index == lowest and block.inputs and not train_embeddings:
                 total -= 2.0 * n.attention * block.inputs
             if index in trained:

@@ -1,13 +1,13 @@
 """A Vision Transformer of timm or transformers, seen as prefix tokens, patch tokens and blocks."""
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from snello.errors import ConfigError, ModelError
 from snello.vit.blocks import AttentionPath, BlockAdapter, BlockObserver, Score
+from snello.vit.context import ForwardContext, Passes
 from snello.vit.family import Family
 from snello.vit.timm_family import TimmFamily
 
@@ -42,9 +42,11 @@ class ViT:
         self.patch_size = family.patch_size
         """The longer side of a patch in pixels."""
         self.embed_dim = family.embed_dim
+        self._passes = Passes(self.num_prefix_tokens)
         self._adapters = [family.adapter(block, index) for index, block in enumerate(self.blocks)]
-        for below, above in pairwise(self._adapters):
-            above.previous = below
+        for adapter in self._adapters:
+            adapter.passes = self._passes
+            adapter.is_last = adapter.index == len(self.blocks) - 1
 
     @property
     def depth(self) -> int:
@@ -114,6 +116,7 @@ class ViT:
 
     def tokens(self, x: Tensor) -> Tensor:
         """Tokens (B, N, D) after the last block and norm, of pictures (B, 3, H, W), or of tokens in an upper part."""
+        self._passes.begin()
         return self.family.tokens(x)
 
     def features(self, z: Tensor) -> Tensor:
@@ -150,14 +153,14 @@ class ViT:
             raise ModelError("score=cls needs a CLS token, which this model lacks: use score=received")
         return self._adapters[index].take_attention(self.has_cls if score == "auto" else score == "cls")
 
+    @property
+    def context(self) -> ForwardContext:
+        """What the last forward in training mode knew of its tokens."""
+        return self._passes.current
+
     def take_positions(self) -> Tensor | None:
         """Where the tokens that the last forward kept stood before, (B, K) int64; None where it dropped none."""
-        positions = None
-        for adapter in self._adapters:
-            kept, adapter.kept = adapter.kept, None
-            if kept is not None:
-                positions = kept if positions is None else positions.gather(1, kept)
-        return positions
+        return self.context.positions
 
     @property
     def attached(self) -> bool:
@@ -177,6 +180,7 @@ class ViT:
 
     def detach(self) -> None:
         """Gives every block its own forward back."""
+        self._passes.begin()
         for adapter in self._adapters:
             adapter.detach()
 

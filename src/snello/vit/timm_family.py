@@ -6,6 +6,7 @@ import torch
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from typing_extensions import override
 
 from snello.vit.blocks import AttentionPath, BlockAdapter
 from snello.vit.family import Family, keep_blocks, shell, unsupported
@@ -37,8 +38,9 @@ class TimmFamily(Family):
             self.patch_size = max(model.patch_embed.patch_size)
         self.embed_dim = model.embed_dim
 
+    @override
     def adapter(self, block: Any, index: int) -> "TimmBlock":
-        """See `Family`; the exact types of block and attention decide what is supported."""
+        # The exact types of block and attention decide what is supported.
         if type(block) is not Block:
             raise unsupported(f"block {type(block).__name__}")
         attn = block.attn
@@ -48,16 +50,16 @@ class TimmFamily(Family):
             raise unsupported("attention with a gate" if attn.gate is not None else "attention with scale_norm")
         return TimmBlock(block, index, self.num_prefix_tokens, self.has_cls)
 
+    @override
     def is_embedding(self, name: str) -> bool:
-        """See `Family`."""
         return name.split(".")[0] in EMBEDDINGS
 
+    @override
     def is_table(self, name: str) -> bool:
-        """See `Family`."""
         return name.split(".")[0] in TABLES
 
+    @override
     def cut(self, blocks: int, head_below: bool) -> tuple["TimmFamily", "TimmFamily"]:
-        """See `Family`."""
         lower, upper = shell(self.model), shell(self.model)
         lower.blocks = keep_blocks(nn.Sequential(), range(blocks), self.blocks)
         upper.blocks = keep_blocks(nn.Sequential(), range(blocks, len(self.blocks)), self.blocks)
@@ -74,30 +76,30 @@ class TimmFamily(Family):
         parts[1].num_patches, parts[1].patch_size = self.num_patches, self.patch_size
         return parts
 
+    @override
     def tokens(self, x: Tensor) -> Tensor:
-        """See `ViT.tokens`."""
         z: Tensor = self.model.forward_features(x)
         return z
 
+    @override
     def features(self, z: Tensor) -> Tensor:
-        """See `ViT.features`."""
         if hasattr(self.model, "head_dist"):
             return z[:, :2]
         features: Tensor = self.model.forward_head(z, pre_logits=True)
         return features
 
     @property
+    @override
     def features_shape(self) -> tuple[int, ...]:
-        """See `Family`."""
         return (2, self.embed_dim) if hasattr(self.model, "head_dist") else (self.embed_dim,)
 
+    @override
     def head(self, features: Tensor) -> Tensor:
-        """See `ViT.head`."""
         logits: Tensor = self.model.forward_head(features) if features.ndim == 3 else self.model.head(features)
         return logits
 
+    @override
     def set_grad_checkpointing(self, on: bool) -> None:
-        """See `ViT.set_grad_checkpointing`."""
         self.model.set_grad_checkpointing(on)
 
 
@@ -111,7 +113,6 @@ class TimmBlock(BlockAdapter):
         super().__init__(block, index, num_prefix_tokens, has_cls)
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._hooked: nn.Module | None = None
-        self._qkv: Tensor | None = None
 
     @property
     def path(self) -> AttentionPath:
@@ -122,50 +123,47 @@ class TimmBlock(BlockAdapter):
     def path(self, path: AttentionPath) -> None:
         self.block.attn.fused_attn = path == "fused"
 
-    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See `BlockAdapter`."""
+    @override
+    def attend(self, x: Tensor, bias: Tensor | None = None, **arguments: Any) -> Tensor:
         block = self.block
-        h: Tensor = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=bias)))
+        h: Tensor = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=bias, **arguments)))
         return h
 
+    @override
     def feed(self, h: Tensor) -> Tensor:
-        """See `BlockAdapter`."""
         block = self.block
         y: Tensor = h + block.drop_path2(block.ls2(block.mlp(block.norm2(h))))
         return y
 
-    def masked(self, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
-        """See `BlockAdapter`."""
-        return any(value is not None and value is not False for value in (*args, *options.values()))
+    @override
+    def arguments(self, attn_mask: Tensor | None = None, is_causal: bool = False, **options: Any) -> Any:
+        return None if attn_mask is not None or is_causal else options
 
+    @override
     def capture(self) -> None:
-        """See `BlockAdapter`."""
         if self._hook is None:
             self._hooked = self.block.attn.qkv
             self._hook = self._hooked.register_forward_hook(self._keep)
 
+    @override
     def release(self) -> None:
-        """See `BlockAdapter`."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = self._hooked = None
 
+    @override
     def intact(self) -> bool:
-        """See `BlockAdapter`."""
         return self._hooked is None or self._hooked is self.block.attn.qkv
 
     def _keep(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if self.wanted():
-            self._qkv = output.detach()
+            self.passes.current.attention[self.index] = output.detach()
 
-    def queries_and_keys(self, from_cls: bool, keep: bool) -> tuple[Tensor, Tensor, float]:
-        """See `BlockAdapter`."""
-        attn, qkv = self.block.attn, self._qkv
-        assert qkv is not None
-        if not keep:
-            self._qkv = None
-        B, N, _ = qkv.shape
-        q, k, _ = qkv.view(B, N, 3, attn.num_heads, attn.head_dim).unbind(2)
+    @override
+    def queries_and_keys(self, captured: Tensor, from_cls: bool) -> tuple[Tensor, Tensor, float]:
+        attn = self.block.attn
+        B, N, _ = captured.shape
+        q, k, _ = captured.view(B, N, 3, attn.num_heads, attn.head_dim).unbind(2)
         if from_cls:
             q = q[:, :1]
         return attn.q_norm(q).transpose(1, 2), attn.k_norm(k).transpose(1, 2), attn.scale

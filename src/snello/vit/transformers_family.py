@@ -8,6 +8,7 @@ import copy
 import sys
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.models.deit import modeling_deit as deit
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as registers
 from transformers.models.vit import modeling_vit as vit
+from typing_extensions import override
 
 from snello.errors import ModelError
 from snello.vit.blocks import AttentionPath, BlockAdapter
@@ -80,24 +82,24 @@ class TransformersFamily(Family):
     def _base(self, model: nn.Module) -> Any:
         return getattr(model, MODELS[type(model)])
 
+    @override
     def adapter(self, block: Any, index: int) -> "TransformersBlock":
-        """See `Family`."""
         for kind, attention, adapter in BLOCKS:
             if type(block) is kind and type(block.attention) is attention:
                 return adapter(block, index, self.num_prefix_tokens, self.has_cls)
         name = type(getattr(block, "attention", None)).__name__
         raise unsupported(f"block {type(block).__name__} with attention {name}")
 
+    @override
     def is_embedding(self, name: str) -> bool:
-        """See `Family`."""
         return name.startswith(f"{self._name}.embeddings.")
 
+    @override
     def is_table(self, name: str) -> bool:
-        """See `Family`."""
         return self.is_embedding(name) and name.split(".")[-1] in TABLES
 
+    @override
     def cut(self, blocks: int, head_below: bool) -> tuple["TransformersFamily", "TransformersFamily"]:
-        """See `Family`."""
         lower, upper = shell(self.model), shell(self.model)
         for part, kept in ((lower, range(blocks)), (upper, range(blocks, len(self.blocks)))):
             base = shell(self._base(self.model))
@@ -116,8 +118,8 @@ class TransformersFamily(Family):
         parts[1].num_patches, parts[1].patch_size = self.num_patches, self.patch_size
         return parts
 
+    @override
     def tokens(self, x: Tensor) -> Tensor:
-        """See `ViT.tokens`."""
         base = self._base(self.model)
         z: Tensor = base.embeddings(x)
         for block in self.blocks:
@@ -125,15 +127,15 @@ class TransformersFamily(Family):
         z = base.layernorm(z)
         return z
 
+    @override
     def features(self, z: Tensor) -> Tensor:
-        """See `ViT.features`."""
         if self._name.startswith("dinov2"):
             return torch.cat([z[:, 0], z[:, self.num_prefix_tokens :].mean(dim=1)], dim=1)
         return z[:, :2] if self._has_teacher else z[:, 0]
 
     @property
+    @override
     def features_shape(self) -> tuple[int, ...]:
-        """See `Family`."""
         if self._name.startswith("dinov2"):
             return (2 * self.embed_dim,)
         return (2, self.embed_dim) if self._has_teacher else (self.embed_dim,)
@@ -142,8 +144,8 @@ class TransformersFamily(Family):
     def _has_teacher(self) -> bool:
         return type(self.model) is deit.DeiTForImageClassificationWithTeacher
 
+    @override
     def head(self, features: Tensor) -> Tensor:
-        """See `ViT.head`."""
         model = self.model
         logits: Tensor
         if self._has_teacher:
@@ -152,8 +154,8 @@ class TransformersFamily(Family):
             logits = model.classifier(features)
         return logits
 
+    @override
     def set_grad_checkpointing(self, on: bool) -> None:
-        """See `ViT.set_grad_checkpointing`."""
         if on:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         else:
@@ -162,10 +164,6 @@ class TransformersFamily(Family):
 
 class TransformersBlock(BlockAdapter):
     """A layer whose attention goes through transformers' attention interface."""
-
-    def __init__(self, block: Any, index: int, num_prefix_tokens: int, has_cls: bool) -> None:
-        super().__init__(block, index, num_prefix_tokens, has_cls)
-        self._seen: tuple[Tensor, Tensor, float] | None = None
 
     @property
     def path(self) -> AttentionPath:
@@ -183,20 +181,31 @@ class TransformersBlock(BlockAdapter):
             config = _watched_config(config)
         attention.config = config
 
-    def masked(self, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
-        """See `BlockAdapter`."""
-        return bool(args and args[0] is not None) or options.get("attention_mask") is not None
+    @override
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        block: Any = self.block
+        call: Any = partial(super().forward, **options)
+        # Their layers checkpoint in the forward that ours replaces, a wrapper around the plain one.
+        wrapped = block.gradient_checkpointing and hasattr(type(block).forward, "__wrapped__")
+        if wrapped and self.observer is not None and block.training and torch.is_grad_enabled():
+            call = partial(block._gradient_checkpointing_func, call)
+        y: Tensor = call(x, *args)
+        return y
 
+    @override
+    def arguments(self, attention_mask: Tensor | None = None, **options: Any) -> dict[str, Any] | None:
+        return None if attention_mask is not None else options
+
+    @override
     def capture(self) -> None:
-        """See `BlockAdapter`."""
         attention = self.block.attention
         if attention not in _watches:
             _watches[attention] = _Watch(_own_config(attention), weakref.WeakSet())
             attention.config = _watched_config(_watches[attention].config)
         _watches[attention].adapters.add(self)
 
+    @override
     def release(self) -> None:
-        """See `BlockAdapter`."""
         attention = self.block.attention
         watch = _watches.get(attention)
         if watch is None or self not in watch.adapters:
@@ -206,35 +215,33 @@ class TransformersBlock(BlockAdapter):
             attention.config = watch.config
             del _watches[attention]
 
+    @override
     def intact(self) -> bool:
-        """See `BlockAdapter`: adapters that come later are seen, since queries and keys pass through the interface."""
-        return True
+        return True  # adapters that come later are seen, since queries and keys pass through the interface
 
     def see(self, query: Tensor, key: Tensor, scale: float) -> None:
-        """Told by the attention interface: queries and keys (B, H, N, D / H)."""
+        """Called by the attention interface with queries and keys (B, H, N, D / H)."""
         if self.wanted():
-            self._seen = query.detach(), key.detach(), scale
+            self.passes.current.attention[self.index] = query.detach(), key.detach(), scale
 
-    def queries_and_keys(self, from_cls: bool, keep: bool) -> tuple[Tensor, Tensor, float]:
-        """See `BlockAdapter`."""
-        assert self._seen is not None
-        q, k, scale = self._seen
-        if not keep:
-            self._seen = None
+    @override
+    def queries_and_keys(self, captured: tuple[Tensor, Tensor, float], from_cls: bool) -> tuple[Tensor, Tensor, float]:
+        q, k, scale = captured
         return q[:, :, :1] if from_cls else q, k, scale
 
 
 class ViTBlock(TransformersBlock):
     """ViT's and DeiT's layer."""
 
-    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See `BlockAdapter`."""
+    @override
+    def attend(self, x: Tensor, bias: Tensor | None = None, **arguments: Any) -> Tensor:
         block = self.block
-        h: Tensor = block.dropout(block.attention(block.layernorm_before(x), attention_mask=bias)[0]) + x
+        attended = block.attention(block.layernorm_before(x), attention_mask=bias, **arguments)[0]
+        h: Tensor = block.dropout(attended) + x
         return h
 
+    @override
     def feed(self, h: Tensor) -> Tensor:
-        """See `BlockAdapter`."""
         block = self.block
         y: Tensor = block.dropout(block.mlp(block.layernorm_after(h))) + h
         return y
@@ -243,14 +250,15 @@ class ViTBlock(TransformersBlock):
 class Dinov2Block(TransformersBlock):
     """DINOv2's layer, with LayerScale and drop path."""
 
-    def attend(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """See `BlockAdapter`."""
+    @override
+    def attend(self, x: Tensor, bias: Tensor | None = None, **arguments: Any) -> Tensor:
         block = self.block
-        h: Tensor = block.drop_path(block.layer_scale1(block.attention(block.norm1(x), attention_mask=bias)[0])) + x
+        attended = block.attention(block.norm1(x), attention_mask=bias, **arguments)[0]
+        h: Tensor = block.drop_path(block.layer_scale1(attended)) + x
         return h
 
+    @override
     def feed(self, h: Tensor) -> Tensor:
-        """See `BlockAdapter`."""
         block = self.block
         y: Tensor = block.drop_path(block.layer_scale2(block.mlp(block.norm2(h)))) + h
         return y
