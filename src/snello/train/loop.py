@@ -435,7 +435,7 @@ class Trainer:
         self._print(
             f"{self.config.model}, {self.config.method_name}, {self.precision} on {self._where()}: "
             f"{len(self.splits.train)} pictures to train, {len(self.splits.val)} held out, "
-            f"{len(self.splits.train.classes)} classes ({self.splits.source})"
+            f"{len(self.splits.train.classes)} classes ({self.splits.source}); {self.learner.describe()}"
         )
         for line in (*self.splits.notes, imbalance(self.splits.train)):
             if line:
