@@ -24,7 +24,6 @@ from snello.models import create_model, preprocessing
 from snello.runs.folder import RunFolder
 from snello.seeds import mix, permutation
 from snello.train import learner as learners
-from snello.train import loop as training
 from snello.train.loop import Trainer
 from snello.train.scoring import Score
 from snello.vit import tokens
@@ -67,7 +66,7 @@ def test_learns_an_easy_data_set(small, method):
 @pytest.mark.slow
 def test_learns_the_shipped_pictures_with_the_shipped_model(tmp_path, monkeypatch):
     """A few steps on the 10 classes of Fashion-MNIST, from random weights: above chance."""
-    load = training.splits_of
+    load = finetuning.splits_of
 
     def fewer(*args, **kwargs):
         splits = load(*args, **kwargs)
