@@ -36,6 +36,7 @@ from rich.console import Console
 from snello.train import learner as learners, signals as stopping
 from snello.config import FinetuneConfig
 from snello.config.values import from_dict
+from snello.finetuning import finetune
 from snello.train.loop import Trainer
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -188,7 +189,7 @@ def test_one_asked_to_stop_stops_all_at_the_same_step_and_they_go_on_exactly(two
     one, other = saw(two, "stopped")
     assert one["error"] == other["error"] and one["error"][0] == "Interrupted"
     command = f"torchrun --standalone --nproc-per-node 2 -m snello finetune --out {two / 'stopped'} --resume"
-    assert one["error"][1] == f"stopped after step 4 of 6; go on with: {command}"
+    assert one["error"][1] == f"stopped after step 4 of 6; resume with: {command}"
     assert [len(seen["steps"]) for seen in (one, other)] == [4, 4]
     assert_same_run(two / "stopped", two / "alast")
 
@@ -244,7 +245,7 @@ def test_ctrl_c_reaches_all_and_the_printed_command_goes_on(odd, tmp_path):
     assert process.wait(200) != 0
     lines = [line for line in (tmp_path / "err").read_text().splitlines() if line.startswith("snello: ")]
     assert len(lines) == 1, lines
-    said, command = lines[0].split("; go on with: ")
+    said, command = lines[0].split("; resume with: ")
     assert said == f"snello: stopped after step {len(rows_of(config.out, 'step'))} of 30"
     assert command == f"torchrun --standalone --nproc-per-node 2 -m snello finetune --out {config.out} --resume"
     again = subprocess.run([*run, *shlex.split(command)[6:]], capture_output=True, text=True, timeout=280)
