@@ -25,6 +25,7 @@ from target import CLASSES, link_data
 
 from snello.config import AlastConfig, FinetuneConfig
 from snello.devices import resolve_device, resolve_precision
+from snello.environment import set_environment
 from snello.finetuning import finetune
 from snello.measure.step import TrainingStep
 from snello.vit.attention import faster_attention
@@ -72,7 +73,7 @@ SETTINGS = (
 def configure(setting: Setting, args: argparse.Namespace, seed: int, epochs: int) -> FinetuneConfig:
     return FinetuneConfig(
         data=link_data(args.data, args.work, args.per_class),
-        method=setting.method,  # type: ignore[arg-type]
+        method=setting.method,
         alast=setting.alast,
         epochs=epochs,
         batch_size=args.batch_size,
@@ -127,6 +128,7 @@ def train(setting: Setting, args: argparse.Namespace, seed: int, epochs: int) ->
 
 
 def main() -> None:
+    set_environment()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)

@@ -22,6 +22,7 @@ from environment import environment
 from snello.codecs.base import Codec, Context
 from snello.config import FinetuneConfig, SplitConfig
 from snello.devices import autocast, resolve_device, synchronize
+from snello.environment import set_environment
 from snello.models import create_model
 from snello.split.learner import Cut
 from snello.vit import ViT
@@ -64,6 +65,7 @@ def round_trip(codec: Codec, z: torch.Tensor, attention: torch.Tensor) -> None:
 
 
 def main() -> None:
+    set_environment()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--batch-size", type=int, default=128)

@@ -28,6 +28,7 @@ from target import CLASSES, link_data
 
 from snello.config import FinetuneConfig, SplitConfig
 from snello.devices import resolve_device, resolve_precision
+from snello.environment import set_environment
 from snello.finetuning import finetune
 from snello.models import create_model
 from snello.runs.folder import RunFolder
@@ -242,6 +243,7 @@ def jpeg_bytes(args: argparse.Namespace) -> int:
 
 
 def main() -> None:
+    set_environment()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)

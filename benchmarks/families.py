@@ -21,6 +21,7 @@ from torch import nn
 
 from snello.config import FinetuneConfig
 from snello.devices import autocast
+from snello.environment import set_environment
 from snello.measure.step import TrainingStep
 
 SHAPE = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
@@ -39,7 +40,7 @@ def measure(model: str, method: str, precision: Any, args: argparse.Namespace) -
     """Steps of timm's and of transformers' in turn."""
     steps = [
         TrainingStep(
-            FinetuneConfig(model=name, weights="none", method=method, seed=1),  # type: ignore[arg-type]
+            FinetuneConfig(model=name, weights="none", method=method, seed=1),
             num_classes=100,
             batch_size=args.batch_size,
             device=CPU,
@@ -87,6 +88,7 @@ def projections(precision: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
+    set_environment()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--attention", default="explicit")

@@ -16,8 +16,11 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from snello.environment import KERNELS
 
 LIMITS = ("none", "kernels", "multiple", "heap")
 LOW, HIGH, MOVE = 0.5, 1.0, 0.01  # of the budgets, and by how much they move in a step (standard deviation)
@@ -26,8 +29,7 @@ MULTIPLE = 8  # of tokens
 
 def child(request: dict[str, Any]) -> None:
     """Takes a step for every line on standard input; answers with its seconds and the memory held so far."""
-    if request["limit"] == "none":
-        os.environ |= dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "1024")  # without us
+    os.environ |= dict.fromkeys(KERNELS, "1024") if request["limit"] == "none" else KERNELS  # before torch computes
     import numpy as np
     import torch
 
@@ -43,10 +45,10 @@ def child(request: dict[str, Any]) -> None:
         model=request["model"],
         method=request["method"],
         batch_size=request["batch_size"],
-        alast=AlastConfig(
-            min_budget=LOW, rule=request["rule"], token_multiple=MULTIPLE if request["limit"] == "multiple" else 1
-        ),
     )
+    if "alast" in config.method_name:
+        multiple = MULTIPLE if request["limit"] == "multiple" else 1
+        config = replace(config, alast=AlastConfig(min_budget=LOW, rule=request["rule"], token_multiple=multiple))
     before = resident_memory(device)
     step = TrainingStep(
         config, num_classes=100, batch_size=config.batch_size, device=device,
@@ -54,7 +56,7 @@ def child(request: dict[str, Any]) -> None:
     )  # fmt: skip
     alast = getattr(step.method, "_inner", step.method)
     for _ in sys.stdin:
-        if "alast" in config.method:
+        if "alast" in config.method_name:
             state = alast.state_dict()
             moved = np.clip(state["budgets"] + rng.normal(0, MOVE, step.vit.depth), LOW, HIGH)
             alast.load_state_dict(state | {"budgets": moved.tolist()})

@@ -35,7 +35,7 @@ def measure(config: FinetuneConfig, args: argparse.Namespace) -> dict[str, Any]:
     peak, before = counted.pop("peak_memory_bytes"), counted.pop("process_bytes")
     total = Memory(**counted).total_bytes
     return {
-        "method": config.method,
+        "method": config.method_name,
         "batch_size": config.batch_size,
         "optimizer_state": config.alast.optimizer_state,
         "grad_checkpointing": config.grad_checkpointing,
@@ -64,7 +64,7 @@ def main() -> None:
     head, rows = {"config": config, "environment": environment(torch.device("cpu"))}, list[dict[str, Any]]()
     for batch_size in map(int, args.batch_sizes.split(",")):
         for method in args.methods.split(","):
-            plain = FinetuneConfig(model=args.model, method=method, batch_size=batch_size)  # type: ignore[arg-type]
+            plain = FinetuneConfig(model=args.model, method=method, batch_size=batch_size)
             variants = [plain, replace(plain, grad_checkpointing=True)]
             if "alast" in method:
                 variants.insert(1, replace(plain, alast=AlastConfig(optimizer_state="release")))

@@ -32,6 +32,7 @@ from proxy import Proxy
 from rich.console import Console
 
 from snello.config import AugmentConfig, CertsConfig, FinetuneConfig, JoinConfig, SplitConfig
+from snello.environment import set_environment
 from snello.split.client.connection import Connection
 from snello.split.client.endpoints import make_endpoint
 from snello.split.client.join import RemoteSession
@@ -51,6 +52,7 @@ QUIET = Console(quiet=True)
 
 
 def main() -> None:
+    set_environment()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/network.json"))
     parser.add_argument("--only", nargs="*", default=["echo", "step", "clients", "link"])

@@ -96,7 +96,7 @@ def request(args: argparse.Namespace, variant: Variant, precision: Any, attentio
     config = FinetuneConfig(
         model=args.model,
         weights="none",
-        method=variant.method,  # type: ignore[arg-type]
+        method=variant.method,
         alast=variant.alast,
         batch_size=args.batch_size,
     )

@@ -29,6 +29,7 @@ from target import CLASSES, link_data
 from snello.config import AlastConfig, FinetuneConfig
 from snello.config.values import to_dict
 from snello.devices import resolve_device, resolve_precision
+from snello.environment import set_environment
 from snello.finetuning import finetune
 from snello.measure.process import Process
 
@@ -73,7 +74,7 @@ def configure(setting: Setting, data: Path | None, lr: float, seed: int) -> Fine
     return FinetuneConfig(
         data=data,
         method=setting.method,
-        last_k=4,
+        **({"last_k": 4} if setting.method == "last-k" else {}),
         alast=setting.alast,
         epochs=setting.epochs,
         batch_size=BATCH,
@@ -153,7 +154,7 @@ def costs() -> dict[str, dict[str, float]]:
     seconds: dict[str, list[float]] = {name: [] for name in configs}
     with ExitStack() as stack:  # each with kernels of its own: see docs/memory.md
         processes = {
-            name: stack.enter_context(Process(request | {"config": to_dict(config), "method": config.method}))
+            name: stack.enter_context(Process(request | {"config": to_dict(config), "method": config.method_name}))
             for name, config in configs.items()
         }
         for _ in range(WARMUP + STEPS):
@@ -197,6 +198,7 @@ def row(setting: Setting, work: Path, measured: dict[str, dict[str, float]]) -> 
 
 
 def main() -> None:
+    set_environment()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("do", choices=["train", "table"])
     parser.add_argument("data", type=Path)

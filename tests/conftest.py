@@ -70,7 +70,6 @@ def small(pictures: Path, tmp_path: Path) -> FinetuneConfig:
         weights="none",
         image_size=48,
         method="full",
-        alast=AlastConfig(alpha=5.0),  # its CLS token changes little: this moves the budgets visibly
         epochs=2,
         batch_size=4,
         workers=0,
@@ -81,6 +80,12 @@ def small(pictures: Path, tmp_path: Path) -> FinetuneConfig:
         compare=False,
         out=tmp_path / "run",
     )
+
+
+def with_method(config: FinetuneConfig, /, method: str = "full", **settings: Any) -> FinetuneConfig:
+    """The same run with another method; ALaST with budgets that move visibly, since its CLS token changes little."""
+    adaptive = {"alast": AlastConfig(alpha=5.0)} if "alast" in method else {}
+    return replace(config, method=method, **adaptive | settings)
 
 
 def flags(config: FinetuneConfig) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUIET, finetune, flags, run_python, write_pictures
+from conftest import QUIET, finetune, flags, run_python, with_method, write_pictures
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -264,7 +264,7 @@ def test_plot_that_cannot_be_written(small, monkeypatch, capfd):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", full)
-    assert cli.main(["finetune", *flags(replace(small, method="alast", epochs=1))]) == 2
+    assert cli.main(["finetune", *flags(with_method(small, method="alast", epochs=1))]) == 2
     line = capfd.readouterr().err.splitlines()[-1]
     assert line.startswith(f"snello: error: could not save {small.out / 'budgets.png'}: ")
     assert RunFolder(small.out).summary_file.exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import QUIET, finetune, run_python, write_pictures
+from conftest import QUIET, finetune, run_python, with_method, write_pictures
 from PIL import Image
 
 from snello import cli
@@ -82,7 +82,7 @@ def test_accuracy_is_that_of_the_best_epoch(run, workers):
 
 
 def test_accuracy_equals_the_summary(small):
-    summary = finetune(replace(small, method="alast", epochs=2), QUIET)
+    summary = finetune(with_method(small, method="alast", epochs=2), QUIET)
     assert evaluate(EvaluateConfig(small.out, device="cpu", workers=0))["accuracy"] == summary["accuracy"]
 
 

@@ -1,5 +1,6 @@
 """What others may rely on: names, docstrings, and that importing is light."""
 
+import ast
 import importlib
 import inspect
 import json
@@ -40,24 +41,37 @@ def modules() -> list[str]:
 def test_public_names(name):
     value = getattr(snello, name)
     assert callable(value) and inspect.getdoc(value)
-    assert getattr(importlib.import_module(value.__module__), name) is value
+    assert getattr(importlib.import_module(value.__module__), value.__name__) is value
 
 
 def test_all_is_complete_and_star_import_works():
-    assert set(snello.__all__) == {
-        "ALaST",
-        "AlastConfig",
-        "FinetuneConfig",
-        "SnelloError",
-        "SplitConfig",
-        "ViT",
-        "finetune",
-    }
+    configs = "Alast Augment Certs CheckData Codecs Columns Doctor Evaluate Export Finetune Join Lora Pictures Plan"
+    errors = "Authentication Checkpoint Config Data Model Network Protocol Snello Training"
+    others = "ALaST Predictor Recipe SnelloWarning ViT evaluate export_run finetune load plan predict"
+    expected = {f"{name}Config" for name in (*configs.split(), "Predict", "Serve", "Split")}
+    expected |= {*(f"{name}Error" for name in errors.split()), *others.split()}
+    assert set(snello.__all__) == expected and len(snello.__all__) == len(expected)
     names: dict[str, object] = {}
     exec("from snello import *", names)
     assert set(snello.__all__) <= set(names)
+    assert snello.plan.__name__ == "make_plan" and snello.export_run.__name__ == "export"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         snello.nothing  # noqa: B018
+
+
+def test_the_package_export_hides_no_function():
+    """Whichever is asked for first."""
+    code = (
+        "import snello\nfrom snello import export_run, export\nassert export.export is export_run is snello.export_run"
+    )
+    for lines in (code, "import snello.export\n" + code):
+        assert run_python("-c", lines).returncode == 0
+
+
+def test_type_checkers_are_told_what_is_imported():
+    (block,) = [node for node in ast.parse(inspect.getsource(snello)).body if isinstance(node, ast.If)]
+    told = {name.asname or name.name: f"{node.module}:{name.name}" for node in block.body for name in node.names}
+    assert told == snello._LAZY and set(told) <= set(snello.__all__)
 
 
 def test_version():

@@ -3,8 +3,8 @@
 >>> import snello
 >>> alast = snello.ALaST(model, blocks=9, start_budget=0.9, min_budget=0.5, alpha=1e-4, draw="proportional")
 
-Importing it registers the micro ViT `vit_micro_patch4_32` with timm, and imports neither timm nor torch by itself:
-the command line answers at once.
+docs/api.md shows what else there is. Importing it registers the micro ViT `vit_micro_patch4_32` with timm, sets nothing
+in the process, and imports neither timm nor torch by itself: the command line answers at once.
 """
 
 import importlib
@@ -14,33 +14,43 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from snello import config, errors
+from snello.config import *  # noqa: F403
+from snello.errors import *  # noqa: F403
+
 if TYPE_CHECKING:
-    from snello.config import AlastConfig as AlastConfig
-    from snello.config import FinetuneConfig as FinetuneConfig
-    from snello.config import SplitConfig as SplitConfig
-    from snello.errors import SnelloError as SnelloError
-    from snello.finetuning import finetune as finetune
-    from snello.methods.alast import ALaST as ALaST
-    from snello.vit import ViT as ViT
+    from snello.export import export as export_run
+    from snello.finetuning import finetune
+    from snello.inference import Predictor, evaluate, load, predict
+    from snello.measure.plan import make_plan as plan
+    from snello.methods.alast import ALaST
+    from snello.vit import ViT
 
-_PUBLIC = {
-    "ALaST": "snello.methods.alast",
-    "AlastConfig": "snello.config",
-    "FinetuneConfig": "snello.config",
-    "SnelloError": "snello.errors",
-    "SplitConfig": "snello.config",
-    "ViT": "snello.vit",
-    "finetune": "snello.finetuning",
+# A function `export` would be hidden by the package `snello.export` as soon as that is imported.
+_LAZY = {
+    "ALaST": "snello.methods.alast:ALaST",
+    "Predictor": "snello.inference:Predictor",
+    "ViT": "snello.vit:ViT",
+    "evaluate": "snello.inference:evaluate",
+    "export_run": "snello.export:export",
+    "finetune": "snello.finetuning:finetune",
+    "load": "snello.inference:load",
+    "plan": "snello.measure.plan:make_plan",
+    "predict": "snello.inference:predict",
 }
+"""What needs torch: imported when it is asked for."""
 
-__all__ = list(_PUBLIC)
+__all__ = ["ALaST", "Predictor", "ViT", "evaluate", "export_run", "finetune", "load", "plan", "predict"]
+__all__ += config.__all__
+__all__ += errors.__all__
 __version__ = version("snello")
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    module, _, attribute = _LAZY[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _register(timm: ModuleType) -> None:

@@ -1,7 +1,7 @@
 """The command line: `snello <verb>`, every flag, default and help text from the dataclasses in `snello.config`.
 
 What needs PyTorch is imported inside the verbs, so that help answers at once. Errors a user can mend are one line on
-stderr and exit code 2.
+stderr and exit code 2. What snello changes in a process, environment and allocator, is changed here.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,11 +31,12 @@ from snello.config import (
     Recipe,
     ServeConfig,
 )
+from snello.config.effect import effective
 from snello.config.values import flag, from_dict, read_yaml
+from snello.environment import num_processes, set_environment
 from snello.errors import ConfigError, SnelloError, printable
 
 T = TypeVar("T")
-R = TypeVar("R", bound=Recipe)
 
 USAGE = 2
 INTERRUPTED = 130
@@ -43,12 +44,11 @@ INTERRUPTED = 130
 
 def finetune(args: Sequence[str]) -> int:
     """Fine-tune a Vision Transformer on labelled pictures."""
-    config = _parse(FinetuneConfig, args, "finetune", _default(args))
-    if _processes() > 1:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or DDP warns of what ALaST needs
+    config = _parse(FinetuneConfig, args, "finetune")
     from snello.finetuning import finetune as run
     from snello.train.signals import Interrupted
 
+    _prepare(config)
     try:
         run(config)
     except Interrupted as interrupted:
@@ -60,22 +60,21 @@ def evaluate(args: Sequence[str]) -> int:
     """Measure the accuracy of a run's model."""
     config = _parse(EvaluateConfig, args, "evaluate")
     from snello.inference import evaluate as run
+    from snello.report.terminal import print_per_class
 
     result = run(config)
     if config.format == "json":
         print(json.dumps(result))
-    else:
-        for note in result["notes"]:
-            print(note, file=sys.stderr)
-        skipped = f", {result['skipped']} bad ones left out" if result["skipped"] else ""
-        print(
-            f"accuracy {result['accuracy']:.2%}, balanced accuracy {result['balanced_accuracy']:.2%}, "
-            f"loss {result['loss']:.4f} on {result['pictures']} pictures{skipped}"
-        )
-        if config.per_class:
-            from snello.report.terminal import print_per_class
-
-            print_per_class(result["per_class"])
+        return 0
+    for note in result["notes"]:
+        print(note, file=sys.stderr)
+    skipped = f", {result['skipped']} bad ones left out" if result["skipped"] else ""
+    print(
+        f"accuracy {result['accuracy']:.2%}, balanced accuracy {result['balanced_accuracy']:.2%}, "
+        f"loss {result['loss']:.4f} on {result['pictures']} pictures{skipped}"
+    )
+    if config.per_class:
+        print_per_class(result["per_class"])
     return 0
 
 
@@ -86,10 +85,7 @@ def check_data(args: Sequence[str]) -> int:
     from snello.data.examining import print_findings
 
     findings = run(config)
-    if config.format == "json":
-        print(json.dumps(findings.to_dict(), indent=2))
-    else:
-        print_findings(findings)
+    _print(config.format, findings.to_dict, lambda: print_findings(findings))
     return 1 if findings.broken else 0
 
 
@@ -117,49 +113,42 @@ def plan(args: Sequence[str]) -> int:
     """Say what fits into a memory, the fastest first, with the command."""
     config = _parse(PlanConfig, args, "plan")
     from snello.measure.plan import make_plan
+    from snello.report.terminal import print_plan
 
     found = make_plan(config, lambda text: print(text, file=sys.stderr))
-    if config.format == "json":
-        print(json.dumps(found.to_dict(), indent=2))
-    else:
-        from snello.report.terminal import print_plan
-
-        print_plan(found)
+    _print(config.format, found.to_dict, lambda: print_plan(found))
     return 0
 
 
 def codecs(args: Sequence[str]) -> int:
     """List what may stand at a cut, with options, sources and exact bytes."""
     config = _parse(CodecsConfig, args, "codecs")
+    from snello.report.terminal import print_codecs
     from snello.split.catalog import list_codecs
 
     rows = list_codecs(config)
-    if config.format == "json":
-        print(json.dumps(rows, indent=2))
-    else:
-        from snello.report.terminal import print_codecs
-
-        print_codecs(config, rows)
+    _print(config.format, lambda: rows, lambda: print_codecs(config, rows))
     return 0
 
 
 def serve(args: Sequence[str]) -> int:
     """Be the server of split learning: clients keep their pictures."""
-    config = _parse(ServeConfig, args, "serve", _default(args, ServeConfig))
+    config = _parse(ServeConfig, args, "serve")
     from snello.split.server.command import serve as run
 
+    _prepare(config)
     run(config)
     return 0
 
 
 def join(args: Sequence[str]) -> int:
     """Train with a server, on pictures that stay here."""
-    config = _parse(JoinConfig, args, "join", _join_default(args))
+    config = _parse(JoinConfig, args, "join")
     from snello.split.client.join import join as run
     from snello.train.signals import Interrupted
 
     try:
-        run(config)
+        run(config, on_settings=_prepare)
     except Interrupted as interrupted:
         return _interrupted(str(interrupted))
     return 0
@@ -183,10 +172,7 @@ def doctor(args: Sequence[str]) -> int:
     from snello.split.security.doctor import examine, print_findings, to_rows
 
     findings = examine(config, lambda: probe(make_endpoint(config.address, config.certs, config.name)))
-    if config.format == "json":
-        print(json.dumps(to_rows(findings), indent=2))
-    else:
-        print_findings(findings, Console())
+    _print(config.format, lambda: to_rows(findings), lambda: print_findings(findings, Console()))
     return 0 if all(finding.ok for finding in findings) else 1
 
 
@@ -233,6 +219,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise ConfigError(f"unknown verb {verb!r}; known: {', '.join(VERBS)}")
+        set_environment()
         return VERBS[verb](rest)
     except SnelloError as error:
         _say(f"error: {error.for_command_line}")
@@ -249,13 +236,22 @@ def _interrupted(text: str) -> int:
     return INTERRUPTED
 
 
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _prepare(recipe: Recipe) -> None:
+    """What a run wants of the process: with gradient checkpointing, memory that is freed goes back at once."""
+    if recipe.grad_checkpointing:
+        from snello.devices import return_large_blocks
+
+        return_large_blocks()
+
+
+def _print(form: str, values: Callable[[], object], as_text: Callable[[], None]) -> None:
+    """Prints a result: `values` as JSON, or else as text."""
+    print(json.dumps(values(), indent=2)) if form == "json" else as_text()
 
 
 def _say(text: str) -> None:
     """One line, also where torchrun started several processes, which all come here: the first knows what to say."""
-    if _processes() == 1 or os.environ.get("RANK", "0") == "0":
+    if num_processes() == 1 or os.environ.get("RANK", "0") == "0":
         print(f"snello: {text}", file=sys.stderr)
     else:
         from snello.train.ranks import wait_for_main
@@ -272,10 +268,11 @@ def _help() -> str:
     )
 
 
-def _parse(cls: type[T], args: Sequence[str], verb: str, default: T | None = None) -> T:
+def _parse(cls: type[T], args: Sequence[str], verb: str) -> T:
     """The config that `args` describe; what tyro draws as a box of several lines becomes one line."""
-    box = io.StringIO()
+    default = None if {"-h", "--help"} & set(args) else _default(cls, args)
     options: dict[str, Any] = {} if default is None else {"default": default}
+    box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
             config: T = tyro.cli(cls, args=list(args), prog=f"snello {verb}", **options)
@@ -287,10 +284,9 @@ def _parse(cls: type[T], args: Sequence[str], verb: str, default: T | None = Non
 
 
 def _one_line(box: str, verb: str) -> str:
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()]
-    told = [line for line in lines[1:] if line]  # the first is the box's title
-    until = next((i for i, line in enumerate(told) if line.startswith(("Argument helptext", "For full help"))), None)
-    text = re.sub(r"\s+", " ", " ".join(told[:until])) or "cannot be parsed"
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]  # the first is the box's title
+    ends = (i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full help")))
+    text = " ".join(" ".join(lines[: next(ends, None)]).split()) or "cannot be parsed"
     text = re.sub(r"^Error parsing \w+: (?=--|[A-Z]+ )", "", text)  # our own words, which name the flag already
     text = re.sub(r"^Error parsing (alast): (\w+) must", lambda m: f"{flag('.'.join(m.groups()))} must", text)
     return f"{text} (snello {verb} --help lists the options)"
@@ -305,36 +301,30 @@ class _Sources:
     resume: bool = False
 
 
-def _default(args: Sequence[str], cls: type[R] = FinetuneConfig) -> R | None:  # type: ignore[assignment]
-    """What flags are laid over: the run's own config with --resume, else the file given with --config, if any."""
-    if any(arg in ("-h", "--help") for arg in args):
+def _default(cls: type[T], args: Sequence[str]) -> T | None:
+    """What flags are laid over: the run's own config with --resume, else the file given with --config, if any.
+
+    It is checked only together with the flags, which may give what its settings need.
+    """
+    if not issubclass(cls, Recipe | JoinConfig):
         return None
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
         sources, _ = tyro.cli(_Sources, args=list(args), return_unknown_args=True)
-        file = sources.config
-        if file is None and sources.resume and sources.out is not None and (sources.out / "config.yaml").is_file():
-            file = sources.out / "config.yaml"
-        if file is not None:
-            values = read_yaml(file)
-            if values.pop("resolved", None) is not None:  # a run's own config.yaml: its folder is not the new run's
-                values["out"] = None
-            return from_dict(cls, values, str(file))
-    return None
-
-
-def _join_default(args: Sequence[str]) -> JoinConfig | None:
-    """With --resume, what the run was started with."""
-    if any(arg in ("-h", "--help") for arg in args):
-        return None
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
-        sources, _ = tyro.cli(_Sources, args=list(args), return_unknown_args=True)
-        file = None if sources.out is None else sources.out / "config.yaml"
-        if sources.resume and file is not None and file.is_file():
-            values = read_yaml(file)
-            if isinstance(values.get("resolved"), dict) and "server" in values["resolved"]:
-                known = {name: values[name] for name in JoinConfig.__dataclass_fields__ if name in values}
-                server = {k: v for k, v in values["resolved"]["server"].items() if k != "session"}
-                return from_dict(JoinConfig, {**known, **server}, str(file))
+        run = sources.out / "config.yaml" if sources.resume and sources.out is not None else None
+        file = sources.config if issubclass(cls, Recipe) and sources.config is not None else run
+        if file is None or (file is run and not file.is_file()):
+            return None
+        values = read_yaml(file)
+        resolved = values.pop("resolved", None)
+        if not issubclass(cls, Recipe):  # `snello join`: the file also has the server's settings, and not its address
+            server = (resolved or {}).get("server")
+            if server is None:
+                return None
+            values = {f.name: values[f.name] for f in fields(JoinConfig) if f.name in values}
+            values |= {name: value for name, value in server.items() if name != "session"}
+        if resolved is not None:  # of a run
+            values = effective(cls, values | {"out": None}, str(file))  # its folder is not the new run's
+        return from_dict(cls, values, str(file), checked=False)
     return None
 
 

@@ -1,8 +1,7 @@
-"""Choosing device, precision and attention path, by capability and by measurement."""
+"""Choosing device and precision by capability; memory that the C library keeps."""
 
 import contextlib
 import ctypes
-import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -14,14 +13,6 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 LARGE_BLOCK = 2**17  # bytes; glibc's own start, which it raises as blocks are freed unless it is set
-
-# How many kernels oneDNN keeps, and PyTorch's bindings over it; 1 024 each without us. In bf16 every number of tokens
-# is a kernel more in each of some thirty products. Where tokens are dropped the numbers are ever new, so a run would
-# fill both, and take several times what its steps need (docs/memory.md). A step on twelve blocks needs up to about 400:
-# with fewer, it compiles them anew each time. Both are read before the first such product; what the user set stays.
-KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "512", "LRU_CACHE_CAPACITY": "64"}
-for _name, _capacity in KERNELS.items():
-    os.environ.setdefault(_name, _capacity)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -15,6 +15,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+__all__ = [
+    "AuthenticationError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ModelError",
+    "NetworkError",
+    "ProtocolError",
+    "SnelloError",
+    "SnelloWarning",
+    "TrainingError",
+]
+
 
 class SnelloError(Exception):
     """Base of every error a user can cause and mend; its text says what was wrong, where, and what to do."""

@@ -36,7 +36,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Summary:
     run, summary, state = _train(config, ranks, console)
     if not ranks.is_main:
         return summary
-    if "alast" in config.method:
+    if "alast" in config.method_name:
         pictures.plot_budgets(run)
     if summary.traffic is not None:
         client, server = flops(config, summary.traffic.codec, summary.num_classes, state)
@@ -74,7 +74,7 @@ def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunF
             trainer.close()
     state = trainer.learner.state_dict()["method"]
     if summary.traffic is None:
-        summary = replace(summary, costs=comparison.not_measured(config.method))
+        summary = replace(summary, costs=comparison.not_measured(config.method_name))
         ranks.on_main(lambda: summary.write(place.run.summary_file))
     terminal.print_result(console, summary.to_dict(), splits.num_skipped)
     return place.run, summary, state
@@ -85,7 +85,7 @@ def _compare(
 ) -> comparison.Comparison | None:
     """Measures what the run's method costs beside others; None where Ctrl-C or SIGTERM skips it."""
     try:
-        with interruptible(), terminal.measuring(console, config.method, run.path) as progress:
+        with interruptible(), terminal.measuring(console, config.method_name, run.path) as progress:
             return comparison.compare(config, summary.to_dict(), state, progress)
     except KeyboardInterrupt:
         text = f"measuring skipped; the model is in {run.path}"

@@ -84,6 +84,11 @@ class Predictor:
         return probabilities
 
 
+def load(run: Path | str, device: str = "auto") -> Predictor:
+    """The model of a run folder, ready to be used; `close()` ends what it holds."""
+    return Predictor(Path(run), device)
+
+
 def _load(run: RunFolder, weights: Path) -> ViT:
     """The run's model with the weights of a file, in its own names or, in a folder for transformers, the hub's."""
     if weights.parent != run.path:

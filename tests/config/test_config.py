@@ -1,20 +1,36 @@
 """Settings: their rules, YAML, and what wins over what."""
 
 import dataclasses
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from snello import cli
-from snello.config import AlastConfig, AugmentConfig, EvaluateConfig, FinetuneConfig, PredictConfig
+from snello.config import (
+    AlastConfig,
+    AugmentConfig,
+    ColumnsConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    JoinConfig,
+    LoraConfig,
+    PicturesConfig,
+    PredictConfig,
+    ServeConfig,
+    SplitConfig,
+)
+from snello.config.effect import changed, effective
 from snello.config.values import flag, from_dict, read_yaml, to_dict
 from snello.errors import ConfigError
 
 
-def parse(*args: str) -> FinetuneConfig:
-    """The config that `snello finetune ARGS` would run with."""
-    return cli._parse(FinetuneConfig, args, "finetune", cli._default(args))
+def parse(*args: str, cls: type = FinetuneConfig) -> Any:
+    """The config that `snello finetune ARGS`, or the verb of another class, would run with."""
+    return cli._parse(cls, args, "verb")
 
 
 def error_of(call, *args, **kwargs) -> str:
@@ -99,7 +115,10 @@ def test_value_out_of_range_names_its_flag(cls, name, value, flag):
         (AlastConfig, {"full_tail": 0.0, "token_multiple": 1, "temperature": 1e-9}),
         (AugmentConfig, {"crop_scale": 1.0, "rand_ops": 0, "rand_magnitude": 0}),
         (AugmentConfig, {"rand_magnitude": 30}),
-        (FinetuneConfig, {"last_k": 1, "batch_size": 1, "accumulate": 1, "epochs": 1, "seed": 2**63 - 1}),
+        (
+            FinetuneConfig,
+            {"method": "last-k", "last_k": 1, "batch_size": 1, "accumulate": 1, "epochs": 1, "seed": 2**63 - 1},
+        ),
         (FinetuneConfig, {"clip_norm": 0.0, "weight_decay": 0.0, "workers": 0, "patience": 0, "checkpoint_steps": 0}),
         (FinetuneConfig, {"layer_decay": 1.0, "warmup": 0.0, "label_smoothing": 0.0, "image_size": 1}),
     ],
@@ -252,3 +271,205 @@ def test_resume_takes_the_settings_of_the_run(small):
     config = parse("--out", str(small.out), "--resume")
     assert config == dataclasses.replace(small, resume=True)
     assert parse("--resume", "--out", str(small.out), "--lr", "0.5").lr == 0.5
+
+
+# ------------------------------------------------------------------------- flag > file > default, nested too
+
+
+def test_auto_is_resolved_when_it_is_read(tmp_path):
+    """A file that says nothing of methods changes none: the flag --split.cut means the same with it and without."""
+    file = write(tmp_path / "a.yaml", "epochs: 3\n")
+    assert parse("--config", file).method_name == "alast"
+    config = parse("--config", file, "--split.cut", "3")
+    assert (config.method, config.method_name, config.epochs) == ("auto", "full", 3)
+    assert config == replace(parse("--split.cut", "3"), epochs=3, config=Path(file))
+    assert to_dict(config)["method"] == "auto" and replace(config, split=SplitConfig()).method_name == "alast"
+
+
+@pytest.mark.parametrize("cls", [FinetuneConfig, ServeConfig])
+def test_a_flag_completes_the_group_of_a_file(tmp_path, cls):
+    file = write(tmp_path / "a.yaml", "split: {codec: int8}\n")
+    config = parse("--config", file, "--split.cut", "2", "--split.labels", "client", cls=cls)
+    assert config.split == SplitConfig(cut=2, codec="int8", labels="client")
+
+
+def test_the_group_of_a_file_lies_over_the_defaults_of_its_config(tmp_path):
+    file = write(tmp_path / "a.yaml", "split: {codec: int8}\n")
+    assert parse("--config", file, cls=ServeConfig).split == SplitConfig(cut=3, codec="int8")
+    assert from_dict(ServeConfig, {"split": {"codec": "int8"}}).split.cut == ServeConfig().split.cut == 3
+
+
+def test_a_flag_mends_what_is_out_of_range_in_a_file(tmp_path):
+    file = write(tmp_path / "a.yaml", "lr: 0\nalast: {min_budget: 0.95}\n")
+    assert "--alast.min-budget must be at most" in error_of(parse, "--config", file)
+    assert "--lr must be above 0" in error_of(parse, "--config", file, "--alast.start-budget", "1")
+    assert parse("--config", file, "--lr", "1e-3", "--alast.start-budget", "1").alast.min_budget == 0.95
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("split: {codec: int8}\n", "--split.codec has no effect without --split.cut"),
+        ("alast: {blocks: two}\n", "a.yaml: alast: blocks must be of type int, got 'two'"),
+        ("split: 3\n", "a.yaml: split must be a mapping of settings, got 3"),
+    ],
+)
+def test_a_file_that_is_wrong_by_itself(tmp_path, text, message):
+    assert message in error_of(parse, "--config", write(tmp_path / "a.yaml", text))
+
+
+# ------------------------------------------------------------------------------------- settings without effect
+
+IDLE = [
+    (FinetuneConfig, ["--method", "full", "--alast.flops", "0.5"], "--alast.flops", "without --method alast"),
+    (FinetuneConfig, ["--method", "head", "--alast.no-train-embeddings"], "--alast.train-embeddings", "without --me"),
+    (FinetuneConfig, ["--split.cut", "3", "--alast.alpha", "1"], "--alast.alpha", "without --method alast"),  # auto
+    (FinetuneConfig, ["--last-k", "2"], "--last-k", "without --method last-k"),
+    (FinetuneConfig, ["--alast.temperature", "2"], "--alast.temperature", "without --alast.draw softmax"),
+    (
+        FinetuneConfig,
+        ["--method", "alast+lora", "--alast.no-train-embeddings"],
+        "--alast.train-embeddings",
+        "with LoRA, which freezes them anyway",
+    ),
+    (FinetuneConfig, ["--lora.r", "4"], "--lora.r", "without --method lora"),
+    (FinetuneConfig, ["--split.link", "10mbit/20ms"], "--split.link", "without --split.cut"),
+    (FinetuneConfig, ["--split.cut", "3", "--split.alast", "client"], "--split.alast", "without --method alast"),
+    (
+        FinetuneConfig,
+        ["--augment.rand-ops", "0", "--augment.rand-magnitude", "3"],
+        "--augment.rand-magnitude",
+        "without --augment.rand-ops",
+    ),
+    (ServeConfig, ["--split.no-frames"], "--split.frames", "over a network"),
+    (ServeConfig, ["--insecure-loopback", "--auth", "token"], "--auth", "without --certs"),
+    (ServeConfig, ["--alast.blocks", "3"], "--alast.blocks", "without --method alast"),  # `auto` is full across a cut
+    (FinetuneConfig, ["--columns.label", "kind"], "--columns.label", "without --data"),
+    (JoinConfig, ["localhost:1", "--data-root", "sets"], "--data-root", "without --data"),
+    (
+        JoinConfig,
+        ["localhost:1", "--certs", "certs", "--insecure-plaintext-for-everyone-on-the-network-to-read"],
+        "--insecure-plaintext-for-everyone-on-the-network-to-read",
+        "with --certs",
+    ),
+    (JoinConfig, ["localhost:1", "--name", "ward-3"], "--name", "without --certs"),
+    (DoctorConfig, ["localhost:1", "--name", "ward-3"], "--name", "without --certs"),
+    (EvaluateConfig, ["run", "--columns.label", "kind"], "--columns.label", "without --data"),
+]
+
+
+@pytest.mark.parametrize(("cls", "args", "flag", "reason"), IDLE, ids=lambda value: str(value)[:40])
+def test_a_setting_without_effect_is_refused(cls, args, flag, reason):
+    assert f"{flag} has no effect {reason}" in error_of(parse, *args, cls=cls)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--alast.flops", "0.5"],
+        ["--method", "alast+lora", "--alast.draw", "softmax", "--alast.temperature", "2", "--lora.r", "4"],
+        ["--method", "last-k", "--last-k", "2"],
+        ["--method", "alast", "--split.cut", "3", "--split.alast", "client", "--split.link", "10mbit/20ms"],
+        ["--method", "full", "--alast.min-budget", "0.5"],  # the default
+    ],
+)
+def test_a_setting_with_effect_is_not(args):
+    parse(*args)
+
+
+def test_every_need_names_a_setting():
+    """A need whose setting was renamed would never be asked for."""
+    for cls in (FinetuneConfig, ServeConfig, JoinConfig, DoctorConfig, EvaluateConfig):
+        for need in cls.NEEDS:
+            group, _, name = need.setting.rpartition(".")
+            classes = {"alast": AlastConfig, "split": SplitConfig, "augment": AugmentConfig, "": cls}
+            assert name in {field.name for field in fields(classes[group])}, need.setting
+
+
+def test_what_differs_from_the_defaults():
+    config = FinetuneConfig(seed=3, alast=AlastConfig(blocks=2), data="x.csv", columns=ColumnsConfig(image="x"))
+    assert list(changed(config)) == ["alast.blocks", "seed", "data", "columns.image"]
+    assert list(changed(FinetuneConfig())) == list(changed(ServeConfig())) == []
+    assert list(changed(AlastConfig(blocks=2), AlastConfig(blocks=3, alpha=0.1))) == ["blocks", "alpha"]
+
+
+def test_settings_of_another_method_are_left_out():
+    config = FinetuneConfig(method="alast+lora", alast=AlastConfig(alpha=5.0), lora=LoraConfig(r=4))
+    values = to_dict(config)
+    assert from_dict(FinetuneConfig, effective(FinetuneConfig, values | {"method": "full"}, "x")) == FinetuneConfig(
+        method="full"
+    )
+    lora = from_dict(FinetuneConfig, effective(FinetuneConfig, values | {"method": "lora"}, "x"))
+    assert lora == FinetuneConfig(method="lora", lora=LoraConfig(r=4))
+    assert values == to_dict(config)
+
+
+# ----------------------------------------------------------------------------------- runs of earlier versions
+
+
+def old_run(config: FinetuneConfig, **changes: Any) -> Path:
+    """The run folder of `config` as an earlier version wrote it: `auto` resolved, with prefetch, with idle settings."""
+    from snello.runs.folder import RunFolder
+
+    run = RunFolder(config.out)
+    run.write_config(config, {"precision": "fp32"})
+    values = yaml.safe_load(run.config_file.read_text())
+    values["split"]["prefetch"] = False
+    for name, value in changes.items():
+        values[name] = values[name] | value if isinstance(value, dict) else value
+    run.config_file.write_text(yaml.safe_dump(values))
+    return run.config_file
+
+
+def test_a_run_that_says_alast_goes_on_as_auto(small):
+    from snello.runs.folder import RunFolder, require_same_config
+
+    auto = replace(small, method="auto")
+    old_run(auto, method="alast")
+    saved, _ = RunFolder(small.out).read_config()
+    assert (saved.method, saved.method_name) == ("alast", "alast")
+    config = parse("--out", str(small.out), "--resume")
+    require_same_config(saved, config, small.out)
+    require_same_config(saved, replace(auto, resume=True), small.out)
+    message = error_of(require_same_config, saved, replace(small, resume=True), small.out)
+    assert "method was alast, now full" in message
+
+
+def test_a_run_with_settings_without_effect_stays_usable(small, tmp_path):
+    from snello.runs.folder import RunFolder, require_same_config
+
+    file = old_run(small, alast={"alpha": 5.0}, last_k=2)
+    saved, _ = RunFolder(small.out).read_config()
+    assert saved == small
+    require_same_config(saved, parse("--out", str(small.out), "--resume"), small.out)
+    assert parse("--config", str(file)) == replace(small, out=None, config=file)
+
+
+# ------------------------------------------------------------------------------------------- one home for each fact
+
+
+def test_finetune_and_join_share_the_settings_of_pictures():
+    assert issubclass(FinetuneConfig, PicturesConfig) and issubclass(JoinConfig, PicturesConfig)
+    for cls in (FinetuneConfig, JoinConfig):
+        assert cls(**{"address": "a:1"} if cls is JoinConfig else {}, data="photos/").data == "photos"
+        given = {"address": "a:1"} if cls is JoinConfig else {}
+        for name, value in (("workers", -1), ("val_share", 1.0), ("track", ("paper",))):
+            assert error_of(cls, **given, **{name: value}).startswith("--" + name.replace("_", "-") + " must be ")
+
+
+def test_an_address_of_the_web_stays_as_it_was_typed():
+    assert FinetuneConfig(data="https://x/y").data == "https://x/y"
+
+
+def test_names_come_from_the_registry(capsys):
+    from snello.config.registry import EXPORTS, METHODS, TRACKERS
+
+    for verb, flags in (
+        ("finetune", {"--method": ("auto", *METHODS), "--track": TRACKERS}),
+        ("plan", {"--methods": METHODS}),
+        ("export", {"--format": EXPORTS}),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([verb, "--help"])
+        out = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+        assert all("{" + ",".join(names) + "}" in out for names in flags.values()), verb

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import finetune, flags
+from conftest import finetune, flags, with_method
 from rich.console import Console
 
 from snello import cli
@@ -26,7 +26,7 @@ SUMMARY = {"num_classes": 3, "device": "cpu", "precision": "fp32", "attention": 
 @pytest.mark.slow
 def test_run_with_comparison(small, capsys):
     """From the training to the summary and the table that is printed."""
-    config = replace(small, method="alast", alast=AlastConfig(blocks=3, alpha=5.0), epochs=1, compare=True)
+    config = with_method(small, method="alast", alast=AlastConfig(blocks=3, alpha=5.0), epochs=1, compare=True)
     threads = torch.get_num_threads()
     summary = finetune(config)
     assert summary == json.loads((config.out / "summary.json").read_text())

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_same_run, resumed, tiny_deit, tiny_vit
+from conftest import assert_same_run, resumed, tiny_deit, tiny_vit, with_method
 
 peft = pytest.importorskip("peft")
 
@@ -223,7 +223,7 @@ def test_a_peft_model_of_ones_own_is_seen_through():
 
 @pytest.fixture
 def lora(small):
-    return replace(small, method="alast+lora", alast=AlastConfig(alpha=5.0, blocks=3), lora=LoraConfig(r=4))
+    return with_method(small, method="alast+lora", alast=AlastConfig(alpha=5.0, blocks=3), lora=LoraConfig(r=4))
 
 
 def test_a_run_resumes_exactly_and_its_weights_are_merged(lora, tmp_path, monkeypatch):
@@ -295,5 +295,5 @@ def test_starting_from_adapters(lora, tmp_path):
 
 
 def test_settings_of_lora_need_the_method():
-    with pytest.raises(ConfigError, match="--lora must be left out without --method lora"):
+    with pytest.raises(ConfigError, match=r"^--lora\.r has no effect without --method lora or alast\+lora$"):
         FinetuneConfig(lora=LoraConfig(r=4))

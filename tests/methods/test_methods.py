@@ -45,7 +45,8 @@ def test_a_method_trains_what_it_says_and_detach_restores(name, kind):
     found = trainable(model)
     vit = ViT(model)
     optimizer = make_optimizer(vit, lr=1e-2, weight_decay=0.1, device=torch.device("cpu"))
-    method = make_method(vit, FinetuneConfig(method=name, last_k=2, alast=AlastConfig(blocks=2)))
+    settings = {"alast": {"alast": AlastConfig(blocks=2)}, "last-k": {"last_k": 2}}.get(name, {})
+    method = make_method(vit, FinetuneConfig(method=name, **settings))
     if name == "alast":
         assert trainable(model) == found  # nothing is frozen before its first step, as data parallelism needs
     before = {key: value.clone() for key, value in model.state_dict().items()}

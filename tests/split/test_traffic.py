@@ -74,7 +74,7 @@ def test_foretold_bytes_are_those_that_are_exchanged(codec, labels, written):
 @pytest.mark.parametrize("method", ["head", "last-k"])
 @pytest.mark.parametrize("codec", ["none", "int4", "bottlenet(0.2)"])
 def test_foretold_bytes_where_the_client_or_both_train_nothing(codec, method, labels, written):
-    cut = make_cut(codec, labels, method=method, last_k=1)
+    cut = make_cut(codec, labels, method=method, **({"last_k": 1} if method == "last-k" else {}))
     trains_below = codec.startswith("bottlenet")  # its encoder
     shape = replace(
         SHAPE,
@@ -122,7 +122,7 @@ def test_without_a_codec_all_is_sent_as_it_is_and_the_ratio_is_one(labels):
 @pytest.mark.parametrize("method", ["head", "last-k"])
 @pytest.mark.parametrize("labels", ["server", "client"])
 def test_ratio_is_one_too_where_less_is_trained(labels, method):
-    cut = make_cut("none", labels, method=method, last_k=1)
+    cut = make_cut("none", labels, method=method, **({"last_k": 1} if method == "last-k" else {}))
     exchange(cut)
     assert cut.learner.traffic()["ratio"] == 1
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import QUIET, assert_same_run, finetune, resumed, rows_of
+from conftest import QUIET, assert_same_run, finetune, resumed, rows_of, with_method
 from helpers.resuming import cut_off, whole
 
 from snello.config import AlastConfig, FinetuneConfig
@@ -25,15 +25,15 @@ def config(request, small: FinetuneConfig, tmp_path: Path) -> FinetuneConfig:
         transformers = pytest.importorskip("transformers")
         transformers.ViTConfig(**SHAPE, image_size=48, patch_size=16).save_pretrained(tmp_path / "model")
         model = str(tmp_path / "model")
-    alast = AlastConfig(alpha=5.0, blocks=2)
-    return replace(small, model=model, grad_checkpointing=True, alast=alast, checkpoint_steps=3)
+    return replace(small, model=model, grad_checkpointing=True, checkpoint_steps=3)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_same_run_as_without_and_exact_resume(config, tmp_path, monkeypatch, method):
     if "lora" in method:
         pytest.importorskip("peft")
-    config = replace(config, method=method)
+    alast = {"alast": AlastConfig(alpha=5.0, blocks=2)} if "alast" in method else {}
+    config = with_method(config, method, **alast)
     other = whole(config, tmp_path / "whole")
     plain = tmp_path / "plain"
     finetune(replace(config, out=plain, grad_checkpointing=False, checkpoint_steps=0), QUIET)

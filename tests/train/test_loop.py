@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import QUIET, finetune, flags, resumed, rows_of, write_pictures
+from conftest import QUIET, finetune, flags, resumed, rows_of, with_method, write_pictures
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
@@ -24,7 +24,6 @@ from snello.models import create_model, preprocessing
 from snello.runs.folder import RunFolder
 from snello.seeds import mix, permutation
 from snello.train import learner as learners
-from snello.train import loop as training
 from snello.train.loop import Trainer
 from snello.train.scoring import Score
 from snello.vit import tokens
@@ -56,7 +55,7 @@ def moved(config: FinetuneConfig) -> set[str]:
 @pytest.mark.parametrize("method", ["alast", "full", "last-k"])
 def test_learns_an_easy_data_set(small, method):
     augment = AugmentConfig(rand_ops=0)  # it would take away the colours, by which the classes differ
-    summary = finetune(replace(small, method=method, epochs=4, augment=augment), QUIET)
+    summary = finetune(with_method(small, method=method, epochs=4, augment=augment), QUIET)
     losses = [row["loss"] for row in rows_of(small.out, "step")]
     assert sum(losses[-7:]) < 0.7 * sum(losses[:7])
     assert summary["accuracy"] > 0.8  # chance is 1/3
@@ -67,7 +66,7 @@ def test_learns_an_easy_data_set(small, method):
 @pytest.mark.slow
 def test_learns_the_shipped_pictures_with_the_shipped_model(tmp_path, monkeypatch):
     """A few steps on the 10 classes of Fashion-MNIST, from random weights: above chance."""
-    load = training.splits_of
+    load = finetuning.splits_of
 
     def fewer(*args, **kwargs):
         splits = load(*args, **kwargs)
@@ -97,13 +96,13 @@ def test_learns_the_shipped_pictures_with_the_shipped_model(tmp_path, monkeypatc
 
 
 def test_the_head_alone_trains_the_head_alone(small):
-    config = replace(small, method="head", epochs=1)
+    config = with_method(small, method="head", epochs=1)
     finetune(config, QUIET)
     assert moved(config) == {"head.weight", "head.bias"}
 
 
 def test_last_k_trains_the_last_blocks_norm_and_head(small):
-    config = replace(small, method="last-k", last_k=2, epochs=1)
+    config = with_method(small, method="last-k", last_k=2, epochs=1)
     finetune(config, QUIET)
     assert {name.split(".")[0] for name in moved(config)} == {"blocks", "norm", "head"}
     assert {name.split(".")[1] for name in moved(config) if name.startswith("blocks")} == {"4", "5"}
@@ -116,7 +115,7 @@ def test_full_trains_everything(small):
 
 
 def test_alast_trains_what_it_draws(small):
-    config = replace(small, method="alast", epochs=1, alast=AlastConfig(blocks=2, draw="lowest-first"))
+    config = with_method(small, method="alast", epochs=1, alast=AlastConfig(blocks=2, draw="lowest-first"))
     finetune(config, QUIET)
     assert {name.split(".")[1] for name in moved(config) if name.startswith("blocks")} == {"4", "5"}
     assert {"pos_embed", "cls_token", "patch_embed.proj.weight", "norm.weight", "head.weight"} <= moved(config)
@@ -232,7 +231,7 @@ def test_full_tail_drops_no_tokens(small, monkeypatch):
 
     counts: list[int] = []
     monkeypatch.setattr(Trainer, "_step", counted)
-    finetune(replace(small, method="alast", alast=AlastConfig(alpha=0.0, full_tail=0.5)), QUIET)
+    finetune(with_method(small, method="alast", alast=AlastConfig(alpha=0.0, full_tail=0.5)), QUIET)
     assert counts == [6] * 7 + [0] * 7  # six blocks drop; the second of two epochs is the tail
     assert len(rows_of(small.out, "step")[-1]["trained"]) == 4  # and it still trains only some blocks
 
@@ -241,17 +240,17 @@ def test_full_tail_drops_no_tokens(small, monkeypatch):
 
 
 def test_a_run_with_a_flop_target_logs_what_its_steps_drop_by(small):
-    finetune(replace(small, method="alast", alast=AlastConfig(flops=0.5)), QUIET)
+    finetune(with_method(small, method="alast", alast=AlastConfig(flops=0.5)), QUIET)
     rows = rows_of(small.out, "step")
     assert all(max(row["step_budgets"]) < min(row["budgets"]) for row in rows)
     with pytest.raises(ConfigError, match=r"^--alast.flops must be in 0\.\d+..0\.\d+ for this model with 2 of 6"):
-        finetune(replace(small, method="alast", out=None, alast=AlastConfig(flops=0.9, blocks=2)), QUIET)
+        finetune(with_method(small, method="alast", out=None, alast=AlastConfig(flops=0.9, blocks=2)), QUIET)
 
 
 @pytest.mark.parametrize("method", ["alast", "full"])
 @pytest.mark.slow
 def test_same_seed_same_run(small, method):
-    one = replace(small, method=method, epochs=1)
+    one = with_method(small, method=method, epochs=1)
     other, third = replace(one, out=small.out.with_name("b")), replace(one, seed=1, out=small.out.with_name("c"))
     for config in (one, other, third):
         torch.manual_seed(hash(config.out.name) % 1000)  # the process's own random state is of no account
@@ -354,7 +353,7 @@ def spoil_loss(monkeypatch, micro: int) -> None:
 @pytest.mark.parametrize("method", ["full", "alast"])
 def test_loss_that_is_not_finite(small, monkeypatch, method):
     spoil_loss(monkeypatch, 9)
-    config = replace(small, method=method, checkpoint_steps=4)
+    config = with_method(small, method=method, checkpoint_steps=4)
     with pytest.raises(TrainingError) as caught:
         finetune(config, QUIET)
     text = str(caught.value)
@@ -424,7 +423,7 @@ SUMMARY = {
 
 
 def test_run_folder_of_alast(small, capsys):
-    summary = finetune(replace(small, method="alast", seed=3))
+    summary = finetune(with_method(small, method="alast", seed=3))
     files = {"config.yaml", "metrics.jsonl", "model.safetensors", "last.safetensors"}
     assert {path.name for path in small.out.iterdir()} == files | {"alast.json", "summary.json", "budgets.png"}
 
@@ -466,7 +465,7 @@ def test_run_folder_of_alast(small, capsys):
 
 
 def test_config_of_a_run(small):
-    config = replace(small, attention="auto", precision="auto", device="auto", method="alast", config=Path("x.yaml"))
+    config = with_method(small, "alast", attention="auto", precision="auto", device="auto", config=Path("x.yaml"))
     finetune(replace(config, epochs=1), QUIET)
     values = yaml.safe_load((small.out / "config.yaml").read_text())
     resolved = values["resolved"]
@@ -484,7 +483,7 @@ def test_config_of_a_run(small):
 
 @pytest.mark.parametrize("method", ["full", "head"])
 def test_run_folder_of_another_method(small, method):
-    finetune(replace(small, method=method, epochs=1), QUIET)
+    finetune(with_method(small, method=method, epochs=1), QUIET)
     names = {path.name for path in small.out.iterdir()}
     assert names == {"config.yaml", "metrics.jsonl", "model.safetensors", "last.safetensors", "summary.json"}
     assert "budgets" not in rows_of(small.out, "step")[0]

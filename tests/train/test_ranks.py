@@ -97,7 +97,6 @@ def base(odd: Path) -> FinetuneConfig:
         weights="none",
         image_size=48,
         method="full",
-        alast=AlastConfig(alpha=5.0),
         epochs=2,
         batch_size=3,
         workers=0,
@@ -109,7 +108,7 @@ def base(odd: Path) -> FinetuneConfig:
     )
 
 
-ALAST = {"method": "alast", "accumulate": 2, "layer_decay": 0.8}
+ALAST = {"method": "alast", "alast": AlastConfig(alpha=5.0), "accumulate": 2, "layer_decay": 0.8}
 
 
 @pytest.fixture(scope="module")

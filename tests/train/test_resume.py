@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of
+from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of, with_method
 from helpers.resuming import cut_off, whole
 from timm.layers import DropPath
 from torch import nn
@@ -56,7 +56,7 @@ CASES = {
 @pytest.mark.slow
 def test_cut_off_within_an_epoch(small, tmp_path, monkeypatch, name):
     """The eleventh micro-batch: within the second epoch, and within a window where gradients accumulate."""
-    config = replace(small, **CASES[name])
+    config = with_method(small, **CASES[name])
     other = whole(config, tmp_path / "whole")
     cut_off(config, monkeypatch, Trainer, "_backward", 11)
     had = len(rows_of(config.out, "step"))
@@ -72,7 +72,7 @@ def test_cut_off_within_an_epoch(small, tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("method", ["full", "alast"])
 @pytest.mark.slow
 def test_cut_off_after_every_step(small, tmp_path, monkeypatch, method):
-    config = replace(small, method=method, accumulate=3, checkpoint_steps=1)
+    config = with_method(small, method=method, accumulate=3, checkpoint_steps=1)
     other = whole(config, tmp_path / "whole")
     for attempt in range(6):  # as many as there are steps: every process lives for one
         torch.manual_seed(attempt)  # whatever the random state of the process is
@@ -100,7 +100,7 @@ def with_noise(*args, **kwargs) -> nn.Module:
 @pytest.mark.slow
 def test_noise_of_the_model_goes_on(small, tmp_path, monkeypatch, method):
     monkeypatch.setattr(training, "create_model", with_noise)
-    config = replace(small, method=method, accumulate=3, checkpoint_steps=1)
+    config = with_method(small, method=method, accumulate=3, checkpoint_steps=1)
     other = whole(config, tmp_path / "whole")
     cut_off(config, monkeypatch, Trainer, "_backward", 11)
     torch.manual_seed(99)
@@ -124,7 +124,7 @@ def test_early_stop_is_remembered(small, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_workers_and_checkpoints_may_change(small, tmp_path, monkeypatch):
-    config = replace(small, method="alast", checkpoint_steps=3)
+    config = with_method(small, method="alast", checkpoint_steps=3)
     other = whole(config, tmp_path / "whole")
     cut_off(config, monkeypatch, Trainer, "_backward", 11)
     finetune(replace(resumed(config), workers=2, checkpoint_steps=1, check_pictures=False), QUIET)
@@ -135,7 +135,7 @@ def test_workers_and_checkpoints_may_change(small, tmp_path, monkeypatch):
 
 
 def test_before_the_first_checkpoint(small, tmp_path, monkeypatch):
-    config = replace(small, method="alast")
+    config = with_method(small, method="alast")
     other = whole(config, tmp_path / "whole")
     cut_off(config, monkeypatch, Trainer, "_backward", 4)
     assert len(rows_of(config.out)) == 3 and not RunFolder(config.out).checkpoint_file.exists()
@@ -156,7 +156,7 @@ def test_between_model_and_checkpoint(small, tmp_path, monkeypatch):
 def test_before_the_model_is_saved(small, tmp_path, monkeypatch):
     config = replace(small, checkpoint_steps=3)
     other = whole(config, tmp_path / "whole")
-    cut_off(config, monkeypatch, files, "save_tensors", 3)
+    cut_off(config, monkeypatch, files, "save_tensors", 1)
     assert not RunFolder(config.out).model_file.exists()
     finetune(resumed(config), QUIET)
     assert_same_run(config.out, other)
@@ -165,7 +165,7 @@ def test_before_the_model_is_saved(small, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_after_the_last_checkpoint(small, tmp_path, monkeypatch):
     """Trained to the end, but without a summary: resuming writes it and trains no further."""
-    config = replace(small, method="alast")
+    config = with_method(small, method="alast")
     other = whole(config, tmp_path / "whole")
     cut_off(config, monkeypatch, Trainer, "summary", 1)
     monkeypatch.setattr(Trainer, "_step", None)
@@ -212,7 +212,7 @@ posix = pytest.mark.skipif(os.name != "posix", reason="there are no such signals
 @pytest.mark.parametrize(("name", "call"), [("last.safetensors", 3), ("model.safetensors", 1)])
 @pytest.mark.slow
 def test_killed_between_write_and_rename(small, tmp_path, name, call):
-    config = replace(small, method="alast", checkpoint_steps=3)
+    config = with_method(small, method="alast", checkpoint_steps=3)
     other = whole(config, tmp_path / "whole")
     process = subprocess.run([sys.executable, "-c", DIES, name, str(call), "finetune", *flags(config)], timeout=300)
     assert process.returncode == -signal.SIGKILL
@@ -250,7 +250,7 @@ def wait_for_lines(process: subprocess.Popen[str], config: FinetuneConfig, num: 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.slow
 def test_killed_at_any_moment(small, tmp_path, workers):
-    config = replace(
+    config = with_method(
         small,
         method="alast",
         epochs=8,
@@ -276,7 +276,7 @@ def test_killed_at_any_moment(small, tmp_path, workers):
 @pytest.mark.slow
 def test_asked_to_stop(small, tmp_path, number, workers):
     """Ctrl-C reaches the whole process group, loaders too; `kill` only the process."""
-    config = replace(small, method="alast", epochs=8, workers=workers)
+    config = with_method(small, method="alast", epochs=8, workers=workers)
     other = whole(config, tmp_path / "whole")
     process = start(config, tmp_path / "err")
     wait_for_lines(process, config, 9)
@@ -340,7 +340,7 @@ def test_ctrl_c_before_training(small, monkeypatch, capfd):
 
 
 def test_another_config_is_refused(small):
-    config = replace(small, epochs=1)
+    config = with_method(small, "alast", epochs=1)
     finetune(config, QUIET)
     before = {path: path.read_bytes() for path in config.out.iterdir()}
     changed = replace(resumed(config), lr=0.25, alast=AlastConfig(alpha=5.0, blocks=2), workers=1)

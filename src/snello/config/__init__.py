@@ -5,11 +5,12 @@ a run with a wrong setting fails before anything is loaded.
 
 registry.py    names of methods, token rules, codecs, ..., and where they are found
 methods.py     ALaST, LoRA
-pictures.py    where pictures come from
+pictures.py    where pictures come from, and how they are loaded
 recipe.py      what a run computes
 finetune.py    `snello finetune`
 network.py     `snello serve`, `join`, `certs`, `doctor`
 use.py         the other verbs
+effect.py      settings without effect
 codec_text.py  the text that names a codec
 units.py       amounts, addresses and links as text
 values.py      configs as plain values and back
@@ -18,7 +19,7 @@ values.py      configs as plain values and back
 from snello.config.finetune import FinetuneConfig
 from snello.config.methods import AlastConfig, LoraConfig
 from snello.config.network import CertsConfig, DoctorConfig, JoinConfig, ServeConfig
-from snello.config.pictures import ColumnsConfig
+from snello.config.pictures import ColumnsConfig, PicturesConfig
 from snello.config.recipe import AugmentConfig, Recipe, SplitConfig
 from snello.config.use import CheckDataConfig, CodecsConfig, EvaluateConfig, ExportConfig, PlanConfig, PredictConfig
 
@@ -35,6 +36,7 @@ __all__ = [
     "FinetuneConfig",
     "JoinConfig",
     "LoraConfig",
+    "PicturesConfig",
     "PlanConfig",
     "PredictConfig",
     "Recipe",

@@ -7,10 +7,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from snello.config.pictures import ColumnsConfig, _require_trackers, _source
-from snello.config.recipe import Recipe, SplitConfig
+from snello.config.effect import Need, require_effect
+from snello.config.pictures import PICTURES_NEEDS, PicturesConfig
+from snello.config.recipe import RECIPE_NEEDS, Recipe, SplitConfig
 from snello.config.units import parse_address, parse_bytes
 from snello.errors import require
+
+NAME_NEEDS_CERTS = Need("name", lambda c: c.certs is not None, "without --certs")
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class ServeConfig(Recipe):
     max_memory: str = "4GiB"
     """What all sessions together may hold in weights, gradients, optimizer state and messages, as 500MB or 4GiB."""
     idle_seconds: float = 600.0
-    """A client that sends nothing for so long is disconnected; its session can be gone on with."""
+    """A client that sends nothing for so long is disconnected; its session can be resumed."""
     release_weights: bool = True
     """Give the trained server half to the client that trained it, when it asks (`snello export`)."""
     accept_weights: bool = False
@@ -47,9 +50,15 @@ class ServeConfig(Recipe):
     log_format: Literal["text", "json"] = "text"
     """How the log on stderr is written; serve.log in the run folder is always JSON."""
 
+    NEEDS = (
+        *RECIPE_NEEDS,
+        Need("split.frames", lambda c: False, "over a network, which nothing crosses but frames"),
+        Need("auth", lambda c: c.certs is not None, "without --certs"),
+    )
+
     def __post_init__(self) -> None:
-        super().__post_init__()
         require(self.split.cut >= 1, "--split.cut", "at least 1: the client has the embeddings and a block", 0)
+        super().__post_init__()
         require(self.num_classes is None or self.num_classes >= 1, "--num-classes", "at least 1", self.num_classes)
         require(self.max_sessions >= 1, "--max-sessions", "at least 1", self.max_sessions)
         require(self.idle_seconds > 0, "--idle-seconds", "above 0", self.idle_seconds)
@@ -60,16 +69,11 @@ class ServeConfig(Recipe):
 
 
 @dataclass(frozen=True)
-class JoinConfig:
+class JoinConfig(PicturesConfig):
     """Train with a server on pictures that stay here: it gives the settings and the starting weights."""
 
     address: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ADDRESS")]
     """The server, as server.example:7443."""
-    data: str | None = None
-    """Pictures, as for `snello finetune`; default: the 2 500 pictures that ship with snello."""
-    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    data_root: Path | None = None
-    """Folder that holds torchvision sets; default: ~/.cache/snello/torchvision."""
     certs: Path | None = None
     """Folder that `snello certs` made, or the clients/NAME folder handed to you; not needed on loopback."""
     name: str | None = None
@@ -77,21 +81,11 @@ class JoinConfig:
     out: Path | None = None
     """Run folder; default: runs/client-<model>-<method>-<time>."""
     resume: bool = False
-    """Go on with the run in --out where it was cut off."""
-    val_share: float = 0.2
-    """Share of each class that is held out where the pictures come without val or test, in (0, 1)."""
-    skip_bad: bool = False
-    """Leave out pictures that cannot be read, and count them, instead of stopping."""
-    check_pictures: bool = True
-    """Decode every picture once before training, so that a bad one is found at the start."""
-    workers: int = 2
-    """Processes that load pictures; 0 loads in the main process."""
+    """Resume the run in --out where it was cut off."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     attention: Literal["auto", "fused", "explicit"] = "auto"
     """How attention is computed; `auto` measures once which is faster here."""
-    track: tuple[str, ...] = ()
-    """Show the run also in these trackers: tensorboard (in the run folder), wandb, mlflow."""
     reconnect_seconds: float = 600.0
     """How long to try again where the connection breaks or the server restarts."""
     patience_seconds: float = 60.0
@@ -99,14 +93,18 @@ class JoinConfig:
     insecure_plaintext_for_everyone_on_the_network_to_read: bool = False
     """Without TLS to a server that is not on this machine: everybody on the way can read and change everything."""
 
+    NEEDS = (
+        *PICTURES_NEEDS,
+        NAME_NEEDS_CERTS,
+        Need("insecure_plaintext_for_everyone_on_the_network_to_read", lambda c: c.certs is None, "with --certs"),
+    )
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         parse_address(self.address, "ADDRESS")
-        object.__setattr__(self, "data", _source(self.data))
-        require(self.workers >= 0, "--workers", "0 or more", self.workers)
-        require(0 < self.val_share < 1, "--val-share", "in (0, 1)", self.val_share)
         require(self.reconnect_seconds >= 0, "--reconnect-seconds", "0 or more", self.reconnect_seconds)
         require(self.patience_seconds > 0, "--patience-seconds", "above 0", self.patience_seconds)
-        _require_trackers(self.track)
+        require_effect(self)
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ class CertsConfig:
     """Make what a server and its clients need to trust each other: a small CA, certificates and join tokens."""
 
     folder: tyro.conf.Positional[Path]
-    """Where to; with a CA in it already, clients are added."""
+    """Folder to write to; where it has a CA already, clients are added."""
     host: tuple[str, ...] = ()
     """Names and IP addresses of the server, as server.example 192.0.2.7."""
     clients: tuple[str, ...] = ("client",)
@@ -142,5 +140,8 @@ class DoctorConfig:
     format: Literal["text", "json"] = "text"
     """How the result is printed."""
 
+    NEEDS = (NAME_NEEDS_CERTS,)
+
     def __post_init__(self) -> None:
         parse_address(self.address, "ADDRESS")
+        require_effect(self)

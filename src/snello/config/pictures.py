@@ -1,9 +1,10 @@
-"""Where pictures come from."""
+"""Where pictures come from, and how they are loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from snello.config.registry import TRACKERS
+from snello.config.effect import Need
+from snello.config.registry import TRACKERS, TrackerName
 from snello.errors import require
 
 
@@ -19,15 +20,48 @@ class ColumnsConfig:
     """Column of a table that says train, val or test; default: split, where there is one."""
 
 
-def _require_trackers(names: tuple[str, ...]) -> None:
-    for name in names:
-        require(name in TRACKERS, "--track", f"some of {', '.join(TRACKERS)}", name)
+PICTURES_NEEDS: tuple[Need, ...] = (
+    Need("columns", lambda c: c.data is not None, "without --data"),
+    Need("data_root", lambda c: c.data is not None, "without --data"),
+)
 
 
-def _source(data: str | Path | None) -> str | None:
+@dataclass(frozen=True, kw_only=True)
+class PicturesConfig:
+    """The pictures of a run, whoever trains on them."""
+
+    data: str | None = None
+    """Pictures: a folder with train/ and val/ (or test/), each with a folder per class, or with one folder per class; a
+    .csv, .tsv or .parquet file of paths and labels; hf:PATH_OR_NAME[:CONFIG] for a Hugging Face dataset; or a
+    torchvision set, as cifar100 (docs/data.md); default: the 2 500 Fashion-MNIST pictures that ship with snello."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    data_root: Path | None = None
+    """Folder that holds torchvision sets; default: ~/.cache/snello/torchvision. Nothing is downloaded."""
+    val_share: float = 0.2
+    """Share of each class that is held out where the pictures come without val or test, in (0, 1)."""
+    skip_bad: bool = False
+    """Leave out pictures that cannot be read, and count them, instead of stopping."""
+    check_pictures: bool = True
+    """Decode every picture once before training, so that a bad one is found at the start."""
+    workers: int = 2
+    """Processes that load pictures; 0 loads in the main process."""
+    track: tuple[TrackerName, ...] = ()
+    """Show the run also in these trackers: tensorboard (in the run folder), wandb, mlflow."""
+
+    NEEDS = PICTURES_NEEDS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", source_text(self.data))
+        require(self.workers >= 0, "--workers", "0 or more", self.workers)
+        require(0 < self.val_share < 1, "--val-share", "in (0, 1)", self.val_share)
+        for name in self.track:
+            require(name in TRACKERS, "--track", f"some of {', '.join(TRACKERS)}", name)
+
+
+def source_text(data: str | Path | None) -> str | None:
     """The text of a source of pictures; `photos/` and `photos` are one, as a run that is resumed must know."""
     if "://" in str(data):  # an address, to be refused as it was typed
         return str(data)
     if data is None or str(data).startswith("hf:"):
         return None if data is None else str(data).rstrip("/")
-    return str(Path(data))
+    return str(data) if "://" in str(data) else str(Path(data))

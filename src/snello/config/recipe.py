@@ -1,14 +1,14 @@
 """What a run computes: model, method, cut and optimization."""
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from snello.config.codec_text import parse_codec
+from snello.config.effect import Need, require_effect
 from snello.config.methods import AlastConfig, LoraConfig
-from snello.config.registry import AUTO, METHODS, RULES, find
+from snello.config.registry import AUTO, METHOD_CHOICES, RULES, MethodChoice, find
 from snello.config.units import Link, parse_bytes
 from snello.config.values import flag
 from snello.errors import ConfigError, require
@@ -54,9 +54,6 @@ class SplitConfig:
     """Train until this much training traffic, whatever --epochs says, as 500MB (10^6 bytes) or 2GiB."""
     link: str | None = None
     """Report the time that this link would add, as 10mbit/20ms: rate of each direction / time of a round trip."""
-    prefetch: bool = False
-    """Over a network: compute the next forward pass while waiting for the server. Gradients are then one step stale,
-    and a resumed run is no longer the same bit for bit."""
 
     def __post_init__(self) -> None:
         require(self.cut >= 0, "--split.cut", "0 or more", self.cut)
@@ -67,15 +64,23 @@ class SplitConfig:
             parse_bytes(self.max_bytes, "--split.max-bytes")
         if self.link is not None:
             Link.parse(self.link, "--split.link")
-        if self.cut == 0:
-            idle = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-            if idle:
-                raise ConfigError(f"--split.{idle[0].replace('_', '-')} has no effect without --split.cut")
 
     @property
     def codec_text(self) -> str | None:
         """The codec at the cut, `auto` resolved; None without a cut."""
         return None if self.cut == 0 else AUTO if self.codec.strip() == "auto" else self.codec
+
+
+RECIPE_NEEDS: tuple[Need, ...] = (
+    Need("last_k", lambda c: c.method_name == "last-k", "without --method last-k"),
+    Need("alast", lambda c: "alast" in c.method_name, "without --method alast or alast+lora"),
+    Need("alast.temperature", lambda c: c.alast.draw == "softmax", "without --alast.draw softmax"),
+    Need("alast.train_embeddings", lambda c: "lora" not in c.method_name, "with LoRA, which freezes them anyway"),
+    Need("lora", lambda c: "lora" in c.method_name, "without --method lora or alast+lora"),
+    Need("split", lambda c: c.split.cut > 0, "without --split.cut"),
+    Need("split.alast", lambda c: c.method_name == "alast", "without --method alast"),
+    Need("augment.rand_magnitude", lambda c: c.augment.rand_ops > 0, "without --augment.rand-ops"),
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ class Recipe:
     """Name of a timm Vision Transformer; or of one of transformers: `hf:` and its name on the hub, or its folder."""
     weights: str = "pretrained"
     """`pretrained`, `none` (random), or the path of a safetensors file or of a folder with one."""
-    method: Literal["auto", "alast", "full", "head", "last-k", "lora", "alast+lora"] = "auto"
+    method: MethodChoice = "auto"
     """What is trained: everything on an adaptive budget, everything, the head, the last blocks and the head, adapters
     and the head, or those on an adaptive budget; `auto` is alast, or full with --split.cut."""
     last_k: int = 3
@@ -137,7 +142,9 @@ class Recipe:
     out: Path | None = None
     """Run folder; default: runs/<model>-<method>-<time>."""
     resume: bool = False
-    """Go on with the run in --out where it was cut off; settings come from its config.yaml."""
+    """Resume the run in --out where it was cut off; settings come from its config.yaml."""
+
+    NEEDS = RECIPE_NEEDS
 
     def __post_init__(self) -> None:
         for name in ("last_k", "batch_size", "accumulate", "epochs", "eval_epochs"):
@@ -150,16 +157,10 @@ class Recipe:
         require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
         require(0 <= self.label_smoothing < 1, "--label-smoothing", "in [0, 1)", self.label_smoothing)
         require(self.image_size is None or self.image_size >= 1, "--image-size", "at least 1", self.image_size)
-        methods = ("auto", *METHODS)
-        require(self.method in methods, "--method", f"one of {', '.join(methods)}", self.method)
-        idle = LoraConfig()
-        require("lora" in self.method or self.lora == idle, "--lora", "left out without --method lora", "settings")
-        require(
-            not (self.split.cut and "lora" in self.method),
-            "--method",
-            "without LoRA where --split.cut cuts",
-            self.method,
-        )
+        require(self.method in METHOD_CHOICES, "--method", f"one of {', '.join(METHOD_CHOICES)}", self.method)
+        require_effect(self)
+        if self.split.cut and "lora" in self.method:
+            raise ConfigError(f"--method {self.method} does not go with --split.cut: LoRA trains an uncut model")
         if self.split.cut and self.alast.flops is not None:  # what full fine-tuning of a half costs is no target
             raise ConfigError(
                 "--alast.flops does not go with --split.cut: the other half and the codec change the cost"
@@ -169,5 +170,8 @@ class Recipe:
             raise ConfigError(
                 f"--alast.rule {rule} does not go with --split.cut: its tokens have no place of their own"
             )
-        if self.method == "auto":
-            object.__setattr__(self, "method", "full" if self.split.cut else "alast")
+
+    @property
+    def method_name(self) -> str:
+        """The method that trains: `method`, or what `auto` means here."""
+        return self.method if self.method != "auto" else "full" if self.split.cut else "alast"

@@ -1,7 +1,7 @@
 """Names that settings may have, and where what they mean is found; no torch, so that flags are checked at once."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 METHODS = {
@@ -35,14 +35,20 @@ CODECS = {
 # nothing trained beside the model.
 AUTO = "adc(samples=1, tokens=0.4)+int4"
 
-if TYPE_CHECKING:
-    MethodName = str
-    MethodChoice = str
-    RuleName = str
+METHOD_CHOICES = ("auto", *METHODS)
+
+if TYPE_CHECKING:  # a type checker cannot read names out of a tuple
+    MethodName: TypeAlias = str
+    MethodChoice: TypeAlias = str
+    RuleName: TypeAlias = str
+    TrackerName: TypeAlias = str
+    ExportFormat: TypeAlias = str
 else:
     MethodName = Literal[tuple(METHODS)]
-    MethodChoice = Literal["auto", MethodName]
+    MethodChoice = Literal[METHOD_CHOICES]
     RuleName = Literal[tuple(RULES)]
+    TrackerName = Literal[TRACKERS]
+    ExportFormat = Literal[EXPORTS]
 
 
 def find(where: str) -> Any:

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 import tyro
 
 from snello.config.codec_text import parse_codec
-from snello.config.pictures import ColumnsConfig, _source
-from snello.config.registry import EXPORTS
+from snello.config.effect import Need, require_effect
+from snello.config.pictures import ColumnsConfig, source_text
+from snello.config.registry import EXPORTS, ExportFormat, MethodName
 from snello.config.units import parse_bytes
 from snello.config.values import flag
 from snello.errors import require
@@ -20,7 +21,7 @@ class ExportConfig:
 
     run: tyro.conf.Positional[Path]
     """Run folder of `snello finetune`, or of `snello join`."""
-    format: Literal["timm", "transformers", "onnx"] = "timm"
+    format: ExportFormat = "timm"
     """`timm`: a safetensors file for `timm.create_model(..., checkpoint_path=...)`; `transformers`: a folder for
     `from_pretrained` and the hub, which timm loads too where the model is timm's; `onnx`: a file that takes any batch,
     checked with onnxruntime: pip install 'snello[onnx]'."""
@@ -75,7 +76,7 @@ class PlanConfig:
     """Classes."""
     image_size: int | None = None
     """Side of the pictures in pixels; default: the model's own."""
-    methods: tuple[Literal["alast", "full", "head", "last-k", "lora", "alast+lora"], ...] = ()
+    methods: tuple[MethodName, ...] = ()
     """Methods to try; default: all."""
     batch_sizes: tuple[int, ...] = (8, 16, 32, 64, 128)
     """Batch sizes to try."""
@@ -125,10 +126,13 @@ class EvaluateConfig:
     format: Literal["text", "json"] = "text"
     """How the result is printed."""
 
+    NEEDS = (Need("columns", lambda c: c.data is not None, "without --data"),)
+
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", _source(self.data))
+        object.__setattr__(self, "data", source_text(self.data))
         require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
         require(self.workers >= 0, "--workers", "0 or more", self.workers)
+        require_effect(self)
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ class CheckDataConfig:
     """How the result is printed."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "source", _source(self.source))
+        object.__setattr__(self, "source", source_text(self.source))
 
 
 @dataclass(frozen=True)

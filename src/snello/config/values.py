@@ -28,20 +28,46 @@ def to_dict(config: Any) -> dict[str, Any]:
     return result
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config", *, checked: bool = True) -> T:
     """The config of class `cls` that `values` describe; keys that are left out keep their default.
+
+    Args:
+        cls: dataclass of the config.
+        values: by name, as YAML or JSON hold them.
+        where: they stand, for messages.
+        checked: whether the config is checked as a whole; without, only the types of `values` are. Flags may still
+            complete what the file leaves open, and what tyro makes of both is checked.
 
     Raises:
         ConfigError: for an unknown key, a value of the wrong type, or one out of range, naming `where` it stands.
     """
+    return _laid_over(cls, values, where, checked, None)
+
+
+def _laid_over(cls: type[T], values: Mapping[str, Any], where: str, checked: bool, base: T | None) -> T:
+    """`values` over those of `base`, or else over the defaults of `cls`."""
     hints = typing.get_type_hints(cls)
     unknown = [str(key) for key in values if key not in hints]
     if unknown:
         raise ConfigError(f"{where}: unknown setting {', '.join(unknown)}; known: {', '.join(hints)}")
-    return cls(**{key: _convert(value, hints[key], f"{where}: {key}") for key, value in values.items()})
+    known = {field.name: default_of(field) for field in dataclasses.fields(typing.cast(Any, cls))}
+    known = {name: value for name, value in known.items() if value is not dataclasses.MISSING}
+    known |= {} if base is None else vars(base)
+    for key, value in values.items():
+        known[key] = _convert(value, hints[key], f"{where}: {key}", checked, known.get(key))
+    if checked:
+        return cls(**known)
+    config = object.__new__(cls)
+    vars(config).update(known)  # frozen, and checked only when it is made in the usual way
+    return config
 
 
-def _convert(value: Any, hint: Any, where: str) -> Any:
+def default_of(field: "dataclasses.Field[Any]") -> Any:
+    """The default of a field, made where it has a factory; MISSING where it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _convert(value: Any, hint: Any, where: str, checked: bool, base: Any) -> Any:
     """`value` as YAML gave it, as the type `hint`; YAML's 1e-3 is a string, and paths are strings too."""
     if isinstance(hint, types.UnionType):
         if value is None and type(None) in hint.__args__:
@@ -50,7 +76,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} must be a mapping of settings, got {value!r}")
-        return from_dict(typing.cast(type, hint), value, where)
+        return _laid_over(typing.cast(type, hint), value, where, checked, base)
     if typing.get_origin(hint) is Literal:
         if value not in hint.__args__:
             raise ConfigError(f"{where} must be one of {', '.join(hint.__args__)}, got {value!r}")
@@ -92,5 +118,5 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def flag(name: str) -> str:
-    """The flag of a field: `batch_size` is `--batch-size`."""
+    """The flag of a setting: `batch_size` is `--batch-size`, `alast.min_budget` is `--alast.min-budget`."""
     return "--" + name.replace("_", "-")

@@ -55,7 +55,7 @@ def card(trained: Trained, library: str, name: str, code: list[str]) -> str:
 
 
 def _front_matter(trained: Trained, library: str) -> dict[str, Any]:
-    method = trained.settings.method
+    method = trained.settings.method_name
     base = base_model(trained)
     return {
         "library_name": library,
@@ -101,7 +101,7 @@ def _method(trained: Trained) -> str:
         "last-k": f"the last {settings.last_k} blocks and the head",
         "lora": f"LoRA (arXiv:2106.09685), r = {settings.lora.r}, alpha = {settings.lora.alpha:g}, merged",
     }
-    return " with ".join(names.get(part, part) for part in settings.method.split("+"))
+    return " with ".join(names.get(part, part) for part in settings.method_name.split("+"))
 
 
 def _preprocessing(trained: Trained) -> str:
@@ -133,12 +133,12 @@ def _versions(trained: Trained) -> dict[str, str]:
 
 def _training(trained: Trained) -> str:
     settings = trained.settings
-    rows: list[tuple[str, Any]] = [("method", settings.method)]
+    rows: list[tuple[str, Any]] = [("method", settings.method_name)]
     rows += [(name, getattr(settings, name)) for name in SETTINGS]
-    for part in settings.method.split("+"):
+    for part in settings.method_name.split("+"):
         if part in ("alast", "lora"):
             rows += [(f"{part}.{name}", value) for name, value in asdict(getattr(settings, part)).items()]
-    if settings.method == "last-k":
+    if settings.method_name == "last-k":
         rows.append(("last_k", settings.last_k))
     if settings.split.cut:
         split = settings.split
@@ -151,7 +151,7 @@ def _training(trained: Trained) -> str:
 
 def _costs(trained: Trained) -> list[str]:
     """The method against full fine-tuning, where that was measured."""
-    summary, method = trained.summary, trained.settings.method
+    summary, method = trained.summary, trained.settings.method_name
     if summary is None or "compared_batch_size" not in summary.costs:
         return []
     rows, costs = [], summary.costs

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from itertools import count, takewhile
 from typing import Any
 
-from snello.config import FinetuneConfig, LoraConfig
-from snello.config.values import to_dict
+from snello.config import FinetuneConfig
+from snello.config.effect import effective
 from snello.errors import SnelloError
 from snello.measure.process import OutOfMemoryError, Process, make_request
 from snello.measure.step import Costs
@@ -103,7 +103,7 @@ def compare(
         precision=summary["precision"],
         attention=summary["attention"],
     )
-    others = compared_with(config.method)
+    others = compared_with(config.method_name)
     try:
         return _compare(request | {"state": state}, others, progress)
     except OutOfMemoryError:
@@ -127,9 +127,9 @@ def _compare(own: dict[str, Any], others: list[str], progress: Progress) -> Comp
 
 
 def _with_method(request: dict[str, Any], method: str) -> dict[str, Any]:
-    """Asks the same for another method, from its start; settings of LoRA stay where that has some."""
-    lora = request["config"]["lora"] if "lora" in method else to_dict(LoraConfig())
-    return request | {"state": None, "config": request["config"] | {"method": method, "lora": lora}}
+    """Asks the same for another method, from its start, without the settings that have no effect on that."""
+    config = effective(FinetuneConfig, request["config"] | {"method": method}, "request")
+    return request | {"state": None, "config": config}
 
 
 def _measure(requests: list[dict[str, Any]], batch_size: int, progress: Progress) -> list[TimedCosts]:

@@ -79,7 +79,7 @@ class PlanRow:
         """As values that JSON can hold."""
         config = self.config
         return {
-            "method": config.method,
+            "method": config.method_name,
             "lowest_first": config.alast.draw == "lowest-first",
             "batch_size": config.batch_size,
             "precision": config.precision,
@@ -199,7 +199,7 @@ class _Planner:
         return FinetuneConfig(
             model=self.config.model,
             image_size=self.config.image_size,
-            method=method,  # type: ignore[arg-type]
+            method=method,
             alast=alast,
             precision=precision,
             device=self.config.device,
@@ -364,7 +364,7 @@ class _Planner:
 
 def _kind(config: FinetuneConfig) -> tuple[str, bool]:
     """A method, and whether its blocks are drawn lowest first."""
-    return config.method, config.alast.draw == "lowest-first"
+    return config.method_name, config.alast.draw == "lowest-first"
 
 
 def _label(config: FinetuneConfig) -> str:

@@ -13,15 +13,17 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from snello.config import FinetuneConfig
+from snello.config.effect import effective
 from snello.config.values import from_dict, to_dict
-from snello.devices import return_freed_memory
+from snello.devices import return_freed_memory, return_large_blocks
+from snello.environment import set_environment
 from snello.errors import SnelloError
 from snello.measure.step import TrainingStep, peak_memory, resident_memory
 from snello.models import is_transformers
@@ -50,8 +52,9 @@ def make_request(
         num_classes: classes of the head.
         memory_limit: bytes that the process may take on a CPU; default: what is available when it starts.
     """
+    own = {"method": config.method_name, "data": None, "out": None, "config": None, "resume": False}
     return {
-        "config": to_dict(replace(config, data=None, out=None, config=None, resume=False)),
+        "config": effective(FinetuneConfig, to_dict(config) | own, "request"),
         "batch_size": config.batch_size,
         "num_classes": num_classes,
         "device": device,
@@ -136,6 +139,7 @@ def _serve() -> None:
     """The measuring process: answers on the real standard output, whatever libraries print elsewhere."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends without a word where the parent is gone
+    set_environment()
     line = sys.stdin.readline()
     if not line:
         return
@@ -146,6 +150,8 @@ def _serve() -> None:
         _limit_memory(request["memory_limit"])
     try:
         config = from_dict(FinetuneConfig, request["config"])
+        if config.grad_checkpointing:
+            return_large_blocks()
         options = {"device": device, "precision": request["precision"], "attention": request["attention"]}
         _load_libraries(config, options)
         before = resident_memory(device)
@@ -177,7 +183,7 @@ def _load_libraries(config: FinetuneConfig, options: dict[str, Any]) -> None:
     """Takes a step of a small model, so that what libraries take is not counted as the method's."""
     if is_transformers(config.model):
         import snello.models.transformers_models  # noqa: F401
-    TrainingStep(FinetuneConfig(method=config.method), num_classes=2, batch_size=2, **options).run()
+    TrainingStep(FinetuneConfig(method=config.method_name), num_classes=2, batch_size=2, **options).run()
     gc.collect()
     return_freed_memory()
 

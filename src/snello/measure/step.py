@@ -96,7 +96,8 @@ class TrainingStep:
         without_data: bool = False,
     ) -> None:
         torch.manual_seed(config.seed)
-        config = replace(config, alast=replace(config.alast, alpha=0.0, full_tail=0.0))
+        if "alast" in config.method_name:  # budgets stay where they are
+            config = replace(config, alast=replace(config.alast, alpha=0.0, full_tail=0.0))
         self._data = FakeTensorMode() if without_data else contextlib.nullcontext()
         with torch.device("meta" if without_data else "cpu"):
             model = create_model(config.model, "none", num_classes, config.image_size)

@@ -89,7 +89,7 @@ def make_method(vit: ViT, config: Recipe, name: str | None = None) -> Method:
     """
     if config.grad_checkpointing:
         vit.set_grad_checkpointing(True)
-    method: Method = find(METHODS[name or config.method])(vit, config)
+    method: Method = find(METHODS[name or config.method_name])(vit, config)
     return method
 
 

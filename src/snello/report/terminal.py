@@ -111,7 +111,7 @@ def print_plan(plan: Plan) -> None:
     print(f"{'':3} {'method':27} {'batch':>5} {'precision':9} {'checkpoints':11} {'pictures/s':>10} {'MiB':>7}")
     for number, row in enumerate(plan.rows, start=1):
         config = row.config
-        method = method_label(config.method, config.alast.draw == "lowest-first")
+        method = method_label(config.method_name, config.alast.draw == "lowest-first")
         print(
             f"{number:2}. {method:27} {config.batch_size:5} {config.precision:9} "
             f"{'yes' if config.grad_checkpointing else 'no':11} {row.pictures_per_second:10.1f} "

@@ -29,6 +29,7 @@ from typing import Any, TypeVar, overload
 import yaml
 
 from snello.config import FinetuneConfig, Recipe
+from snello.config.effect import effective
 from snello.config.values import from_dict, read_yaml, to_dict
 from snello.errors import CheckpointError, ConfigError
 from snello.files import replacing
@@ -114,7 +115,7 @@ class RunFolder:
             if config.resume:
                 raise ConfigError("--resume needs --out: the folder of the run to resume")
             model = re.sub(r"[^\w.]+", "-", config.model).strip("-")  # a folder or hf:name has slashes
-            run = cls(Path("runs") / f"{label}{model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+            run = cls(Path("runs") / f"{label}{model}-{config.method_name}-{time.strftime('%Y%m%d-%H%M%S')}")
             run._named_by_user = False
             return run
         run = cls(config.out)
@@ -202,7 +203,8 @@ class RunFolder:
             raise CheckpointError(f"{self.config_file} is not that of a run: it does not say what was resolved")
         if made.version != VERSION:
             raise CheckpointError(f"{where} is of version {made.version}, this snello reads {VERSION}")
-        return from_dict(cls, values, str(self.config_file)), made
+        where = str(self.config_file)
+        return from_dict(cls, effective(cls, values, where), where), made
 
     def model(self, weights: str = "none") -> ViT:
         """The run's model, made again as it was trained; its weights are yet to be loaded.
@@ -277,7 +279,7 @@ def require_same_config(saved: Recipe, config: Recipe, path: Path) -> None:
     Raises:
         ConfigError: naming every setting that differs.
     """
-    old, new = flat(to_dict(saved)), flat(to_dict(config))
+    old, new = (flat(to_dict(made) | {"method": made.method_name}) for made in (saved, config))
     changed = [name for name in old if name.split(".")[0] not in FREE and old[name] != new[name]]
     if changed:
         differences = ", ".join(f"{name} was {old[name]}, now {new[name]}" for name in changed)

@@ -112,7 +112,7 @@ def make_half(
     else:
         assert kind is ServerHalf
         name, own = "server", codec.server_parameters()
-    attached = config.method != "alast" or config.split.alast in (name, "both")
+    attached = config.method_name != "alast" or config.split.alast in (name, "both")
     optimizer = make_optimizer(
         part,
         lr=config.lr,
@@ -123,7 +123,7 @@ def make_half(
     )
     return kind(
         part,
-        make_method(part, config, config.method if attached else "full"),
+        make_method(part, config, config.method_name if attached else "full"),
         optimizer,
         codec,
         labels=config.split.labels,

@@ -204,6 +204,10 @@ class SplitLearner(Learner):
         return {"training_bytes": self.ledger.counters.training}
 
     @override
+    def describe(self) -> str:
+        return f"the client's half {self.half.method.describe()}"
+
+    @override
     def status(self) -> str:
         return self.ledger.status()
 

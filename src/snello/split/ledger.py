@@ -78,7 +78,7 @@ class Ledger:
         num_tokens = self.vit.num_prefix_tokens + client.method.num_left(self.vit.num_patches)
         head = {id(p) for p in client.vit.head_parameters()}
         below = any(p.requires_grad and id(p) not in head for p in client.parameters())
-        above = self.config.method != "head"
+        above = self.config.method_name != "head"
 
         @lru_cache
         def exchange(num_samples: int) -> int:

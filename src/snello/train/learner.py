@@ -115,6 +115,10 @@ class Learner(ABC):
         """What is logged of an evaluation."""
         return {}
 
+    @abstractmethod
+    def describe(self) -> str:
+        """What trains at each step, of all there is."""
+
     def status(self) -> str:
         """What the progress bar adds."""
         return ""
@@ -185,6 +189,10 @@ class WholeLearner(Learner):
         set_lr(self._optimizer, lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    @override
+    def describe(self) -> str:
+        return self.method.describe()
 
     @override
     def metrics(self) -> dict[str, Any]:

@@ -204,7 +204,7 @@ class Trainer:
             steps=at.step,
             train_time_s=round(sum(row["seconds"] for row in rows), 3),
             num_classes=len(self.splits.train.classes),
-            method=config.method,
+            method=config.method_name,
             model=config.model,
             seed=config.seed,
             device=str(self.device),
@@ -433,9 +433,9 @@ class Trainer:
     @contextmanager
     def _progress_bar(self) -> Iterator[None]:
         self._print(
-            f"{self.config.model}, {self.config.method}, {self.precision} on {self._where()}: "
+            f"{self.config.model}, {self.config.method_name}, {self.precision} on {self._where()}: "
             f"{len(self.splits.train)} pictures to train, {len(self.splits.val)} held out, "
-            f"{len(self.splits.train.classes)} classes ({self.splits.source})"
+            f"{len(self.splits.train.classes)} classes ({self.splits.source}); {self.learner.describe()}"
         )
         for line in (*self.splits.notes, imbalance(self.splits.train)):
             if line:

@@ -149,7 +149,7 @@ class Place(ABC):
 
     def save_method(self, progress: Progress, state: State) -> None:
         """Writes alast.json at the end of a run."""
-        if "alast" in self.config.method and progress.finished:
+        if "alast" in self.config.method_name and progress.finished:
             files.save_json(self.run.alast_file, state["learner"]["method"])
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor
 from typing_extensions import override
 
-from snello.config import FinetuneConfig, JoinConfig
+from snello.config import FinetuneConfig, JoinConfig, Recipe
 from snello.config.values import from_dict, to_dict
 from snello.data import splits_of
 from snello.devices import resolve_device, resolve_precision
@@ -35,8 +35,15 @@ LOCAL = tuple(f.name for f in fields(JoinConfig) if f.name in FinetuneConfig.__d
 """Settings of a run that are the client's own."""
 
 
-def join(config: JoinConfig, console: Console | None = None) -> Summary:
+def join(
+    config: JoinConfig, console: Console | None = None, on_settings: Callable[[Recipe], None] = lambda recipe: None
+) -> Summary:
     """Trains with a server as it says and returns the summary that it saves in the run folder.
+
+    Args:
+        config: this side's own.
+        console: where the run reports to.
+        on_settings: called with the settings that the server gave, before the first step.
 
     Raises:
         SnelloError: for input that cannot be used, or a server that cannot be reached or refuses, before anything is
@@ -46,6 +53,7 @@ def join(config: JoinConfig, console: Console | None = None) -> Summary:
     console = console or Console(stderr=True)
     with warnings_on(console):
         session = RemoteSession(config, console=console)
+        on_settings(session.trainer.config)
         try:
             session.trainer.fit()
             summary = session.finish()

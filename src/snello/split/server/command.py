@@ -118,7 +118,7 @@ async def _serve(
 def _announce(config: ServeConfig, registry: Registry, host: str, port: int, tls: bool, console: Console) -> None:
     way = "TLS" if tls else "PLAINTEXT, anyone who can reach the port can read and take part"
     console.print(
-        f"{config.model} cut after block {config.split.cut}, {config.method}, {registry.precision} on "
+        f"{config.model} cut after block {config.split.cut}, {config.method_name}, {registry.precision} on "
         f"{registry.device}; listening on {host}:{port} ({way})\nrun folder: {registry.run.path}",
         highlight=False,
         soft_wrap=True,

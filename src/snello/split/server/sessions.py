@@ -272,7 +272,7 @@ class TrainingSession:
             "server_seconds": round(sum(row["seconds"] for row in rows), 3),
             **self.ledger.summary(),
             "model": self.config.model,
-            "method": self.config.method,
+            "method": self.config.method_name,
             "num_classes": self.model.num_classes,
         }
 
