@@ -189,7 +189,7 @@ def test_new_run_from_the_config_of_another(small, tmp_path):
     assert cli.main(["finetune", *flags(replace(small, epochs=1))]) == 0
     file, other = RunFolder(small.out).config_file, tmp_path / "other"
     assert cli.main(["finetune", "--config", str(file), "--out", str(other)]) == 0
-    one, two = (RunFolder(path).read_config() for path in (small.out, other))
+    one, two = (RunFolder(path).read() for path in (small.out, other))
     assert replace(one[0], out=None) == replace(two[0], out=None) and one[1] == two[1]
     assert files.load_tensors(small.out / "model.safetensors")[0].keys()
     first, second = (files.load_tensors(path / "model.safetensors")[0] for path in (small.out, other))

@@ -80,8 +80,8 @@ def test_torchrun_is_told_to_be_quiet():
 
 
 def test_a_measuring_process_sets_its_own():
-    code = "import contextlib, io, sys\nfrom snello.measure import comparison\nsys.stdin = io.StringIO('no request')\n"
-    values = run(code + "with contextlib.suppress(ValueError): comparison._serve()")
+    code = "import contextlib, io, sys\nfrom snello.measure import process\nsys.stdin = io.StringIO('no request')\n"
+    values = run(code + "with contextlib.suppress(ValueError): process._serve()")
     assert {name: values[name] for name in KERNELS} == KERNELS
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,9 @@ from snello.config import AugmentConfig, EvaluateConfig, PredictConfig
 from snello.data import open_picture
 from snello.errors import CheckpointError, ConfigError, DataError
 from snello.inference import Predictor, evaluate, predict
+from snello.models import Preprocessing
 from snello.runs.folder import RunFolder
+from snello.runs.resolved import Resolved
 from snello.train.loop import Trainer
 
 
@@ -60,9 +62,9 @@ def run(tmp_path_factory, pictures) -> Path:
 
 def expected_probabilities(run: Path, path: Path) -> torch.Tensor:
     """From timm and torch alone."""
-    resolved = RunFolder(run).read_config()[1]
+    resolved = RunFolder(run).read()[1]
     model = timm.create_model("test_vit", num_classes=3, img_size=48, checkpoint_path=str(run / "model.safetensors"))
-    pre = resolved["preprocessing"]
+    pre = asdict(resolved.pictures)
     transform = timm.data.create_transform((3, 48, 48), mean=pre["mean"], std=pre["std"], crop_pct=pre["crop_pct"])
     with torch.no_grad():
         return model.eval()(transform(open_picture(path)).unsqueeze(0)).softmax(1)[0]
@@ -222,7 +224,9 @@ def test_folder_that_is_no_run(small, tmp_path, pictures, capsys, verb):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.yaml").write_text("- not\n- settings\n")
-    RunFolder(small.out).write_config(small, {"precision": "fp32"})
+    RunFolder(small.out).create(
+        small, Resolved(classes=("a", "b"), preprocessing=Preprocessing(48, (0.5,), (0.5,), "bicubic", 1.0))
+    )
     paths = [str(pictures / "val" / "red" / "000.png")] if verb == "predict" else []
     for folder, told in (
         (tmp_path / "none", "is not a run folder"),

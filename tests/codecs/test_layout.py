@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_battery import INPUTS, TEXTS, B, D, N, context_of, noise
+from helpers.codecs import INPUTS, TEXTS, B, D, N, context_of, noise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from snello.codecs.base import Arrays, Codec, Context

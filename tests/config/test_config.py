@@ -26,6 +26,11 @@ from snello.config import (
 from snello.config.effect import changed, effective
 from snello.config.values import flag, from_dict, read_yaml, to_dict
 from snello.errors import ConfigError
+from snello.models import Preprocessing
+from snello.runs.resolved import Resolved
+
+PRE = Preprocessing(48, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 1.0)
+RESOLVED = Resolved(precision="fp32", classes=("a", "b"), preprocessing=PRE)
 
 
 def parse(*args: str, cls: type = FinetuneConfig) -> Any:
@@ -255,8 +260,8 @@ def test_config_of_a_run_is_a_config(small, tmp_path):
     from snello.runs.folder import RunFolder
 
     run = RunFolder(small.out)
-    run.write_config(dataclasses.replace(small, resume=True, config=Path("x")), {"precision": "fp32"})
-    assert run.read_config() == (small, {"precision": "fp32"})
+    run.create(dataclasses.replace(small, resume=True, config=Path("x")), RESOLVED)
+    assert run.read() == (small, RESOLVED)
     again = parse("--config", str(run.config_file))
     assert again == dataclasses.replace(small, out=None, config=run.config_file)
     elsewhere = parse("--config", str(run.config_file), "--out", str(tmp_path / "b"), "--seed", "3")
@@ -267,7 +272,7 @@ def test_resume_takes_the_settings_of_the_run(small):
     from snello.runs.folder import RunFolder
 
     run = RunFolder(small.out)
-    run.write_config(small, {})
+    run.create(small, RESOLVED)
     config = parse("--out", str(small.out), "--resume")
     assert config == dataclasses.replace(small, resume=True)
     assert parse("--resume", "--out", str(small.out), "--lr", "0.5").lr == 0.5
@@ -412,7 +417,8 @@ def old_run(config: FinetuneConfig, **changes: Any) -> Path:
     from snello.runs.folder import RunFolder
 
     run = RunFolder(config.out)
-    run.write_config(config, {"precision": "fp32"})
+    run.create(config, RESOLVED)
+    run.release()
     values = yaml.safe_load(run.config_file.read_text())
     values["split"]["prefetch"] = False
     for name, value in changes.items():
@@ -426,7 +432,7 @@ def test_a_run_that_says_alast_goes_on_as_auto(small):
 
     auto = replace(small, method="auto")
     old_run(auto, method="alast")
-    saved, _ = RunFolder(small.out).read_config()
+    saved, _ = RunFolder(small.out).read()
     assert (saved.method, saved.method_name) == ("alast", "alast")
     config = parse("--out", str(small.out), "--resume")
     require_same_config(saved, config, small.out)
@@ -439,7 +445,7 @@ def test_a_run_with_settings_without_effect_stays_usable(small, tmp_path):
     from snello.runs.folder import RunFolder, require_same_config
 
     file = old_run(small, alast={"alpha": 5.0}, last_k=2)
-    saved, _ = RunFolder(small.out).read_config()
+    saved, _ = RunFolder(small.out).read()
     assert saved == small
     require_same_config(saved, parse("--out", str(small.out), "--resume"), small.out)
     assert parse("--config", str(file)) == replace(small, out=None, config=file)

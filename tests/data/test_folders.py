@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import QUIET, run_python, write_pictures
+from helpers.whole_runs import error_of, load
 from PIL import Image, features
-from whole_runs import error_of, load
 
 from snello import cli
 from snello.config import CheckDataConfig, FinetuneConfig

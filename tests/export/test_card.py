@@ -14,9 +14,8 @@ from helpers.run_folders import edit, make_run, write_run
 from snello.config import AlastConfig, ExportConfig, LoraConfig, SplitConfig
 from snello.export import export
 from snello.export.card import base_model, card
-from snello.export.trained import Trained, read, read_settings
+from snello.export.trained import Trained, read
 from snello.measure.comparison import not_measured
-from snello.runs.folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def run(made, tmp_path) -> Path:
 
 def trained(run: Path) -> Trained:
     config = ExportConfig(run)
-    return read(config, *read_settings(RunFolder(run)), None)
+    return read(config, None)
 
 
 def text_of(model: Trained, library: str = "timm") -> str:
@@ -80,7 +79,7 @@ def test_the_base_model_is_that_on_the_hub(run, model, weights, architecture, ba
     known = replace(
         known,
         settings=replace(known.settings, model=model, weights=weights),
-        resolved={**known.resolved, "architecture": architecture},
+        resolved=replace(known.resolved, architecture=architecture),
     )
     text = text_of(known)
     assert base_model(known) == front_matter(text).get("base_model") == base
@@ -157,5 +156,5 @@ def test_names_of_classes_cannot_write_the_card(run):
 def test_a_card_of_many_classes_names_the_first(run):
     known = trained(run)
     names = [f"c{i}" for i in range(103)]
-    text = text_of(replace(known, resolved={**known.resolved, "classes": names}))
+    text = text_of(replace(known, resolved=replace(known.resolved, classes=tuple(names))))
     assert "103, in the order of the logits: `c0`" in text and "`c99` and 3 more, which" in text and "c100" not in text

@@ -37,9 +37,9 @@ def run(made, tmp_path) -> Path:
 
 def part(run: Path, cut: int = 2, labels: str = "server") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Makes of a run one of `snello join`, which has the client's half; returns both halves."""
-    config, resolved = RunFolder(run).read_config()
+    config, resolved = RunFolder(run).read()
     state = load_tensors(run / "model.safetensors")[0]
-    model = create_model(config.model, "none", len(resolved["classes"]), config.image_size)
+    model = create_model(config.model, "none", len(resolved.classes), config.image_size)
     model.load_state_dict(state)
     halves = [half.model.state_dict() for half in ViT(model).cut(cut, head_below=labels == "client")]
     assert halves[0].keys() | halves[1].keys() == state.keys() and all(halves)

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from snello.codecs import codec_class
 from snello.config import FinetuneConfig, ServeConfig, SplitConfig
+from snello.config.registry import CODECS
 from snello.config.values import from_dict
 from snello.models import create_model
 from snello.runs.folder import RunFolder
@@ -31,6 +33,7 @@ from snello.train.schedule import Schedule
 from snello.vit import ViT
 
 CLASSES = "abc"
+CODEC_TEXTS = [f"{name}({codec_class(name).example})" if codec_class(name).example else name for name in CODECS]
 SMALL: dict[str, Any] = {
     "model": "test_vit",
     "weights": "none",

@@ -15,8 +15,9 @@ from torch import Tensor
 from snello.config import FinetuneConfig
 from snello.files import save_tensors
 from snello.inference import Predictor
-from snello.models import create_model
+from snello.models import Preprocessing, create_model
 from snello.runs.folder import RunFolder
+from snello.runs.resolved import Resolved
 from snello.vit import logits_of
 
 
@@ -31,9 +32,11 @@ def make_run(data: Path, out: Path, **settings: Any) -> Path:
 def write_run(path: Path, model: str, image_size: int | None = None, num_classes: int = 3) -> dict[str, Tensor]:
     """A run folder of a timm model with random weights, which are returned."""
     config = FinetuneConfig(model=model, image_size=image_size, device="cpu", precision="fp32")
-    pre = {"size": image_size or 32, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"}
-    resolved = {"classes": [f"class {i}" for i in range(num_classes)], "attention": "fused", "precision": "fp32"}
-    RunFolder(path).write_config(config, resolved | {"preprocessing": pre | {"crop_pct": 0.75}})
+    pre = Preprocessing(image_size or 32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear", 0.75)
+    classes = tuple(f"class {i}" for i in range(num_classes))
+    run = RunFolder(path)
+    run.create(config, Resolved(classes=classes, preprocessing=pre))
+    run.release()
     state = create_model(model, "none", num_classes, image_size).state_dict()
     save_tensors(path / "model.safetensors", state)
     return state

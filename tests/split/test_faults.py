@@ -586,8 +586,8 @@ def test_sigterm_to_the_server_at_the_end(scene, same):
 
 def resume_line(client: Child) -> str:
     line = only_error(client)
-    assert "; go on with: snello join " in line
-    return line.split("go on with: ")[1]
+    assert "; resume with: snello join " in line
+    return line.split("resume with: ")[1]
 
 
 @pytest.mark.parametrize("how", ["plain", "TLS", pytest.param("a folder's client")])

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_sessions import CODEC_TEXTS, Client, Largest, known_models, registry_in, to_bytes  # noqa: F401
+from helpers.clients import CODEC_TEXTS, Client, Largest, registry_in, to_bytes
 
 from snello.errors import ProtocolError
+
+pytestmark = pytest.mark.usefixtures("known_models")
 
 CHAINS = ["adc(0.5)+topk(0.5)+fedlite(2, 4)", "adc(0.3)+bottlenet(0.5)+int4"]
 
@@ -15,7 +17,7 @@ CHAINS = ["adc(0.5)+topk(0.5)+fedlite(2, 4)", "adc(0.3)+bottlenet(0.5)+int4"]
 def test_more_than_a_batch_is_refused_before_memory_is_taken(tmp_path, codec):
     client = Client(registry_in(tmp_path, codec=codec))
     client.open()
-    half = client.session.upper.half
+    half = client.session.model.half
     batch = half.max_rows * (half.vit.num_prefix_tokens + half.vit.num_patches) * half.vit.embed_dim * 4
     frame = next(client.step())
     changes = [{"activations": frame.arrays["activations"].repeat_interleave(40, dim=0)}]

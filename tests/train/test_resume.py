@@ -285,7 +285,7 @@ def test_asked_to_stop(small, tmp_path, number, workers):
     text = (tmp_path / "err").read_text()
     step = files.load_tensors(RunFolder(config.out).checkpoint_file)[1]["progressed"]["step"]
     assert "Traceback" not in text and "Error" not in text
-    expected = f"snello: stopped after step {step} of 56; go on with: snello finetune --out {config.out} --resume"
+    expected = f"snello: stopped after step {step} of 56; resume with: snello finetune --out {config.out} --resume"
     assert text.splitlines()[-1] == expected
     assert 8 <= step < 56 and len(rows_of(config.out, "step")) == step
     assert not RunFolder(config.out).summary_file.exists()
@@ -308,7 +308,7 @@ def test_asked_to_stop_without_a_name_for_the_run(small, tmp_path, monkeypatch, 
     (run,) = Path("runs").iterdir()
     err = capfd.readouterr().err
     assert err.splitlines()[-1].endswith(
-        f"stopped after step 1 of 14; go on with: snello finetune --out {run} --resume"
+        f"stopped after step 1 of 14; resume with: snello finetune --out {run} --resume"
     )
     assert RunFolder(run).checkpoint_file.exists()
 
@@ -316,7 +316,8 @@ def test_asked_to_stop_without_a_name_for_the_run(small, tmp_path, monkeypatch, 
 @posix
 def test_second_ctrl_c_stops_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with stopping() as asked:
+    asked: list[int] = []
+    with stopping(asked):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         assert asked == [signal.SIGINT]

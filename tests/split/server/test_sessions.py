@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.clients import (
     CLASSES,
+    CODEC_TEXTS,
     Client,
     Largest,
     answer_of,
@@ -25,9 +26,7 @@ from helpers.clients import (
 from torch.utils._pytree import tree_map
 
 from snello import files as files_of
-from snello.codecs import codec_class
 from snello.config import AlastConfig
-from snello.config.registry import CODECS
 from snello.errors import CheckpointError, ProtocolError, SnelloWarning
 from snello.split.server.registry import Registry
 from snello.split.server.sessions import InferenceSession
@@ -37,8 +36,6 @@ from snello.split.wire.refusals import Code, Refused
 from snello.split.wire.weights import weights_frame, weights_of
 
 pytestmark = pytest.mark.usefixtures("known_models")
-
-CODEC_TEXTS = [f"{name}({codec_class(name).example})" if codec_class(name).example else name for name in CODECS]
 
 
 # ------------------------------------------------------------------------------------------------------ exactly once
