@@ -56,8 +56,7 @@ def _one_token(layers: nn.Module, z: Tensor) -> Tensor:
     for norm in norms:
         norm.eval()
     try:
-        tokens: Tensor = layers(z.flatten(0, 1))
-        return tokens
+        return layers(z.flatten(0, 1))
     finally:
         for norm in norms:
             norm.train()

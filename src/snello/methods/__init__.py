@@ -89,8 +89,7 @@ def make_method(vit: ViT, config: Recipe, name: str | None = None) -> Method:
     """
     if config.grad_checkpointing:
         vit.set_grad_checkpointing(True)
-    method: Method = find(METHODS[name or config.method_name])(vit, config)
-    return method
+    return find(METHODS[name or config.method_name])(vit, config)
 
 
 def training_share(trained: int, parameters: int, blocks: int, depth: int) -> str:

@@ -38,5 +38,4 @@ class TokenRule(ABC):
 
 def make_rule(name: str) -> TokenRule:
     """The rule of that name in `RULES`."""
-    rule: TokenRule = find(RULES[name])()
-    return rule
+    return find(RULES[name])()
