@@ -1,7 +1,7 @@
 """Top-k: of every sample the largest numbers, with their places; the gradient comes back for those alone.
 
-Source: the sparsification that "Reducing Communication for Split Learning by Randomized Top-k Sparsification"
-(arXiv:2305.18469) starts from.
+Rand-top-k: a share of the picks is random, so that small numbers train too. Source of both: Reducing Communication for
+Split Learning by Randomized Top-k Sparsification, arXiv:2305.18469, which starts from top-k.
 """
 
 import math
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from snello.codecs.base import Arrays, Context, Reduced, Reducer, Shape, announced_shape
-from snello.codecs.base import ratio as in_0_1
-from snello.errors import ProtocolError
+from snello.codecs.base import Arrays, Context, Reduced, Reducer, Shape, announced_shape, in_0_1, number
+from snello.errors import ProtocolError, require
 
 
 class TopK(Reducer):
@@ -70,6 +69,32 @@ class TopK(Reducer):
     def _choose(self, sizes: Tensor, num_kept: int, context: Context) -> Tensor:
         """Places (B, m) of the numbers to send, given their sizes (B, N * D)."""
         return sizes.topk(num_kept, dim=1, sorted=False).indices
+
+
+class RandTopK(TopK):
+    """Top-k with a share of its picks replaced by random others.
+
+    Args:
+        ratio: share of the uncompressed bytes of both ways, in (0, 1].
+        share: of the picks that are random, in [0, 1].
+    """
+
+    def __init__(self, ratio: float, share: float = 0.1) -> None:
+        super().__init__(ratio)
+        self.share = number(share, "share")
+        require(0 <= self.share <= 1, "share", "in [0, 1]", share)
+
+    @override
+    def _choose(self, sizes: Tensor, num_kept: int, context: Context) -> Tensor:
+        top = super()._choose(sizes, num_kept, context)
+        num_random = min(round(self.share * num_kept), sizes.shape[1] - num_kept)
+        if num_random == 0:
+            return top
+        generator = context.generator(sizes.device)
+        order = torch.rand(top.shape, generator=generator, device=sizes.device).argsort(dim=1)
+        kept = top.gather(1, order[:, num_random:])
+        keys = torch.rand(sizes.shape, generator=generator, device=sizes.device).scatter_(1, top, -1.0)
+        return torch.cat((kept, keys.topk(num_random, dim=1, sorted=False).indices), dim=1)
 
 
 class _Layout(NamedTuple):
