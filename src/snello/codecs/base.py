@@ -191,6 +191,7 @@ class Codec(nn.Module):
             self.eval_format = _one_format(eval_text, eval_flag, embed_dim, seed)
         self.format: Format = reducers.pop() if isinstance(reducers[-1], Format) else codec_class("none")()
         _check_order(reducers, f"{flag} {text!r}")
+        self._all: list[Reducer] = reducers
         self.reducers = nn.ModuleList(reducers)
         self.buffer = max([1, *(part.buffer for part in self._all)])
         self.score: Score | None = next((part.score for part in self._all if part.score is not None), None)
@@ -200,10 +201,6 @@ class Codec(nn.Module):
     def feature_dtype(self) -> torch.dtype:
         """How head features travel in U-shape: as they are where nothing is rounded, else in 16 bits."""
         return torch.float32 if isinstance(self.format, codec_class("none")) else torch.bfloat16
-
-    @property
-    def _all(self) -> list[Reducer]:
-        return [part for part in self.reducers if isinstance(part, Reducer)]
 
     @property
     def _active(self) -> list[Reducer]:

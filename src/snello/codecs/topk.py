@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from snello.codecs.base import Arrays, Context, Reduced, Reducer, Shape, announced_shape, in_0_1, number
+from snello.codecs.integers import pack_bits, unpack_bits
 from snello.errors import ProtocolError, require
 
 
@@ -35,10 +36,11 @@ class TopK(Reducer):
         flat = z.reshape(len(z), -1)
         layout = _Layout.of(flat.shape[1], self.ratio)
         index = self._choose(flat.detach().abs(), layout.num_kept, context).sort(dim=1).values
-        side = {
-            "indices": _bitmap(index, flat.shape[1]) if layout.as_bitmap else _as_bytes(index, layout.index_bytes),
-            "indices.shape": torch.tensor(z.shape[1:], dtype=torch.int32),
-        }
+        if layout.as_bitmap:
+            places = pack_bits(torch.zeros_like(flat, dtype=torch.uint8).scatter_(1, index, 1), 1)
+        else:
+            places = _as_bytes(index, layout.index_bytes)
+        side = {"indices": places, "indices.shape": torch.tensor(z.shape[1:], dtype=torch.int32)}
         return Reduced(flat.gather(1, index), side)  # (B, m)
 
     @override
@@ -46,9 +48,7 @@ class TopK(Reducer):
         num_tokens, width = side["indices.shape"].tolist()
         num = num_tokens * width
         if _Layout.of(num, self.ratio).as_bitmap:
-            bits = torch.arange(8, device=values.device, dtype=torch.uint8)
-            mask = (side["indices"].unsqueeze(-1) >> bits & 1).flatten(1)[:, :num]
-            index = mask.nonzero()[:, 1].view(values.shape)
+            index = unpack_bits(side["indices"], 1, num).nonzero()[:, 1].view(values.shape)
         else:
             index = _from_bytes(side["indices"])
             if bool((index >= num).any()):  # on a GPU it would be the end of the process
@@ -110,14 +110,6 @@ class _Layout(NamedTuple):
         by_index = budget / (8 + index_bytes)
         by_bitmap = (budget - num / 8) / 8
         return cls(max(1, min(num, int(max(by_index, by_bitmap)))), by_bitmap > by_index, index_bytes)
-
-
-def _bitmap(index: Tensor, num: int) -> Tensor:
-    """Places (B, m) of `num` as (B, ceil(num / 8)) uint8."""
-    mask = torch.zeros(len(index), math.ceil(num / 8) * 8, dtype=torch.uint8, device=index.device)
-    mask.scatter_(1, index, 1)
-    bits = torch.arange(8, device=index.device, dtype=torch.uint8)
-    return (mask.view(len(index), -1, 8) << bits).sum(dim=2, dtype=torch.uint8)
 
 
 def _as_bytes(index: Tensor, num_bytes: int) -> Tensor:
