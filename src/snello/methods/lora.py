@@ -82,19 +82,16 @@ class Adapters:
     def _heads(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.vit.model.named_parameters() if self.vit.family.is_head(name)]
 
-    def state(self) -> dict[str, Tensor]:
+    def _parameters(self) -> dict[str, nn.Parameter]:
         """Adapters and classifier, under the names that peft's files give them."""
-        ours = [(name.replace(f".{NAME}.", "."), p) for name, p in self._adapters()]
-        return {PEFT_PREFIX + name: p.detach() for name, p in [*ours, *self._heads()]}
-
-    def _adapters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.vit.model.named_parameters() if ".lora_" in name]
+        adapters = [(name, p) for name, p in self.vit.model.named_parameters() if ".lora_" in name]
+        return {PEFT_PREFIX + name.replace(f".{NAME}.", "."): p for name, p in [*adapters, *self._heads()]}
 
     def save(self, folder: Path) -> None:
         """Writes what peft's `PeftModel.from_pretrained` reads: weights and config."""
         folder.mkdir(exist_ok=True)
         with replacing(folder / WEIGHTS) as temporary:
-            values = {name: value.contiguous() for name, value in self.state().items()}
+            values = {name: p.detach().contiguous() for name, p in self._parameters().items()}
             save_file(values, temporary, metadata={"format": "pt", BASE: self.base})
         text = json.dumps(self.peft_config.to_dict() | {"inference_mode": True}, indent=2, default=sorted)  # of sets
         with replacing(folder / CONFIG) as temporary:
@@ -121,15 +118,12 @@ class Adapters:
                 f"{theirs} (digest {metadata[BASE][:12]}, here {self.base[:12]}); give its --model and --weights"
             )
         with torch.no_grad():
-            for name, parameter in self._adapters():
-                value = state.get(PEFT_PREFIX + name.replace(f".{NAME}.", "."))
-                if value is None or value.shape != parameter.shape:
-                    raise CheckpointError(f"the adapters in {folder} do not fit the model: {name}")
-                parameter.copy_(value)
-            for name, parameter in self._heads():
-                value = state.get(PEFT_PREFIX + name)
-                if value is not None and value.shape == parameter.shape:  # else it is for other classes
+            for name, parameter in self._parameters().items():
+                value = state.get(name)
+                if value is not None and value.shape == parameter.shape:
                     parameter.copy_(value)
+                elif ".lora_" in name:  # a classifier may be for other classes
+                    raise CheckpointError(f"the adapters in {folder} do not fit the model: {name}")
 
     def remove(self) -> None:
         """Leaves the model as it was found: without adapters, everything that was trainable trainable again."""
