@@ -16,7 +16,6 @@ class BottleNet(Reducer):
 
     Args:
         ratio: numbers per token over the embed dim, in (0, 1].
-        embed_dim: D.
     """
 
     source = "https://arxiv.org/abs/1910.14315"
