@@ -10,8 +10,7 @@ from snello.codecs.base import Arrays, Codec, Context, Message
 from snello.codecs.bottlenet import BottleNet
 from snello.codecs.c3sl import C3SL
 from snello.codecs.integers import Int2, Int4, Int8, Integers, pack_bits, unpack_bits
-from snello.codecs.randtopk import RandTopK
-from snello.codecs.topk import TopK
+from snello.codecs.topk import RandTopK, TopK
 
 B, N, D = 4, 5, 8
 

@@ -121,7 +121,7 @@ def test_a_forward_that_broke_off_leaves_nothing(rule):
     model.eval()
     untouched = copy.deepcopy(model)
     alast.detach()
-    assert torch.equal(model(pictures(0)), untouched(pictures(0))) and alast.vit.take_positions() is None
+    assert torch.equal(model(pictures(0)), untouched(pictures(0))) and alast.vit.context.positions is None
 
 
 @pytest.mark.parametrize("rule", ["drop", "merge"])
@@ -162,7 +162,7 @@ def test_positions_say_where_the_tokens_stood(drop_at):
         parameter.data.zero_()  # a block that adds nothing shows whose token is where
     for block in model.blocks:
         x = block(x)
-    positions = alast.vit.take_positions()
+    positions = alast.vit.context.positions
     assert positions.shape == (2, 6) and torch.equal(x[:, :, 0].long(), positions)
 
 

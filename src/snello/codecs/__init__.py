@@ -2,7 +2,7 @@
 
 base.py       what reducers and formats promise, and the chain of them; begin here
 adc.py        reducer: similar samples merge, little attended tokens are dropped
-topk.py       reducer: the largest numbers of every sample; randtopk.py: some of them random
+topk.py       reducers: the largest numbers of every sample; or some of them random
 c3sl.py       reducer: samples bound by circular convolution and summed
 bottlenet.py  reducer: a trained encoder and decoder
 floats.py     formats: numbers as they are, or in 16 bits
@@ -14,18 +14,16 @@ and says how those travel.
 """
 
 import inspect
-from importlib import import_module
 from typing import Any
 
 from snello.config.codec_text import Part
-from snello.config.registry import CODECS
+from snello.config.registry import CODECS, find
 from snello.errors import ConfigError
 
 
 def codec_class(name: str) -> Any:
     """The class behind the name of a codec."""
-    module, _, attribute = CODECS[name].partition(":")
-    return getattr(import_module(module), attribute)
+    return find(CODECS[name])
 
 
 def build(part: Part, flag: str, **given: Any) -> Any:
@@ -35,11 +33,8 @@ def build(part: Part, flag: str, **given: Any) -> Any:
         ConfigError: for an unknown option, or a value that is not in its range.
     """
     cls = codec_class(part.name)
-    options = {
-        name: parameter
-        for name, parameter in inspect.signature(cls).parameters.items()
-        if name not in given and name != "self"
-    }
+    parameters = inspect.signature(cls).parameters
+    options = {name: parameter for name, parameter in parameters.items() if name not in given}
     if len(part.positional) > len(options):
         raise ConfigError(f"{flag}: {part.name} has {len(options)} options, got {len(part.positional)} values")
     values = dict(zip(options, part.positional, strict=False))
@@ -52,7 +47,7 @@ def build(part: Part, flag: str, **given: Any) -> Any:
     missing = [name for name, p in options.items() if p.default is p.empty and name not in values]
     if missing:
         raise ConfigError(f"{flag}: {part.name} needs a value for {missing[0]}, as {part.name}({missing[0]}=...)")
-    accepted = {name: value for name, value in given.items() if name in inspect.signature(cls).parameters}
+    accepted = {name: value for name, value in given.items() if name in parameters}
     try:
         return cls(**values, **accepted)
     except (ConfigError, TypeError) as error:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from snello.codecs.base import Context, Reduced, Reducer, integer
-from snello.codecs.base import ratio as in_0_1
+from snello.codecs.base import Context, Reduced, Reducer, in_0_1, integer
 from snello.errors import ConfigError, SnelloWarning, require
 from snello.vit import Score, tokens
 
@@ -83,24 +82,21 @@ class ADC(Reducer):
 
     @override
     def encode(self, z: Tensor, context: Context) -> Reduced:
-        if context.attention is None:
-            raise ValueError("ADC needs the attention rows of the last client block")
         attention = context.attention
-        num_kept = self.num_kept(z.shape[1], context.num_prefix_tokens)
-        num_groups = self.num_groups(len(z))
+        if attention is None:
+            raise ValueError("ADC needs the attention rows of the last client block")
+        num_kept, num_groups = self.num_kept(z.shape[1], context.num_prefix_tokens), self.num_groups(len(z))
         if num_groups == len(z):
-            self._warn_where_too_small(len(z))
+            self._warn(len(z))
             return Reduced(_drop(z, attention, num_kept, context.num_prefix_tokens))
+        present = None
         if context.positions is not None:
             z, attention, present = _in_place(z, attention, context.positions, context.num_positions)
-        else:
-            present = None
         groups, centroids = tokens.kmeans(attention, num_groups, context.generator(attention.device))
         if self.min_cluster > 1:
             groups, centroids = _enlarge(attention, groups, centroids, self.min_cluster)
         self._sizes.append(groups.bincount())
-        values = _merge(z, groups, centroids, num_kept, context.num_prefix_tokens, present)
-        return Reduced(values, groups=groups)
+        return Reduced(_merge(z, groups, centroids, num_kept, context.num_prefix_tokens, present), groups=groups)
 
     @override
     def metrics(self) -> dict[str, Any]:
@@ -111,15 +107,11 @@ class ADC(Reducer):
         # {"1": 7}: seven groups of one sample
         return {"cluster_sizes": {str(size): counts[size] for size in sorted(counts)}}
 
-    def _warn_where_too_small(self, num_samples: int) -> None:
+    def _warn(self, num_samples: int) -> None:
         if self.samples < 1 and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"a batch of {num_samples} leaves ADC nothing to merge: only tokens are dropped; "
-                "use a larger --batch-size or adc(..., buffer=n)",
-                SnelloWarning,
-                stacklevel=2,
-            )
+            text = f"a batch of {num_samples} leaves ADC nothing to merge: only tokens are dropped; "
+            warnings.warn(text + "use a larger --batch-size or adc(..., buffer=n)", SnelloWarning, stacklevel=2)
 
 
 def _floor(x: float) -> int:

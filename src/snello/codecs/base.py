@@ -167,8 +167,7 @@ class Codec(nn.Module):
         embed_dim: D.
         eval_text: the format of evaluation, e.g. `int8`.
         seed: of fixed random keys and of starting weights, equal on both sides.
-        flag: what the user typed the text after, for messages.
-        eval_flag: the same for `eval_text`.
+        flag: what the user typed the text after, for messages; `eval_flag` the same for `eval_text`.
 
     Raises:
         ConfigError: where the text does not parse or an option is out of range.
@@ -192,6 +191,7 @@ class Codec(nn.Module):
             self.eval_format = _one_format(eval_text, eval_flag, embed_dim, seed)
         self.format: Format = reducers.pop() if isinstance(reducers[-1], Format) else codec_class("none")()
         _check_order(reducers, f"{flag} {text!r}")
+        self._all: list[Reducer] = reducers
         self.reducers = nn.ModuleList(reducers)
         self.buffer = max([1, *(part.buffer for part in self._all)])
         self.score: Score | None = next((part.score for part in self._all if part.score is not None), None)
@@ -201,10 +201,6 @@ class Codec(nn.Module):
     def feature_dtype(self) -> torch.dtype:
         """How head features travel in U-shape: as they are where nothing is rounded, else in 16 bits."""
         return torch.float32 if isinstance(self.format, codec_class("none")) else torch.bfloat16
-
-    @property
-    def _all(self) -> list[Reducer]:
-        return [part for part in self.reducers if isinstance(part, Reducer)]
 
     @property
     def _active(self) -> list[Reducer]:
@@ -223,17 +219,11 @@ class Codec(nn.Module):
         return (p for name, p in self.named_parameters() if ".decoder." in name)
 
     def encode(self, z: Tensor, context: Context) -> Message:
-        """Activations z (B, N, D) as arrays for the wire.
-
-        Raises:
-            TrainingError: where z is not finite.
-        """
+        """Activations z (B, N, D) as arrays for the wire; a TrainingError where they are not finite."""
         _require_finite(z, "activations", self.text)
         arrays: Arrays = {}
-        groups = None
+        sent, groups, num_rows = z, None, len(z)
         with torch.autocast(z.device.type, enabled=False):  # sums and distances keep the precision they come in
-            sent = z
-            num_rows = len(z)
             for index, part in enumerate(self._active):
                 reduced = part.encode(sent, context)
                 sent = reduced.values
@@ -255,7 +245,7 @@ class Codec(nn.Module):
         return Decoded(z, leaf)
 
     def decoded_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
-        """The shape (R, K, D) of the tokens that `decode` makes of the arrays, before memory is taken for them.
+        """The shape (R, K, D) of the tokens that `decode` makes, before memory is taken for them.
 
         Raises:
             ProtocolError: where the arrays do not fit each other.
@@ -272,11 +262,7 @@ class Codec(nn.Module):
             yield part, {name[: -len(end)]: value for name, value in arrays.items() if name.endswith(end)}
 
     def encode_gradient(self, gradient: Tensor, context: Context) -> Arrays:
-        """The leaf's gradient as arrays for the way down.
-
-        Raises:
-            TrainingError: where it is not finite.
-        """
+        """The leaf's gradient as arrays for the way down; a TrainingError where it is not finite."""
         _require_finite(gradient, "gradients", self.text)
         packed = self.format.pack_gradient(gradient, context)
         return {"gradients": packed.pop("values")} | packed
@@ -314,11 +300,7 @@ def _require_finite(x: Tensor, what: str, codec: str) -> None:
 
 
 def announced_shape(arrays: Mapping[str, Tensor], num: int) -> Shape:
-    """The `num` dimensions, each at least 1, that `indices.shape` says encoding began with.
-
-    Raises:
-        ProtocolError: where it says anything else.
-    """
+    """The `num` dimensions, each at least 1, that `indices.shape` holds; a ProtocolError where it holds others."""
     shape = arrays["indices.shape"]
     if shape.shape != (num,) or shape.dtype != torch.int32 or bool((shape < 1).any()):
         raise ProtocolError(f"the shape of activations must be {num} whole numbers from 1 on")
@@ -326,33 +308,21 @@ def announced_shape(arrays: Mapping[str, Tensor], num: int) -> Shape:
 
 
 def number(value: object, name: str) -> float:
-    """`value` as it is, where it is a finite number.
-
-    Raises:
-        ConfigError: where it is none.
-    """
+    """`value` as it is, where it is a finite number; else a ConfigError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ConfigError(f"{name} must be a number, got {value!r}")
     return value
 
 
 def integer(value: object, name: str, least: int) -> int:
-    """`value` as it is, where it is a whole number from `least` on.
-
-    Raises:
-        ConfigError: where it is none.
-    """
+    """`value` as it is, where it is a whole number from `least` on; else a ConfigError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ConfigError(f"{name} must be a whole number from {least} on, got {value!r}")
     return value
 
 
-def ratio(value: object, name: str) -> float:
-    """`value` as it is, where it is a number in (0, 1].
-
-    Raises:
-        ConfigError: where it is none.
-    """
+def in_0_1(value: object, name: str) -> float:
+    """`value` as it is, where it is a number in (0, 1]; else a ConfigError."""
     value = number(value, name)
     require(0 < value <= 1, name, "in (0, 1]", value)
     return value

@@ -8,8 +8,7 @@ dimension of a token, and the decoder ends without ReLU, since tokens have both 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from snello.codecs.base import Arrays, Context, Reduced, Reducer, Shape
-from snello.codecs.base import ratio as in_0_1
+from snello.codecs.base import Arrays, Context, Reduced, Reducer, Shape, in_0_1
 
 
 class BottleNet(Reducer):
@@ -17,7 +16,6 @@ class BottleNet(Reducer):
 
     Args:
         ratio: numbers per token over the embed dim, in (0, 1].
-        embed_dim: D.
     """
 
     source = "https://arxiv.org/abs/1910.14315"
@@ -46,18 +44,11 @@ class BottleNet(Reducer):
 
 def _by_token(layers: nn.Module, z: Tensor) -> Tensor:
     """`layers` on every token of z (B, N, D): normalisation is over all tokens of the batch."""
-    tokens: Tensor = layers(z.flatten(0, 1)) if z.shape[0] * z.shape[1] > 1 else _one_token(layers, z)
-    return tokens.view(*z.shape[:2], -1)
-
-
-def _one_token(layers: nn.Module, z: Tensor) -> Tensor:
-    """A single token has no spread to normalise by: as in eval mode."""
-    norms = [layer for layer in layers.modules() if isinstance(layer, nn.BatchNorm1d) and layer.training]
-    for norm in norms:
-        norm.eval()
+    training = layers.training
+    if z.shape[0] * z.shape[1] == 1:  # a single token has no spread to normalise by: as in eval mode
+        layers.eval()
     try:
-        tokens: Tensor = layers(z.flatten(0, 1))
-        return tokens
+        y: Tensor = layers(z.flatten(0, 1)).view(*z.shape[:2], -1)
+        return y
     finally:
-        for norm in norms:
-            norm.train()
+        layers.train(training)

@@ -51,8 +51,7 @@ class Integers(Format):
         require(per in ("token", "sample", "channel", "tensor"), "per", "token, sample, channel or tensor", per)
         self.clip = clip if clip == "auto" else number(clip, "clip")
         require(self.clip == "auto" or self.clip >= 0, "clip", "0 or more, or auto", clip)
-        self.scale: ScaleType = scale
-        self.per: Group = per
+        self.scale, self.per = scale, per
 
     @override
     def pack(self, x: Tensor, context: Context) -> Arrays:

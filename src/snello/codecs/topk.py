@@ -1,7 +1,7 @@
 """Top-k: of every sample the largest numbers, with their places; the gradient comes back for those alone.
 
-Source: the sparsification that "Reducing Communication for Split Learning by Randomized Top-k Sparsification"
-(arXiv:2305.18469) starts from.
+Rand-top-k: a share of the picks is random, so that small numbers train too. Source of both: Reducing Communication for
+Split Learning by Randomized Top-k Sparsification, arXiv:2305.18469, which starts from top-k.
 """
 
 import math
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from snello.codecs.base import Arrays, Context, Reduced, Reducer, Shape, announced_shape
-from snello.codecs.base import ratio as in_0_1
-from snello.errors import ProtocolError
+from snello.codecs.base import Arrays, Context, Reduced, Reducer, Shape, announced_shape, in_0_1, number
+from snello.codecs.integers import pack_bits, unpack_bits
+from snello.errors import ProtocolError, require
 
 
 class TopK(Reducer):
@@ -36,10 +36,11 @@ class TopK(Reducer):
         flat = z.reshape(len(z), -1)
         layout = _Layout.of(flat.shape[1], self.ratio)
         index = self._choose(flat.detach().abs(), layout.num_kept, context).sort(dim=1).values
-        side = {
-            "indices": _bitmap(index, flat.shape[1]) if layout.as_bitmap else _as_bytes(index, layout.index_bytes),
-            "indices.shape": torch.tensor(z.shape[1:], dtype=torch.int32),
-        }
+        if layout.as_bitmap:
+            places = pack_bits(torch.zeros_like(flat, dtype=torch.uint8).scatter_(1, index, 1), 1)
+        else:
+            places = _as_bytes(index, layout.index_bytes)
+        side = {"indices": places, "indices.shape": torch.tensor(z.shape[1:], dtype=torch.int32)}
         return Reduced(flat.gather(1, index), side)  # (B, m)
 
     @override
@@ -47,9 +48,7 @@ class TopK(Reducer):
         num_tokens, width = side["indices.shape"].tolist()
         num = num_tokens * width
         if _Layout.of(num, self.ratio).as_bitmap:
-            bits = torch.arange(8, device=values.device, dtype=torch.uint8)
-            mask = (side["indices"].unsqueeze(-1) >> bits & 1).flatten(1)[:, :num]
-            index = mask.nonzero()[:, 1].view(values.shape)
+            index = unpack_bits(side["indices"], 1, num).nonzero()[:, 1].view(values.shape)
         else:
             index = _from_bytes(side["indices"])
             if bool((index >= num).any()):  # on a GPU it would be the end of the process
@@ -72,6 +71,32 @@ class TopK(Reducer):
         return sizes.topk(num_kept, dim=1, sorted=False).indices
 
 
+class RandTopK(TopK):
+    """Top-k with a share of its picks replaced by random others.
+
+    Args:
+        ratio: share of the uncompressed bytes of both ways, in (0, 1].
+        share: of the picks that are random, in [0, 1].
+    """
+
+    def __init__(self, ratio: float, share: float = 0.1) -> None:
+        super().__init__(ratio)
+        self.share = number(share, "share")
+        require(0 <= self.share <= 1, "share", "in [0, 1]", share)
+
+    @override
+    def _choose(self, sizes: Tensor, num_kept: int, context: Context) -> Tensor:
+        top = super()._choose(sizes, num_kept, context)
+        num_random = min(round(self.share * num_kept), sizes.shape[1] - num_kept)
+        if num_random == 0:
+            return top
+        generator = context.generator(sizes.device)
+        order = torch.rand(top.shape, generator=generator, device=sizes.device).argsort(dim=1)
+        kept = top.gather(1, order[:, num_random:])
+        keys = torch.rand(sizes.shape, generator=generator, device=sizes.device).scatter_(1, top, -1.0)
+        return torch.cat((kept, keys.topk(num_random, dim=1, sorted=False).indices), dim=1)
+
+
 class _Layout(NamedTuple):
     num_kept: int
     as_bitmap: bool
@@ -85,14 +110,6 @@ class _Layout(NamedTuple):
         by_index = budget / (8 + index_bytes)
         by_bitmap = (budget - num / 8) / 8
         return cls(max(1, min(num, int(max(by_index, by_bitmap)))), by_bitmap > by_index, index_bytes)
-
-
-def _bitmap(index: Tensor, num: int) -> Tensor:
-    """Places (B, m) of `num` as (B, ceil(num / 8)) uint8."""
-    mask = torch.zeros(len(index), math.ceil(num / 8) * 8, dtype=torch.uint8, device=index.device)
-    mask.scatter_(1, index, 1)
-    bits = torch.arange(8, device=index.device, dtype=torch.uint8)
-    return (mask.view(len(index), -1, 8) << bits).sum(dim=2, dtype=torch.uint8)
 
 
 def _as_bytes(index: Tensor, num_bytes: int) -> Tensor:

@@ -26,7 +26,7 @@ CODECS = {
     "int2": "snello.codecs.integers:Int2",
     "adc": "snello.codecs.adc:ADC",
     "topk": "snello.codecs.topk:TopK",
-    "randtopk": "snello.codecs.randtopk:RandTopK",
+    "randtopk": "snello.codecs.topk:RandTopK",
     "c3sl": "snello.codecs.c3sl:C3SL",
     "bottlenet": "snello.codecs.bottlenet:BottleNet",
     "fedlite": "snello.codecs.fedlite:FedLite",

@@ -9,7 +9,7 @@ A new method is a subclass of `Method` in a file here, and a line in `snello.con
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,22 +17,11 @@ from snello.config import Recipe
 from snello.config.registry import METHODS, find
 from snello.vit import ViT
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 
 class Method:
-    """What the training loop asks of a method, which overrides what it does otherwise.
+    """What the training loop asks of a method of a model or a part of one, which overrides what it does otherwise."""
 
-    Args:
-        vit: the model, or a part of one.
-        config: of the run.
-
-    Raises:
-        ConfigError: where an option does not fit the model.
-    """
-
-    process_group: "ProcessGroup | None" = None
+    process_group: "torch.distributed.ProcessGroup | None" = None
     """The processes that train the model together: what a method learns of a step is averaged over them."""
 
     def __init__(self, vit: ViT, config: Recipe) -> None:
@@ -41,10 +30,7 @@ class Method:
     def step(self, lr: float, optimizer: torch.optim.Optimizer, progress: float) -> None:
         """Called once per optimizer step, before its first forward.
 
-        Args:
-            lr: base learning rate.
-            optimizer: holds all parameters.
-            progress: share of the steps that are done, in [0, 1).
+        `lr` is the base learning rate, `progress` the share of the steps that are done, in [0, 1).
         """
 
     def discount(self) -> None:

@@ -11,8 +11,7 @@ import operator
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,9 +25,6 @@ from snello.methods import Method, training_share
 from snello.methods.flop_target import FlopTarget
 from snello.vit import ViT
 from snello.vit.rules import make_rule
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 PAPER_LR = 1e-4
 
@@ -61,7 +57,7 @@ class ALaST:
         ModelError: for a model that is not supported, already attached, or already compiled.
     """
 
-    process_group: "ProcessGroup | None" = None
+    process_group: "dist.ProcessGroup | None" = None
     """What `step` and `state_dict` take where they are given none."""
 
     def __init__(
@@ -99,9 +95,7 @@ class ALaST:
     def __enter__(self) -> "ALaST":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.detach()
 
     def __repr__(self) -> str:
@@ -110,11 +104,10 @@ class ALaST:
     def describe(self) -> str:
         """What trains at each step, of all there is: `trains 2.1 of 2.7 M parameters, 9 of 12 blocks`."""
         depth = self.vit.depth
-        in_blocks = sum(_numel(places) for places in self._parameters)
-        held = {id(getattr(*place)) for places in self._parameters for place in places}
+        held = {id(p): p.numel() for p in (getattr(*place) for places in self._parameters for place in places)}
         parameters = list(self.vit.model.parameters())
         others = sum(p.numel() for p in parameters if p.requires_grad and id(p) not in held)
-        trained = others + round(in_blocks * self.num_blocks / depth)  # blocks are of one size
+        trained = others + round(sum(held.values()) * self.num_blocks / depth)  # blocks are of one size
         return training_share(trained, sum(p.numel() for p in parameters), self.num_blocks, depth)
 
     @property
@@ -153,7 +146,7 @@ class ALaST:
         optimizer: torch.optim.Optimizer | None = None,
         progress: float | None = None,
         *,
-        process_group: "ProcessGroup | None" = None,
+        process_group: "dist.ProcessGroup | None" = None,
     ) -> None:
         """Moves the budgets, draws the blocks that train, freezes the others and drops their gradients.
 
@@ -189,11 +182,7 @@ class ALaST:
                     optimizer.state.pop(getattr(*place), None)
 
     def set_progress(self, progress: float) -> None:
-        """Drops tokens where the tail of the training has not come yet.
-
-        Args:
-            progress: share of the training steps that are done, in [0, 1).
-        """
+        """Drops tokens where the tail of the training has not come; `progress`: share of the steps done, in [0, 1)."""
         self.dropping = progress < 1 - self.config.full_tail
 
     def detach(self) -> None:
@@ -213,12 +202,11 @@ class ALaST:
             "parameters": sum(p.numel() for p in parameters),
         }
 
-    def state_dict(self, process_group: "ProcessGroup | None" = None) -> dict[str, Any]:
+    def state_dict(self, process_group: "dist.ProcessGroup | None" = None) -> dict[str, Any]:
         """All that a resumed run needs, as plain numbers and lists (JSON can hold them without loss).
 
-        Args:
-            process_group: as of `step`: the deltas since the last step are averaged over these processes, each of which
-                has to call this. None: they are of this process alone, which may be the only one that saves.
+        With a process group, as of `step`, the deltas since the last step are averaged over its processes, each of
+        which has to call this. None: they are of this process alone, which may be the only one that saves.
         """
         pending, samples = self._pending(process_group or self.process_group)
         return {
@@ -253,11 +241,8 @@ class ALaST:
         self._generator.set_state(torch.tensor(state["generator"], dtype=torch.uint8))
         self._freeze()
 
-    def _pending(self, process_group: "ProcessGroup | None") -> tuple[list[list[float]], list[int]]:
-        """The deltas since the last step, forwards x blocks, and the samples of each forward, over the group.
-
-        Waits for the device.
-        """
+    def _pending(self, process_group: "dist.ProcessGroup | None") -> tuple[list[list[float]], list[int]]:
+        """The deltas since the last step, forwards x blocks, and each forward's samples; waits for the device."""
         rows, samples = self._loaded
         if not self._records:
             return rows, samples
@@ -268,12 +253,10 @@ class ALaST:
         sums = torch.cat([deltas * weights, weights], dim=1)
         dist.all_reduce(sums, group=process_group)
         values = sums.tolist()
-        return (
-            rows + [[value / max(row[-1], 1.0) for value in row[:-1]] for row in values],
-            samples + [int(row[-1]) for row in values],
-        )
+        means = [[value / max(row[-1], 1.0) for value in row[:-1]] for row in values]
+        return rows + means, samples + [int(row[-1]) for row in values]
 
-    def _move_budgets(self, lr: float | None, process_group: "ProcessGroup | None") -> None:
+    def _move_budgets(self, lr: float | None, process_group: "dist.ProcessGroup | None") -> None:
         """b_l <- clip(b_l + alpha * (delta_l now - delta_l before), min_budget, 1); the first time only records."""
         rows, samples = self._pending(process_group)
         self._records, self._samples, self._loaded = [], [], ([], [])
@@ -312,28 +295,23 @@ class ALaST:
                 raise ConfigError('optimizer_state="release" needs the optimizer: call step(optimizer=optimizer)')
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        lacking = [
-            index
-            for index, places in enumerate(self._parameters)
-            if any(id(getattr(*place)) not in held for place in places)
-        ]
+        blocks = enumerate(self._parameters)
+        lacking = [index for index, places in blocks if any(id(getattr(*place)) not in held for place in places)]
         if lacking:
             raise ConfigError(
                 f"the optimizer lacks parameters of blocks {lacking}, which would never train: "
                 "build it from all parameters, before the first step()"
             )
 
-    def _warn(self, process_group: "ProcessGroup | None") -> None:
+    def _warn(self, process_group: "dist.ProcessGroup | None") -> None:
         """Says at the first step where ALaST would quietly do nothing, or something else on every rank."""
         if not any(block.training for block in self.vit.blocks):
             text = "the model is in eval mode, in which ALaST does nothing: call its train() before the first step()"
             warnings.warn(text, SnelloWarning, stacklevel=3)
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if several and process_group is None:
-            text = (
-                "several processes run, but ALaST was given no process group: each will draw blocks of its own; where "
-                "they train one model, call step(process_group=torch.distributed.group.WORLD)"
-            )
+            text = "several processes run, but ALaST was given no process group: each will draw blocks of its own; "
+            text += "where they train one model, call step(process_group=torch.distributed.group.WORLD)"
             warnings.warn(text, SnelloWarning, stacklevel=3)
 
 
@@ -375,7 +353,3 @@ def _set_trainable(places: Iterable[tuple[nn.Module, str]], trainable: bool) -> 
         parameter.requires_grad_(trainable)
         if not trainable:
             parameter.grad = None
-
-
-def _numel(places: Iterable[tuple[nn.Module, str]]) -> int:
-    return sum(getattr(*place).numel() for place in places)

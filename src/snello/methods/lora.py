@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import override
@@ -34,10 +35,7 @@ BASE = "snello_base"
 class Adapters:
     """The adapters of a model: its blocks train through them alone, its classifier as it is.
 
-    Args:
-        vit: must not be attached to anything yet.
-        config: rank, scale, targets; with `start`, where the adapters' values come from.
-        model_name: what the model is called, for peft's config.
+    `model_name` is what the model is called, for peft's config.
 
     Raises:
         ConfigError: where a target matches no linear layer of the blocks, or `start` is of other settings.
@@ -55,18 +53,15 @@ class Adapters:
         self.vit, self.config = vit, config
         self._trained_before = {id(p) for p in vit.model.parameters() if p.requires_grad}
         self.targets = target_layers(vit, config.target_modules)
+        common: dict[str, Any] = {"r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout}
         self.peft_config = peft.LoraConfig(
-            r=config.r,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
+            **common,
             target_modules=self.targets,
             modules_to_save=sorted({name.split(".")[0] for name, _ in self._heads()}),
             base_model_name_or_path=model_name or None,
         )
         # Without modules_to_save: peft would wrap the classifier and so rename it.
-        inner = peft.LoraConfig(
-            r=config.r, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=self.targets
-        )
+        inner = peft.LoraConfig(**common, target_modules=self.targets)
         peft.inject_adapter_in_model(inner, vit.model, adapter_name=NAME)
         for _, parameter in self._heads():
             parameter.requires_grad_(id(parameter) in self._trained_before)
@@ -75,29 +70,32 @@ class Adapters:
 
     @functools.cached_property
     def base(self) -> str:
-        """Digest of the weights that the adapters belong to, which never change."""
-        return digest(self.vit)
+        """Digest of the weights that the adapters belong to, which never change: all but the classifier's."""
+        made = hashlib.sha256()
+        named = {name.replace(".base_layer.", "."): value for name, value in self.vit.model.state_dict().items()}
+        for name, value in sorted(named.items()):
+            if not self.vit.family.is_head(name) and ".lora_" not in name:
+                made.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                made.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+        return made.hexdigest()
 
     def _heads(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self.vit.model.named_parameters() if self.vit.family.is_head(name)]
 
-    def state(self) -> dict[str, Tensor]:
+    def _parameters(self) -> dict[str, nn.Parameter]:
         """Adapters and classifier, under the names that peft's files give them."""
-        ours = [(name.replace(f".{NAME}.", "."), p) for name, p in self._adapters()]
-        return {PEFT_PREFIX + name: p.detach() for name, p in [*ours, *self._heads()]}
-
-    def _adapters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.vit.model.named_parameters() if ".lora_" in name]
+        adapters = [(name, p) for name, p in self.vit.model.named_parameters() if ".lora_" in name]
+        return {PEFT_PREFIX + name.replace(f".{NAME}.", "."): p for name, p in [*adapters, *self._heads()]}
 
     def save(self, folder: Path) -> None:
         """Writes what peft's `PeftModel.from_pretrained` reads: weights and config."""
         folder.mkdir(exist_ok=True)
         with replacing(folder / WEIGHTS) as temporary:
-            values = {name: value.contiguous() for name, value in self.state().items()}
+            values = {name: p.detach().contiguous() for name, p in self._parameters().items()}
             save_file(values, temporary, metadata={"format": "pt", BASE: self.base})
-        values = {key: _plain(value) for key, value in self.peft_config.to_dict().items()}
+        text = json.dumps(self.peft_config.to_dict() | {"inference_mode": True}, indent=2, default=sorted)  # of sets
         with replacing(folder / CONFIG) as temporary:
-            temporary.write_text(json.dumps(values | {"inference_mode": True}, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(text + "\n", encoding="utf-8")
 
     def _load(self, folder: Path) -> None:
         try:
@@ -110,7 +108,9 @@ class Adapters:
                 raise ConfigError(f"{flag} must be that of the adapters in {folder}: {saved.get(key)}")
         if set(saved.get("target_modules") or ()) != set(self.targets):
             raise ConfigError(f"--lora.target-modules must be those of the adapters in {folder}, on the same blocks")
-        state, metadata = _read(folder / WEIGHTS)
+        state, _ = load_tensors(folder / WEIGHTS)
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            metadata = file.metadata() or {}
         if metadata.get(BASE, self.base) != self.base:
             theirs = saved.get("base_model_name_or_path") or "another model"
             raise CheckpointError(
@@ -118,15 +118,12 @@ class Adapters:
                 f"{theirs} (digest {metadata[BASE][:12]}, here {self.base[:12]}); give its --model and --weights"
             )
         with torch.no_grad():
-            for name, parameter in self._adapters():
-                value = state.get(PEFT_PREFIX + name.replace(f".{NAME}.", "."))
-                if value is None or value.shape != parameter.shape:
-                    raise CheckpointError(f"the adapters in {folder} do not fit the model: {name}")
-                parameter.copy_(value)
-            for name, parameter in self._heads():
-                value = state.get(PEFT_PREFIX + name)
-                if value is not None and value.shape == parameter.shape:  # else it is for other classes
+            for name, parameter in self._parameters().items():
+                value = state.get(name)
+                if value is not None and value.shape == parameter.shape:
                     parameter.copy_(value)
+                elif ".lora_" in name:  # a classifier may be for other classes
+                    raise CheckpointError(f"the adapters in {folder} do not fit the model: {name}")
 
     def remove(self) -> None:
         """Leaves the model as it was found: without adapters, everything that was trainable trainable again."""
@@ -142,22 +139,6 @@ class Lora(Method):
     """Adapters in the blocks and the classifier train."""
 
     def __init__(self, vit: ViT, config: Recipe) -> None:
-        super().__init__(vit, config)
-        self.adapters = Adapters(vit, config.lora, config.model)
-
-    @override
-    def save(self, folder: Path) -> None:
-        self.adapters.save(folder)
-
-    @override
-    def detach(self) -> None:
-        self.adapters.remove()
-
-
-class AlastLora(AlastMethod):
-    """The adapters of the blocks that ALaST draws train, and the classifier."""
-
-    def __init__(self, vit: ViT, config: Recipe) -> None:
         self.adapters = Adapters(vit, config.lora, config.model)
         super().__init__(vit, config)
 
@@ -171,12 +152,14 @@ class AlastLora(AlastMethod):
         self.adapters.remove()
 
 
+class AlastLora(Lora, AlastMethod):
+    """The adapters of the blocks that ALaST draws train, and the classifier."""
+
+
 def target_layers(vit: ViT, wanted: tuple[str, ...]) -> list[str]:
     """The full names of the linear layers of the blocks that `wanted` names.
 
-    Args:
-        vit: the model.
-        wanted: `attention`, `mlp`, `all`, or names as in the block, from any dot on: `attn.qkv`, `fc1`, `q_proj`.
+    `attention`, `mlp`, `all`, or names as in the block, from any dot on: `attn.qkv`, `fc1`, `q_proj`.
 
     Raises:
         ConfigError: for one that matches nothing, listing what there is.
@@ -191,10 +174,8 @@ def target_layers(vit: ViT, wanted: tuple[str, ...]) -> list[str]:
     for one in wanted:
         matched = groups.get(one) or [name for name in first if name == one or name.endswith("." + one)]
         if not matched:
-            raise ConfigError(
-                f"--lora.target-modules {one} matches no linear layer of the blocks; "
-                f"there are: attention, mlp, all, {', '.join(first)}"
-            )
+            known = f"attention, mlp, all, {', '.join(first)}"
+            raise ConfigError(f"--lora.target-modules {one} matches no linear layer of the blocks; there are: {known}")
         chosen.update(matched)
     return [f"{vit.family.block_prefix}{i}.{name}" for i in range(vit.depth) for name in first if name in chosen]
 
@@ -208,35 +189,11 @@ def merged_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights of the plain model, adapters merged, under its own names; the model stays as it is."""
     state = dict(model.state_dict())
     for name, module in model.named_modules():
-        if not hasattr(module, "lora_A"):
-            continue
-        layer: Any = module
-        weight = layer.get_base_layer().weight.detach()
-        state[f"{name}.base_layer.weight"] = weight + layer.get_delta_weight(NAME).detach().to(weight.dtype)
+        if hasattr(module, "lora_A"):
+            layer: Any = module
+            weight = layer.get_base_layer().weight.detach()
+            state[f"{name}.base_layer.weight"] = weight + layer.get_delta_weight(NAME).detach().to(weight.dtype)
     return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
-
-
-def digest(vit: ViT) -> str:
-    """Of all weights but the classifier's and adapters', names and values."""
-    made = hashlib.sha256()
-    named = {name.replace(".base_layer.", "."): value for name, value in vit.model.state_dict().items()}
-    for name, value in sorted(named.items()):
-        if not vit.family.is_head(name) and ".lora_" not in name:
-            made.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            made.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
-    return made.hexdigest()
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import safe_open
-
-    tensors, _ = load_tensors(file)
-    with safe_open(file, framework="pt") as opened:
-        return tensors, opened.metadata() or {}
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else value
 
 
 def _peft() -> Any:

@@ -284,7 +284,7 @@ class ClientHalf(Half):
                 z.append(self.vit.tokens(images))
             if training and self.codec.score is not None:
                 attention.append(self.vit.cls_attention(self.vit.depth - 1, self.codec.score))
-            positions.append(self.vit.take_positions() if training else None)
+            positions.append(self.vit.context.positions if training else None)
         where = [p for p in positions if p is not None]
         context = Context(
             num_prefix_tokens=self.vit.num_prefix_tokens,

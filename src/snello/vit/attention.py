@@ -17,7 +17,7 @@ def faster_attention(vit: ViT, batch_size: int, device: torch.device, precision:
     fused one.
     """
     block = copy.deepcopy(vit.blocks[-1])
-    adapter = vit.adapter_of(block)
+    adapter = vit.family.adapter(block, 0)
     if next(block.parameters()).is_meta:  # of a half that is elsewhere: any weights take the same time
         block.to_empty(device=device)
         for parameter in block.parameters():

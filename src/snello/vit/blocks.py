@@ -36,47 +36,33 @@ class BlockObserver(Protocol):
     def record(self, changes: Sequence[Tensor], num_samples: int) -> None:
         """Called at the end of a whole forward pass with every block's mean squared change of the CLS token.
 
-        Args:
-            changes: () float32 each, on the model's device.
-            num_samples: in the pass.
+        Changes are () float32 each, on the model's device.
         """
 
 
 class BlockAdapter(ABC):
-    """A pre-norm block: attention and its residual, then MLP and its residual.
-
-    Args:
-        block: the library's.
-        index: in the model.
-        num_prefix_tokens: of the model.
-        has_cls: whether the model has a CLS token.
-    """
-
-    def __init__(self, block: Any, index: int, num_prefix_tokens: int, has_cls: bool) -> None:
-        self.block = block
-        self.index = index
-        self.is_last = False
-        """Whether a forward pass ends with this block."""
-        self.num_prefix_tokens = num_prefix_tokens
-        self.has_cls = has_cls
-        self.observer: BlockObserver | None = None
-        self.passes = Passes(num_prefix_tokens)
-        """Shared by all blocks of a model."""
-        self._watched = False
-
-    # What a library's blocks differ in.
+    """A pre-norm block of a library: attention and its residual, then MLP and its residual."""
 
     path: AttentionPath
     """How the block computes attention."""
+    is_last = False
+    """Whether a forward pass ends with this block."""
+    observer: BlockObserver | None = None
+    _watched = False
+
+    def __init__(self, block: Any, index: int, num_prefix_tokens: int, has_cls: bool) -> None:
+        self.block, self.index = block, index
+        self.num_prefix_tokens, self.has_cls = num_prefix_tokens, has_cls
+        self.passes = Passes(num_prefix_tokens)
+        """Shared by all blocks of a model."""
+
+    # What a library's blocks differ in.
 
     @abstractmethod
     def attend(self, x: Tensor, bias: Tensor | None = None, **arguments: Any) -> Tensor:
-        """Attention and its residual, (B, N, D).
+        """Attention and its residual on x (B, N, D), (B, N, D).
 
-        Args:
-            x: (B, N, D).
-            bias: (B, 1, 1, N), added to the logits of every key.
-            arguments: of the block's own attention, as `arguments` found them.
+        `bias` (B, 1, 1, N) is added to the logits of every key; `arguments` found those of the block's own attention.
         """
 
     @abstractmethod
@@ -101,19 +87,13 @@ class BlockAdapter(ABC):
 
     @abstractmethod
     def queries_and_keys(self, captured: Any, from_cls: bool) -> tuple[Tensor, Tensor, float]:
-        """Queries (B, H, 1 or N, D / H), keys (B, H, N, D / H) and the scale, of what was captured.
-
-        Args:
-            captured: from the context.
-            from_cls: only the CLS token's query.
-        """
+        """Queries (B, H, N, D / H) or the CLS token's (B, H, 1, D / H), keys (B, H, N, D / H) and the scale."""
 
     # What they share.
 
     def wanted(self) -> bool:
         """Whether this forward's queries and keys are wanted."""
-        context = self.passes.current
-        scoring = context.scoring and context.block == self.index
+        scoring = self.passes.current.scoring and self.passes.current.block == self.index
         return scoring or (self._watched and self.block.training and not recomputing())
 
     def watch(self) -> None:
@@ -158,8 +138,8 @@ class BlockAdapter(ABC):
     def _unknown(self, observer: BlockObserver, x: Tensor) -> ForwardContext:
         """The context of a pass that is computed again, but of which nothing is known."""
         if not observer.rule.has_places:
-            text = "gradient checkpointing gave a block other tensors than before (offloaded?)"
-            raise ModelError(f"{text}, which merging does not support: use rule=drop")
+            text = "gradient checkpointing gave a block other tensors than before (offloaded?), which merging does not"
+            raise ModelError(f"{text} support: use rule=drop")
         num_keep = observer.num_keep(self.index, x.shape[1] - self.num_prefix_tokens)
         return ForwardContext(self.num_prefix_tokens, self.index, num_keep)
 
@@ -171,7 +151,6 @@ class BlockAdapter(ABC):
             raise ModelError("attention masks are not supported while tokens are dropped: detach first")
         context.arguments = arguments
         rule, num_keep = observer.rule, context.num_keep
-        assert num_keep is not None
         reducing = num_keep < x.shape[1] - self.num_prefix_tokens
         if not reducing and context.sizes is None:
             y: Tensor = inspect.unwrap(type(self.block).forward)(self.block, x, *args, **options)
@@ -222,16 +201,12 @@ class BlockAdapter(ABC):
     def _scores(self, context: ForwardContext, from_cls: bool, keep: bool) -> Tensor:
         """Attention that each token receives, (B, N) float32: from the CLS token, or the mean over all queries.
 
-        Args:
-            context: of the pass; what was captured stays in it where `keep` says so: it counts as memory.
-            from_cls: whether only the CLS token's attention counts.
-            keep: for another call.
+        What was captured, which counts as memory, is kept for another call where `keep` says so.
         """
         captured = context.attention[self.index] if keep else context.attention.pop(self.index)
         q, k, scale = self.queries_and_keys(captured, from_cls)
         logits = (q * scale) @ k.transpose(-2, -1)
-        scores: Tensor = logits.float().softmax(dim=-1).mean(dim=(1, 2))
-        return scores
+        return logits.float().softmax(dim=-1).mean(dim=(1, 2))
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:

@@ -22,7 +22,7 @@ class ForwardContext:
     num_prefix_tokens: int
     block: int = 0
     """The index of the block under way."""
-    num_keep: int | None = None
+    num_keep: int = 0
     """How many of its patch tokens the block under way passes on."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """What the caller gave the block under way beside its tokens, for the block's own attention."""

@@ -19,8 +19,7 @@ SUPPORTED = (
 class Family(ABC):
     """A model of one library; attributes are filled in by its subclass."""
 
-    model: Any
-    """The library's; it has no types that would help."""
+    model: Any  # the library's; it has no types that would help
     blocks: list[Any]
     num_prefix_tokens: int
     has_cls: bool
@@ -31,6 +30,12 @@ class Family(ABC):
     patch_size: int
     """The longer side of a patch in pixels."""
     embed_dim: int
+    features_shape: tuple[int, ...]
+    """Of what the classifier sees of one sample."""
+    embeddings: tuple[str, ...]
+    """What the names of the parameters of patch, position and prefix embeddings begin with."""
+    tables: tuple[str, ...]
+    """How those of position and prefix embeddings end: tables that weight decay would only shrink."""
     block_prefix: str
     """What the names of the blocks' parameters begin with, up to the block's number."""
     head_names: tuple[str, ...]
@@ -39,20 +44,15 @@ class Family(ABC):
     """The linear layers of a block's attention, as named in the block."""
 
     @abstractmethod
+    def __init__(self, model: nn.Module) -> None: ...
+
+    @abstractmethod
     def adapter(self, block: Any, index: int) -> BlockAdapter:
         """Around one of the blocks, or a copy of one; a ModelError where it is not supported, naming it."""
 
     @abstractmethod
-    def is_embedding(self, name: str) -> bool:
-        """Whether a parameter of this name belongs to patch, position or prefix embeddings."""
-
-    @abstractmethod
-    def is_table(self, name: str) -> bool:
-        """Whether it is a position or prefix embedding: a table that weight decay would only shrink."""
-
-    @abstractmethod
-    def cut(self, blocks: int, head_below: bool) -> tuple["Family", "Family"]:
-        """Both parts of a cut after `blocks` blocks, as `ViT.cut` describes them."""
+    def divide(self, lower: Any, upper: Any, blocks: int) -> None:
+        """Leaves each of two shells of the model its part, but for the classifiers: `blocks` blocks, and the others."""
 
     @abstractmethod
     def tokens(self, x: Tensor) -> Tensor:
@@ -62,11 +62,6 @@ class Family(ABC):
     def features(self, z: Tensor) -> Tensor:
         """What the classifier sees of tokens (B, N, D)."""
 
-    @property
-    @abstractmethod
-    def features_shape(self) -> tuple[int, ...]:
-        """The shape of one sample's features."""
-
     @abstractmethod
     def head(self, features: Tensor) -> Tensor:
         """The logits (B, C) of features."""
@@ -74,6 +69,21 @@ class Family(ABC):
     @abstractmethod
     def set_grad_checkpointing(self, on: bool) -> None:
         """Switches the library's gradient checkpointing."""
+
+    def cut(self, blocks: int, head_below: bool) -> tuple["Family", "Family"]:
+        """Both parts of a cut after `blocks` blocks, as `ViT.cut` describes them."""
+        lower, upper = shell(self.model), shell(self.model)
+        self.divide(lower, upper, blocks)
+        for name in self.head_names:
+            if hasattr(self.model, name):
+                setattr(upper if head_below else lower, name, nn.Identity())
+        below, above = type(self)(lower), type(self)(upper)
+        above.num_patches, above.patch_size = self.num_patches, self.patch_size
+        return below, above
+
+    def is_embedding(self, name: str) -> bool:
+        """Whether a parameter of this name belongs to patch, position or prefix embeddings."""
+        return name.startswith(self.embeddings)
 
     def is_head(self, name: str) -> bool:
         """Whether a parameter of this name belongs to a classifier."""

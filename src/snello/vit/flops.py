@@ -25,11 +25,7 @@ class Tokens:
 
 
 class StepFlops:
-    """Forward and backward of one picture.
-
-    Args:
-        vit: a model, or a part of one; what requires gradients now is what may train later.
-    """
+    """Forward and backward of one picture through a model or a part; what requires gradients now may train later."""
 
     def __init__(self, vit: ViT) -> None:
         self.prefix, self.has_cls = vit.num_prefix_tokens, vit.has_cls
@@ -47,13 +43,9 @@ class StepFlops:
     def step(
         self, tokens: Sequence[Tokens], num_patches: int, trained: Collection[int], train_embeddings: bool
     ) -> float:
-        """A step.
+        """A step that starts with `num_patches` patch tokens, and trains the blocks `trained`.
 
-        Args:
-            tokens: of every block.
-            num_patches: patch tokens at the start.
-            trained: the blocks that train.
-            train_embeddings: whether the embeddings do; else the backward pass ends at the lowest trained block.
+        Where the embeddings do not train, the backward pass ends at the lowest trained block.
         """
         total = 2 * num_patches * self._embedding * (2 if train_embeddings else 1) + 6.0 * self._head
         lowest = 0 if train_embeddings else min(trained)
@@ -80,19 +72,17 @@ class _Block:
         inside = attention_modules[0].split(".")[0] + "."
         attention = {name: p for name, p in matrices.items() if name.startswith(inside)}
         mlp = {name: p for name, p in matrices.items() if name not in attention}
-        self.attention, self.mlp = _sum(attention.values()), _sum(mlp.values())
-        self.trained_attention, self.trained_mlp = (
-            _sum(p for p in part.values() if p.requires_grad) for part in (attention, mlp)
-        )
+        parts = attention, mlp
+        self.attention, self.mlp = (_sum(part.values()) for part in parts)
+        self.trained_attention, self.trained_mlp = (_sum(p for p in part.values() if p.requires_grad) for part in parts)
         self.base_attention, self.base_mlp = (
-            _sum(p for name, p in part.items() if "lora_" not in name) for part in (attention, mlp)
+            _sum(p for name, p in part.items() if "lora_" not in name) for part in parts
         )
         # The projection after the heads takes all their values.
-        self.width = next(p.shape[1] for name, p in attention.items() if name.startswith(attention_modules[-1]))
+        last = attention_modules[-1]
+        self.width = next(p.shape[1] for name, p in attention.items() if name.startswith(last))
         # Where the norm before it is frozen (LoRA), nothing asks for the gradient of the attention's own input.
-        first = (
-            p for name, p in attention.items() if not name.startswith(attention_modules[-1]) and "lora_B" not in name
-        )
+        first = (p for name, p in attention.items() if not name.startswith(last) and "lora_B" not in name)
         self.inputs = 0 if any(p.requires_grad for p in parameters.values() if p.ndim == 1) else _sum(first)
 
 

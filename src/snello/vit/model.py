@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from snello.errors import ConfigError, ModelError
-from snello.vit.blocks import AttentionPath, BlockAdapter, BlockObserver, Score
+from snello.vit.blocks import AttentionPath, BlockObserver, Score
 from snello.vit.context import ForwardContext, Passes
 from snello.vit.family import Family
 from snello.vit.timm_family import TimmFamily
@@ -26,7 +26,7 @@ class ViT:
         # torch.compile(model) wraps the model, model.compile() changes it in place.
         if hasattr(model, "_orig_mod") or any(part._compiled_call_impl is not None for part in model.modules()):
             raise ModelError("the model is already compiled: attach first, then call torch.compile")
-        self._adopt(_family(_unwrap(model)))
+        self._adopt(_family(model))
         self.top_layer = len(self.blocks) + 1
         """The layer of what comes after the blocks; in a part of a model, that of the whole."""
 
@@ -35,18 +35,15 @@ class ViT:
         self.model: nn.Module = family.model
         """The library's model, without a wrapper around it."""
         self.blocks = family.blocks
-        self.num_prefix_tokens = family.num_prefix_tokens
-        self.has_cls = family.has_cls
-        self.num_patches = family.num_patches
-        """Patch tokens of one picture at the model's own size."""
-        self.patch_size = family.patch_size
-        """The longer side of a patch in pixels."""
-        self.embed_dim = family.embed_dim
+        self.num_prefix_tokens, self.has_cls = family.num_prefix_tokens, family.has_cls
+        self.num_patches, self.patch_size = family.num_patches, family.patch_size
+        """Patch tokens of one picture at the model's own size, and the longer side of a patch in pixels."""
+        self.embed_dim, self.features_shape = family.embed_dim, family.features_shape
         self._passes = Passes(self.num_prefix_tokens)
         self._adapters = [family.adapter(block, index) for index, block in enumerate(self.blocks)]
         for adapter in self._adapters:
             adapter.passes = self._passes
-            adapter.is_last = adapter.index == len(self.blocks) - 1
+        self._adapters[-1].is_last = True
 
     @property
     def depth(self) -> int:
@@ -70,7 +67,8 @@ class ViT:
 
     def decays(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether weight decay applies: not to biases, norms, position and prefix tokens."""
-        return parameter.ndim > 1 and not self.family.is_table(name)
+        table = self.family.is_embedding(name) and name.endswith(self.family.tables)
+        return parameter.ndim > 1 and not table
 
     @property
     def attention_paths(self) -> list[AttentionPath]:
@@ -82,37 +80,27 @@ class ViT:
         for adapter, path in zip(self._adapters, paths, strict=True):
             adapter.path = path
 
-    def adapter_of(self, block: Any) -> BlockAdapter:
-        """An adapter around a copy of one of the blocks, to try things on it."""
-        return self.family.adapter(block, 0)
-
     def set_grad_checkpointing(self, on: bool) -> None:
         """Keeps only the blocks' inputs for the backward pass, which computes the rest again; or no longer."""
         self.family.set_grad_checkpointing(on)
 
     def cut(self, blocks: int, *, head_below: bool = False) -> tuple["ViT", "ViT"]:
-        """Two Vision Transformers that together are this one: embeddings and the first blocks, and all the rest.
+        """Two Vision Transformers that together are this one: embeddings and the first `blocks` blocks, and the rest.
 
         They share this model's modules and parameters, each under its name in the whole model, so that their
-        `state_dict`s add up to the model's.
-
-        Args:
-            blocks: those of the lower part, in 1..depth - 1.
-            head_below: gives the classifier to the lower part (U-shape); the upper one ends with the features.
+        `state_dict`s add up to the model's. `head_below` gives the classifier to the lower part (U-shape); the upper
+        one then ends with the features.
 
         Raises:
-            ConfigError: where `blocks` is out of range.
+            ConfigError: where `blocks` is not in 1..depth - 1.
         """
         if not 1 <= blocks < self.depth:
             raise ConfigError(f"cut must be in 1..{self.depth - 1} (the model's depth less 1), got {blocks}")
-        lower, upper = (self._part(family) for family in self.family.cut(blocks, head_below))
-        return lower, upper
-
-    def _part(self, family: Family) -> "ViT":
-        part = ViT.__new__(ViT)
-        part._adopt(family)
-        part.top_layer = self.top_layer
-        return part
+        parts = ViT.__new__(ViT), ViT.__new__(ViT)
+        for part, family in zip(parts, self.family.cut(blocks, head_below), strict=True):
+            part._adopt(family)
+            part.top_layer = self.top_layer
+        return parts
 
     def tokens(self, x: Tensor) -> Tensor:
         """Tokens (B, N, D) after the last block and norm, of pictures (B, 3, H, W), or of tokens in an upper part."""
@@ -123,11 +111,6 @@ class ViT:
         """What the classifier sees of tokens (B, N, D): (B, F), or (B, 2, D) where a distillation token is read too."""
         return self.family.features(z)
 
-    @property
-    def features_shape(self) -> tuple[int, ...]:
-        """The shape of one sample's features."""
-        return self.family.features_shape
-
     def head(self, features: Tensor) -> Tensor:
         """The logits (B, C) of features."""
         return self.family.head(features)
@@ -137,14 +120,10 @@ class ViT:
         self._adapters[index].watch()
 
     def cls_attention(self, index: int, score: Score = "auto") -> Tensor:
-        """How much attention each token that the watched block passed on received in the last forward, once.
+        """How much attention each token that the watched block `index` passed on received in the last forward, once.
 
-        Args:
-            index: of the block.
-            score: `cls` from the CLS token, `received` on average from all tokens; `auto` is the first that there is.
-
-        Returns:
-            (B, K) float32, >= 0, mean over heads, without gradient.
+        (B, K) float32, >= 0, mean over heads, without gradient. `score` says from where: `cls` from the CLS token,
+        `received` on average from all tokens; `auto` is the first that there is.
 
         Raises:
             ModelError: for `cls` in a model without CLS token.
@@ -157,10 +136,6 @@ class ViT:
     def context(self) -> ForwardContext:
         """What the last forward in training mode knew of its tokens."""
         return self._passes.current
-
-    def take_positions(self) -> Tensor | None:
-        """Where the tokens that the last forward kept stood before, (B, K) int64; None where it dropped none."""
-        return self.context.positions
 
     @property
     def attached(self) -> bool:
@@ -192,19 +167,14 @@ class ViT:
 
 def logits_of(output: Any) -> Tensor:
     """The logits (B, C) in what a model returned: timm's are a tensor, transformers' are in an object."""
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits
+    return output if isinstance(output, Tensor) else output.logits
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def _family(model: Any) -> Family:
     """The model itself, where peft or transformers' timm wrapper is around it."""
     if hasattr(model, "get_base_model"):
-        model = model.get_base_model()  # type: ignore[operator]
-    inner = getattr(model, "timm_model", None)
-    return inner if isinstance(inner, nn.Module) else model
-
-
-def _family(model: nn.Module) -> Family:
+        model = model.get_base_model()
+    model = getattr(model, "timm_model", model)
     if any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__):
         from snello.vit.transformers_family import TransformersFamily  # else timm's users would have to have it
 

@@ -2,23 +2,23 @@
 
 from typing import Any
 
-import torch
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from snello.vit.blocks import AttentionPath, BlockAdapter
-from snello.vit.family import Family, keep_blocks, shell, unsupported
+from snello.vit.family import Family, keep_blocks, unsupported
 
 POOLS = ("token", "avg", "avgmax", "max")
-TABLES = ("cls_token", "reg_token", "dist_token", "pos_embed")
-EMBEDDINGS = (*TABLES, "patch_embed", "norm_pre")
 
 
 class TimmFamily(Family):
     """A timm VisionTransformer, or a part of one."""
 
+    tables = ("cls_token", "reg_token", "dist_token", "pos_embed")
+    embeddings = (*tables, "patch_embed.", "norm_pre.")
     block_prefix = "blocks."
     head_names = ("head", "head_dist")
     attention_modules = ("attn.qkv", "attn.proj")
@@ -37,6 +37,7 @@ class TimmFamily(Family):
             self.num_patches = int(model.patch_embed.num_patches)
             self.patch_size = max(model.patch_embed.patch_size)
         self.embed_dim = model.embed_dim
+        self.features_shape = (2, self.embed_dim) if hasattr(model, "head_dist") else (self.embed_dim,)
 
     @override
     def adapter(self, block: Any, index: int) -> "TimmBlock":
@@ -51,52 +52,32 @@ class TimmFamily(Family):
         return TimmBlock(block, index, self.num_prefix_tokens, self.has_cls)
 
     @override
-    def is_embedding(self, name: str) -> bool:
-        return name.split(".")[0] in EMBEDDINGS
-
-    @override
-    def is_table(self, name: str) -> bool:
-        return name.split(".")[0] in TABLES
-
-    @override
-    def cut(self, blocks: int, head_below: bool) -> tuple["TimmFamily", "TimmFamily"]:
-        lower, upper = shell(self.model), shell(self.model)
+    def divide(self, lower: Any, upper: Any, blocks: int) -> None:
         lower.blocks = keep_blocks(nn.Sequential(), range(blocks), self.blocks)
         upper.blocks = keep_blocks(nn.Sequential(), range(blocks, len(self.blocks)), self.blocks)
-        for name in TABLES:
+        for name in self.tables:
             if name in upper._parameters:
                 upper._parameters[name] = None
         lower.norm = lower.fc_norm = nn.Identity()
         upper.norm_pre = upper.patch_drop = upper.patch_embed = nn.Identity()
-        for name in self.head_names:
-            if hasattr(self.model, name):
-                setattr(upper if head_below else lower, name, nn.Identity())
         upper._pos_embed = _unchanged
-        parts = TimmFamily(lower), TimmFamily(upper)
-        parts[1].num_patches, parts[1].patch_size = self.num_patches, self.patch_size
-        return parts
 
     @override
     def tokens(self, x: Tensor) -> Tensor:
-        z: Tensor = self.model.forward_features(x)
-        return z
+        y: Tensor = self.model.forward_features(x)
+        return y
 
     @override
     def features(self, z: Tensor) -> Tensor:
         if hasattr(self.model, "head_dist"):
             return z[:, :2]
-        features: Tensor = self.model.forward_head(z, pre_logits=True)
-        return features
-
-    @property
-    @override
-    def features_shape(self) -> tuple[int, ...]:
-        return (2, self.embed_dim) if hasattr(self.model, "head_dist") else (self.embed_dim,)
+        y: Tensor = self.model.forward_head(z, pre_logits=True)
+        return y
 
     @override
     def head(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.model.forward_head(features) if features.ndim == 3 else self.model.head(features)
-        return logits
+        y: Tensor = self.model.forward_head(features) if features.ndim == 3 else self.model.head(features)
+        return y
 
     @override
     def set_grad_checkpointing(self, on: bool) -> None:
@@ -109,10 +90,8 @@ class TimmBlock(BlockAdapter):
     The attention row is computed from the output of `attn.qkv`, one query per head, so that fused attention can stay.
     """
 
-    def __init__(self, block: Any, index: int, num_prefix_tokens: int, has_cls: bool) -> None:
-        super().__init__(block, index, num_prefix_tokens, has_cls)
-        self._hook: torch.utils.hooks.RemovableHandle | None = None
-        self._hooked: nn.Module | None = None
+    _hook: RemovableHandle | None = None
+    _hooked: nn.Module | None = None
 
     @property
     def path(self) -> AttentionPath:
@@ -126,8 +105,8 @@ class TimmBlock(BlockAdapter):
     @override
     def attend(self, x: Tensor, bias: Tensor | None = None, **arguments: Any) -> Tensor:
         block = self.block
-        h: Tensor = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=bias, **arguments)))
-        return h
+        y: Tensor = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=bias, **arguments)))
+        return y
 
     @override
     def feed(self, h: Tensor) -> Tensor:

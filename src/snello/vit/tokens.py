@@ -10,15 +10,9 @@ from torch import Tensor
 
 
 def keep_top(scores: Tensor, num_keep: int, num_prefix_tokens: int) -> Tensor:
-    """Indices of the prefix tokens and of the patch tokens with the highest scores, in their original order.
+    """Indices (B, P + k) int64 of the prefix tokens and of the k patch tokens with the highest scores, ascending.
 
-    Args:
-        scores: (B, N), any real values; those of the prefix tokens are not looked at.
-        num_keep: patch tokens to keep, k in 1..N - P.
-        num_prefix_tokens: P, the leading tokens that always stay.
-
-    Returns:
-        (B, P + k) int64, ascending in each row.
+    Scores (B, N) are any real values; those of the prefix tokens are not looked at.
 
     Raises:
         ValueError: where `num_keep` is not in 1..N - P.
@@ -90,15 +84,9 @@ def _pairs(x: Tensor, num_merge: int, num_prefix_tokens: int) -> tuple[Tensor, T
 
 
 def merge(z: Tensor, assignment: Tensor, num_groups: int) -> Tensor:
-    """The mean of each group's members; the gradient of a mean is shared equally by its members.
+    """The mean of each of T groups of rows of z (B, ...), of its dtype; its gradient is shared equally by the members.
 
-    Args:
-        z: (B, ...), any real dtype; gradient flows through.
-        assignment: (B,) int64, the group of each row, in 0..T - 1; no group is empty.
-        num_groups: T.
-
-    Returns:
-        (T, ...), of z's dtype.
+    `assignment` (B,) int64 is the group of each row, in 0..T - 1; no group is empty.
     """
     # One matmul with the (T, B) averaging matrix: the same sums in the same order on every device, unlike a scatter.
     averaging = torch.zeros(num_groups, len(z), dtype=z.dtype, device=z.device)
@@ -124,9 +112,8 @@ def kmeans(
     Raises:
         ValueError: where `num_clusters` is not in 1..B.
     """
-    B = len(x)
-    if not 1 <= num_clusters <= B:
-        raise ValueError(f"num_clusters must be in 1..{B}, got {num_clusters}")
+    if not 1 <= num_clusters <= len(x):
+        raise ValueError(f"num_clusters must be in 1..{len(x)}, got {num_clusters}")
     x = x.detach().float()
     # Distances need differences, so the common part is only a loss of digits.
     x_centred = x - x.mean(dim=0)

@@ -24,7 +24,6 @@ from snello.errors import ModelError
 from snello.vit.blocks import AttentionPath, BlockAdapter
 from snello.vit.family import Family, keep_blocks, shell, unsupported
 
-TABLES = ("cls_token", "distillation_token", "register_tokens", "position_embeddings", "mask_token")
 OBSERVED = "snello_observed"
 """Our name in transformers' attention interface."""
 IMPLEMENTATIONS: dict[AttentionPath, str] = {"fused": "sdpa", "explicit": "eager"}
@@ -53,20 +52,21 @@ _watches: "weakref.WeakKeyDictionary[nn.Module, _Watch]" = weakref.WeakKeyDictio
 class TransformersFamily(Family):
     """One of MODELS, or a part of one."""
 
+    tables = ("cls_token", "distillation_token", "register_tokens", "position_embeddings", "mask_token")
     attention_modules = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj")
 
     def __init__(self, model: nn.Module) -> None:
         if type(model) not in MODELS:
+            name = f"model {type(model).__name__}"
             if isinstance(model, PreTrainedModel) and model.config.model_type in MODELS.values():
-                raise ModelError(
-                    f"model {type(model).__name__} has no classification head: load it with "
-                    "transformers.AutoModelForImageClassification"
-                )
-            raise unsupported(f"model {type(model).__name__}")
+                load = "load it with transformers.AutoModelForImageClassification"
+                raise ModelError(f"{name} has no classification head: {load}")
+            raise unsupported(name)
         self.model = model
         self._name = MODELS[type(model)]
         base = self._base(model)
         encoder = hasattr(base, "encoder")
+        self.embeddings = (f"{self._name}.embeddings.",)
         self.block_prefix = f"{self._name}.{'encoder.layer' if encoder else 'layers'}."
         self.blocks = list(base.encoder.layer if encoder else base.layers)
         self.head_names = tuple(name for name, _ in model.named_children() if name.endswith("classifier"))
@@ -77,7 +77,9 @@ class TransformersFamily(Family):
         if not isinstance(base.embeddings, nn.Identity):  # an upper part has none
             patches = base.embeddings.patch_embeddings
             self.num_patches, self.patch_size = int(patches.num_patches), max(patches.patch_size)
-        self.embed_dim = config.hidden_size
+        self.embed_dim = D = config.hidden_size
+        self._has_teacher = type(model) is deit.DeiTForImageClassificationWithTeacher
+        self.features_shape = (2 * D,) if self.pools_patches else (2, D) if self._has_teacher else (D,)
 
     def _base(self, model: nn.Module) -> Any:
         return getattr(model, MODELS[type(model)])
@@ -91,16 +93,7 @@ class TransformersFamily(Family):
         raise unsupported(f"block {type(block).__name__} with attention {name}")
 
     @override
-    def is_embedding(self, name: str) -> bool:
-        return name.startswith(f"{self._name}.embeddings.")
-
-    @override
-    def is_table(self, name: str) -> bool:
-        return self.is_embedding(name) and name.split(".")[-1] in TABLES
-
-    @override
-    def cut(self, blocks: int, head_below: bool) -> tuple["TransformersFamily", "TransformersFamily"]:
-        lower, upper = shell(self.model), shell(self.model)
+    def divide(self, lower: Any, upper: Any, blocks: int) -> None:
         for part, kept in ((lower, range(blocks)), (upper, range(blocks, len(self.blocks)))):
             base = shell(self._base(self.model))
             setattr(part, self._name, base)
@@ -112,47 +105,31 @@ class TransformersFamily(Family):
                 base.layers = layers
         self._base(lower).layernorm = nn.Identity()
         self._base(upper).embeddings = nn.Identity()
-        for name in self.head_names:
-            setattr(upper if head_below else lower, name, nn.Identity())
-        parts = TransformersFamily(lower), TransformersFamily(upper)
-        parts[1].num_patches, parts[1].patch_size = self.num_patches, self.patch_size
-        return parts
 
     @override
     def tokens(self, x: Tensor) -> Tensor:
         base = self._base(self.model)
-        z: Tensor = base.embeddings(x)
+        z = base.embeddings(x)
         for block in self.blocks:
             z = block(z)
-        z = base.layernorm(z)
-        return z
+        y: Tensor = base.layernorm(z)
+        return y
 
     @override
     def features(self, z: Tensor) -> Tensor:
-        if self._name.startswith("dinov2"):
+        if self.pools_patches:
             return torch.cat([z[:, 0], z[:, self.num_prefix_tokens :].mean(dim=1)], dim=1)
         return z[:, :2] if self._has_teacher else z[:, 0]
-
-    @property
-    @override
-    def features_shape(self) -> tuple[int, ...]:
-        if self._name.startswith("dinov2"):
-            return (2 * self.embed_dim,)
-        return (2, self.embed_dim) if self._has_teacher else (self.embed_dim,)
-
-    @property
-    def _has_teacher(self) -> bool:
-        return type(self.model) is deit.DeiTForImageClassificationWithTeacher
 
     @override
     def head(self, features: Tensor) -> Tensor:
         model = self.model
-        logits: Tensor
-        if self._has_teacher:
-            logits = (model.cls_classifier(features[:, 0]) + model.distillation_classifier(features[:, 1])) / 2
-        else:
-            logits = model.classifier(features)
-        return logits
+        y: Tensor
+        if not self._has_teacher:
+            y = model.classifier(features)
+            return y
+        y = (model.cls_classifier(features[:, 0]) + model.distillation_classifier(features[:, 1])) / 2
+        return y
 
     @override
     def set_grad_checkpointing(self, on: bool) -> None:
@@ -237,8 +214,8 @@ class ViTBlock(TransformersBlock):
     def attend(self, x: Tensor, bias: Tensor | None = None, **arguments: Any) -> Tensor:
         block = self.block
         attended = block.attention(block.layernorm_before(x), attention_mask=bias, **arguments)[0]
-        h: Tensor = block.dropout(attended) + x
-        return h
+        y: Tensor = block.dropout(attended) + x
+        return y
 
     @override
     def feed(self, h: Tensor) -> Tensor:
@@ -254,8 +231,8 @@ class Dinov2Block(TransformersBlock):
     def attend(self, x: Tensor, bias: Tensor | None = None, **arguments: Any) -> Tensor:
         block = self.block
         attended = block.attention(block.norm1(x), attention_mask=bias, **arguments)[0]
-        h: Tensor = block.drop_path(block.layer_scale1(attended)) + x
-        return h
+        y: Tensor = block.drop_path(block.layer_scale1(attended)) + x
+        return y
 
     @override
     def feed(self, h: Tensor) -> Tensor:
