@@ -12,7 +12,7 @@ from snello.errors import CheckpointError
 from snello.files import load_tensors
 from snello.runs.folder import RunFolder
 from snello.runs.resolved import ServerAddress
-from snello.split.build import cut_model, make_codec, make_half
+from snello.split.build import cut_model, make_codec
 from snello.split.client.connection import Connection, Endpoint
 from snello.split.client.endpoints import make_endpoint
 from snello.split.client.link import NetworkLink
@@ -47,8 +47,7 @@ class JoinedModel(Evaluator):
         codec = make_codec(config, str(resolved.codec), vit.embed_dim).to(device)
         lower, _ = cut_model(vit, config)
         lower.model.to_empty(device=device)
-        options: dict[str, Any] = {"num_classes": num_classes, "device": device, "precision": precision}
-        half = make_half(ClientHalf, lower, config, codec, **options)
+        half = ClientHalf(lower, config, codec, num_classes, device, precision)
         _load(lower.model, run.model_file)
         if next(codec.parameters(), None) is not None:
             _load(codec, run.codec_file)

@@ -10,6 +10,7 @@ from snello.devices import Precision
 from snello.models import create_model
 from snello.seeds import mix
 from snello.split.build import cut_model, make_codec, meta_vit
+from snello.split.halves import ServerHalf
 from snello.split.ledger import Ledger
 from snello.split.steps import ServerModel
 from snello.split.wire.handshake import Terms, make_terms
@@ -29,7 +30,7 @@ def make_server_model(
     _, upper = cut_model(vit, config)
     upper.set_attention_paths([attention] * upper.depth)
     upper.model.to(device)
-    return ServerModel(upper, codec, config, num_classes=num_classes, device=device, precision=precision)
+    return ServerModel(ServerHalf(upper, config, codec, num_classes, device, precision))
 
 
 class Sizes:

@@ -83,7 +83,7 @@ class TrainingSession:
             buffer=model.codec.buffer,
             max_steps=plan.total_steps,
         )
-        self.steps = ServerSteps(model, self.schedule, config, shared=self.shared)
+        self.steps = ServerSteps(model, self.schedule, shared=self.shared)
         own = ({}, {}) if self.shared else (model.modules, model.optimizers)
         self.checkpoints = Checkpoints(run.path / "checkpoints", *own)
         self.incarnation = ""
@@ -176,7 +176,7 @@ class TrainingSession:
             feature_gradient=in_u_shape,
         )
         # In half precision the client may yet find that its own gradient overflowed: its next frame says so.
-        waits = self.model.scale.scaler is not None
+        waits = self.model.half.scaler.is_enabled()
         return answer, self._update if self.steps.due and not waits else None
 
     def _update(self, overflow: bool = False) -> None:
