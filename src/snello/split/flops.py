@@ -23,13 +23,8 @@ def flops(
 ) -> tuple[float, float]:
     """FLOPs per picture of the client's side and of the server's, forward and backward, in an exchange of a full batch.
 
-    On random pictures; matrix products and convolutions count, two per multiply-add, the codec's too.
-
-    Args:
-        config: of the run.
-        codec: what its codec was resolved to.
-        num_classes: of the classifier.
-        method: state of each half's method, by side; None starts at the beginning.
+    On random pictures; matrix products and convolutions count, two per multiply-add, the codec's too. `method` is the
+    state of each half's method, by side; None starts at the beginning.
     """
     config = replace(config, split=replace(config.split, max_bytes=None, link=None))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -60,7 +60,7 @@ class Half:
             weight_decay=config.weight_decay,
             layer_decay=config.layer_decay,
             device=device,
-            others=(p for name, p in codec.named_parameters() if self.codec_part in name),
+            others=codec.client_parameters() if self.side == "client" else codec.server_parameters(),
         )
         attached = config.method_name != "alast" or config.split.alast in (self.side, "both")
         self.method = make_method(part, config, config.method_name if attached else "full")

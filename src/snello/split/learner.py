@@ -65,9 +65,6 @@ class SplitLearner(Learner):
     Args:
         vit: the whole model, for its sizes.
         lower: the client's part of it, with memory.
-        codec: at the cut.
-        setup: settings and schedule.
-        link: the way to the server's half.
 
     Raises:
         ConfigError: where codec or budget do not fit the model.
@@ -91,8 +88,6 @@ class SplitLearner(Learner):
         self._seconds = 0.0
         self._overflow = False
         self._at_begin: dict[str, Any] | None = None  # of the step under way, before it moved anything
-
-    # ------------------------------------------------------------------------------------------------- one step
 
     @override
     def begin(self, step: int, progress: float, num_micro: int) -> None:
@@ -162,8 +157,6 @@ class SplitLearner(Learner):
     @override
     def spent(self, step: int) -> bool:
         return self.ledger.spent(step)
-
-    # ------------------------------------------------------------------------------------ what is logged and saved
 
     @override
     def metrics(self) -> dict[str, Any]:
@@ -241,7 +234,6 @@ class Evaluator(nn.Module):
     """The cut model in evaluation: normalised pictures (B, 3, H, W) to logits (B, C), over the link.
 
     Args:
-        half: the client's.
         exchange: brings a frame to the server's half and its answer back.
         most: pictures in one frame; None for as many as come.
     """
@@ -263,12 +255,7 @@ class Evaluator(nn.Module):
 
 
 class LocalLink:
-    """A link to a server's half in this process.
-
-    Args:
-        model: the server's half.
-        setup: settings and schedule.
-    """
+    """A link to a server's half in this process."""
 
     may_break = False
 

@@ -17,14 +17,7 @@ from snello.vit import ViT
 
 
 class Ledger:
-    """The bytes of one run.
-
-    Args:
-        vit: the whole model, for its sizes; it may be on the device `meta`.
-        config: of the run.
-        codec: at its cut.
-        num_classes: C.
-    """
+    """The bytes of one run of a whole model, which may be on the device `meta`: only its sizes are looked at."""
 
     def __init__(self, vit: ViT, config: Recipe, codec: Codec, num_classes: int) -> None:
         split = config.split
@@ -52,8 +45,6 @@ class Ledger:
         """Bytes that no frame of an exchange of so many pictures needs to exceed."""
         shape = self._shape(batch_size * self.codec.buffer)
         return max(uncompressed_bytes(shape), sum(exchange_bytes(self.codec, shape))) + (1 << 16)
-
-    # ---------------------------------------------------------------------------------------------------- budget
 
     def plan(self, client: ClientHalf, step_samples: Sequence[int]) -> int | None:
         """Steps whose training bytes fit into the budget, given the pictures in each step of an epoch.
@@ -111,8 +102,6 @@ class Ledger:
             labels=self.config.split.labels,
             features=vit.features_shape,
         )
-
-    # -------------------------------------------------------------------------------------- what is said and saved
 
     @property
     def times_fewer(self) -> float:

@@ -40,10 +40,7 @@ def join(
 ) -> Summary:
     """Trains with a server as it says and returns the summary that it saves in the run folder.
 
-    Args:
-        config: this side's own.
-        console: where the run reports to.
-        on_settings: called with the settings that the server gave, before the first step.
+    `on_settings` is called with the settings that the server gave, before the first step.
 
     Raises:
         SnelloError: for input that cannot be used, or a server that cannot be reached or refuses, before anything is
@@ -74,10 +71,7 @@ def join(
 class RemoteSession(Session):
     """A session whose server half is at the other end of a network.
 
-    Args:
-        config: of the client.
-        credentials: shown to the server instead of the token in `config.certs`.
-        console: where the run reports to.
+    `credentials` are shown to the server instead of the token in `config.certs`.
 
     Raises:
         SnelloError: for input that cannot be used, or a server that cannot be reached or refuses.

@@ -27,11 +27,6 @@ from snello.split.wire.weights import weights_of
 class JoinedModel(Evaluator):
     """Normalised pictures (B, 3, H, W) to logits (B, C), with both halves at their best epoch.
 
-    Args:
-        run: folder of the run.
-        device: where the client's half computes.
-        precision: precision of its forward passes.
-
     Raises:
         CheckpointError: where the weights do not fit.
         NetworkError: where the server cannot be reached.

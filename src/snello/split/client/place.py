@@ -34,11 +34,8 @@ class RemotePlace(Place):
         config: the settings that the server told, with this side's own.
         run: the run folder.
         saved: what was decided when the run began; None for a new one.
-        server: where the other half is.
         architecture: what the server said that a transformers model is made of.
-        classes: names of the classes.
         open_connection: makes the connection, given what it asks of this side.
-        console: where to report what happens to the connection.
     """
 
     def __init__(
@@ -74,8 +71,6 @@ class RemotePlace(Place):
         self._plan: RunShape
         self._welcome: Welcome
         self._state: Callable[[], State]
-
-    # --------------------------------------------------------------------------------------------------- beginning
 
     @override
     def make_model(self, num_classes: int) -> nn.Module:
@@ -140,8 +135,6 @@ class RemotePlace(Place):
         steps = steps_in(self._folder)
         return self.checkpoints.path(steps[-1]) if steps else None
 
-    # ---------------------------------------------------------------------------------------------- the connection
-
     def _hello(self) -> Hello:
         return Hello(
             "train",
@@ -173,8 +166,6 @@ class RemotePlace(Place):
     def request(self, frame: Frame) -> Frame:
         """The server's answer to a frame that belongs to no step."""
         return self.learner.link.exchange(frame)
-
-    # ------------------------------------------------------------------------------------------------------ the loop
 
     @override
     def go_back(self, error: GoBack, progress: Progress) -> State | None:

@@ -61,12 +61,8 @@ class Finding:
 def examine(config: DoctorConfig, probe: Callable[[], dict[str, Any]] | None = None) -> list[Finding]:
     """Looks at name, port, TLS and both certificates and, with a `probe`, at clock, version and token.
 
-    It ends with the first failure that leaves the rest open.
-
-    Args:
-        config: the server, and what to show it.
-        probe: asks the server over gRPC: its `time` (seconds since 1970), `version`, `protocol` (an int), and `token`,
-            `accepted` or why not; may raise a SnelloError.
+    It ends with the first failure that leaves the rest open. The probe asks the server over gRPC: its `time` (seconds
+    since 1970), `version`, `protocol` (an int), and `token`, `accepted` or why not; it may raise a SnelloError.
     """
     findings = list(_connection(config))
     if not all(finding.ok for finding in findings):

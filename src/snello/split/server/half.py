@@ -34,13 +34,7 @@ def make_server_model(
 
 
 class Sizes:
-    """What can be said of a session from shapes alone, on the device `meta`.
-
-    Args:
-        config: of the server.
-        num_classes: C.
-        precision: of forward passes.
-    """
+    """What can be said of a session from shapes alone, on the device `meta`."""
 
     def __init__(self, config: ServeConfig, num_classes: int, precision: Precision) -> None:
         self.vit = meta_vit(config, num_classes)

@@ -39,10 +39,7 @@ from snello.vit.attention import faster_attention
 class Registry:
     """Opens, keeps and saves sessions.
 
-    Args:
-        config: of the server.
-        run: its folder.
-        attention: path of attention that an earlier start has measured, if any.
+    `attention` is the path of attention that an earlier start has measured, if any.
 
     Raises:
         SnelloError: where settings, model and machine do not fit each other; nothing has been written.
@@ -83,8 +80,6 @@ class Registry:
                 self._sizes.clear()  # clients choose the number: they must not fill the memory
             self._sizes[num_classes] = Sizes(self.config, num_classes, self.precision)
         return self._sizes[num_classes]
-
-    # ---------------------------------------------------------------------------------------------------- opening
 
     def describe(self) -> Frame:
         """What a client needs to prepare itself."""
@@ -204,8 +199,6 @@ class Registry:
         session.lost_steps += max(0, reached - at)
         session.go_to(at)
 
-    # ------------------------------------------------------------------------------------------------ making them
-
     @property
     def _is_shared(self) -> bool:
         return self.config.sessions == "shared"
@@ -245,8 +238,6 @@ class Registry:
             reason = f"class names: the other clients' have the hash {self._shared_classes}, this one's {plan.classes}"
             raise Refused(Code.MISMATCH, f"{reason}; all who share a server half need the same folders")
         return self._shared
-
-    # ------------------------------------------------------------------------------------------- room, and leaving
 
     def _make_room(self, session: str, sizes: Sizes) -> None:
         """Forgets sessions that nobody is connected to, longest ago first, until this one fits.

@@ -56,16 +56,7 @@ class Session(Protocol):
 
 
 class TrainingSession:
-    """One client's training with a server half.
-
-    Args:
-        client: name of the client.
-        run: folder of the session.
-        model: the half, of this session alone or shared.
-        sizes: of the model.
-        plan: the client's.
-        config: of the server.
-    """
+    """One client's training with a server half, of this session alone or shared, in the folder of the session."""
 
     def __init__(
         self, client: str, run: RunFolder, model: ServerModel, sizes: Sizes, plan: RunShape, config: ServeConfig
@@ -105,8 +96,6 @@ class TrainingSession:
     def between_steps(self) -> bool:
         """Whether no step is under way."""
         return self.steps.between_steps
-
-    # ------------------------------------------------------------------------------------------------ one frame
 
     def take(self, data: bytearray) -> Answer:
         """Applies a frame, or recognizes that it has been applied, and answers it; see `Session`."""
@@ -157,8 +146,6 @@ class TrainingSession:
                 f"a frame of kind {frame.kind.name} came for step {frame.step}, the server is at {self.steps.position}",
             )
 
-    # ----------------------------------------------------------------------------------------------- one exchange
-
     def _exchange(self, frame: Frame) -> tuple[Frame, Callable[[], None] | None]:
         step, micro = self.step, self.steps.micro
         if self.between_steps:
@@ -198,8 +185,6 @@ class TrainingSession:
             self.run.log(row)
         except CheckpointError as error:
             self.failed = Refused(Code.STORAGE, f"the server could not write: {error}")
-
-    # ------------------------------------------------------------------------------------------------- between steps
 
     def _control(self, frame: Frame) -> Frame:
         if frame.kind == Kind.SAVE:
@@ -295,13 +280,8 @@ def _nothing() -> None:
 
 
 class InferenceSession:
-    """A client that evaluates or predicts with the best weights of its session; it changes nothing.
-
-    Args:
-        model: a fresh half, which gets those weights.
-        run: folder of the session.
-        sizes: of the model.
-        config: of the server.
+    """A client that evaluates or predicts with the best weights of its session, which a fresh half gets; it changes
+    nothing.
     """
 
     def __init__(self, model: ServerModel, run: RunFolder, sizes: Sizes, config: ServeConfig) -> None:

@@ -56,15 +56,7 @@ class Limits:
 
 
 class Server:
-    """Serves sessions until it is stopped.
-
-    Args:
-        registry: of the sessions.
-        authenticator: decides who is admitted.
-        telemetry: what operators see.
-        log: where to.
-        limits: how long it waits.
-    """
+    """Serves sessions until it is stopped."""
 
     def __init__(
         self,
@@ -138,8 +130,6 @@ class Server:
         while True:
             await asyncio.sleep(min(30.0, self._limits.idle_seconds))
             await self._in_thread(self._registry.forget_idle)
-
-    # ------------------------------------------------------------------------------------------------- the network
 
     def _handlers(self) -> list[grpc.GenericRpcHandler]:
         methods = {
@@ -248,8 +238,6 @@ class Server:
             before.end(Refused(Code.TAKEN_OVER, "another connection has taken this session over"))
             await before.ended.wait()
             self._telemetry.reconnects.inc()
-
-    # -------------------------------------------------------------------------------------------------- one session
 
     async def _serve(self, call: "_Call", session: Session) -> None:
         call.assembler.max_body_bytes = session.max_body
