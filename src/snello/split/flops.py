@@ -48,16 +48,15 @@ def flops(
             server.half.method.load_state_dict(method["server"])
         learner.half.begin(config.lr, 0.0)
         server.half.begin(config.lr, 0.0)
-        counted = [0, 0]
-        frame: Frame | None = None
-        with FlopCounterMode(display=False) as counter:
-            frame = learner.half.start(batches, step=0, micro=0, num_samples=num, seed=0)
-        counted[0] += counter.get_total_flops()
+        client, other = FlopCounterMode(display=False), FlopCounterMode(display=False)
+        with client:
+            frame: Frame | None = learner.half.start(batches, step=0, micro=0, num_samples=num, seed=0)
+        counted = [client.get_total_flops(), 0]
         while frame is not None:
-            with FlopCounterMode(display=False) as counter:
+            with other:
                 answer = server.half.answer(frame)
-            counted[1] += counter.get_total_flops()
-            with FlopCounterMode(display=False) as counter:
+            counted[1] += other.get_total_flops()
+            with client:
                 frame = learner.half.answer(answer)
-            counted[0] += counter.get_total_flops()
+            counted[0] += client.get_total_flops()
     return counted[0] / num, counted[1] / num

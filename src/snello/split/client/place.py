@@ -19,9 +19,8 @@ from snello.split.checkpoints import Checkpoints, steps_in
 from snello.split.client.connection import Connection, RolledBack, Stopped
 from snello.split.client.link import NetworkLink
 from snello.split.learner import SplitLearner
-from snello.split.wire.frames import Frame, Kind, control, control_values
+from snello.split.wire.frames import Frame, Kind, control, control_values, weights_of
 from snello.split.wire.handshake import Hello, RunShape, Terms, Welcome, hash_of, make_terms
-from snello.split.wire.weights import weights_of
 from snello.train.learner import Learner
 from snello.train.place import GoBack, Place, Progress, Setup, State
 from snello.vit import ViT

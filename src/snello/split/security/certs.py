@@ -242,17 +242,9 @@ def _is_authority(certificate: x509.Certificate) -> bool:
 
 def _key_usage(certificates: bool) -> x509.KeyUsage:
     """What a key may sign: certificates, or what a handshake signs."""
-    return x509.KeyUsage(
-        digital_signature=not certificates,
-        key_cert_sign=certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        crl_sign=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+    others = ["content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "crl_sign"]
+    none = dict.fromkeys([*others, "encipher_only", "decipher_only"], False)
+    return x509.KeyUsage(digital_signature=not certificates, key_cert_sign=certificates, **none)
 
 
 def _name(common_name: str) -> x509.Name:

@@ -59,5 +59,4 @@ def make_vit(config: ServeConfig, num_classes: int) -> ViT:
 def starting_weights(config: ServeConfig, num_classes: int) -> dict[str, Tensor]:
     """What the client's half begins with, by names in the whole model."""
     lower, _ = cut_model(make_vit(config, num_classes), config)
-    state: dict[str, Tensor] = lower.model.state_dict()
-    return state
+    return dict(lower.model.state_dict())

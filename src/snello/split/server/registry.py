@@ -26,12 +26,11 @@ from snello.models import architecture_of
 from snello.runs.folder import RunFolder
 from snello.split.checkpoints import Checkpoints
 from snello.split.server.half import Sizes, make_server_model, make_vit, starting_weights
-from snello.split.server.sessions import InferenceSession, Session, TrainingSession, session_values
+from snello.split.server.sessions import InferenceSession, Session, TrainingSession
 from snello.split.steps import ServerModel
-from snello.split.wire.frames import Frame, Kind, control
+from snello.split.wire.frames import Frame, Kind, control, weights_frame
 from snello.split.wire.handshake import Hello, RunShape, Welcome, parse, recipe_values
 from snello.split.wire.refusals import Code, Refused
-from snello.split.wire.weights import weights_frame
 from snello.vit import AttentionPath
 from snello.vit.attention import faster_attention
 
@@ -156,7 +155,8 @@ class Registry:
         session.incarnation = uuid.uuid4().hex
         if new:
             session.save()
-            save_json(session.run.path / "session.json", session_values(hello.session, client, plan))
+            whose = {"session": hello.session, "client": client, "plan": asdict(plan)}
+            save_json(session.run.path / "session.json", whose)
         elif self._is_shared:
             self._resume_shared(session, hello)
         else:

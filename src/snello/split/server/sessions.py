@@ -7,7 +7,7 @@ checkpoints at the same steps, when the client says so, and go back to the newes
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from snello import files
@@ -20,10 +20,9 @@ from snello.split.ledger import Ledger
 from snello.split.server.half import Sizes
 from snello.split.steps import ServerModel, ServerSteps
 from snello.split.wire import chunks, frames
-from snello.split.wire.frames import Flags, Frame, Kind, control, control_values
+from snello.split.wire.frames import Flags, Frame, Kind, control, control_values, weights_frame, weights_of
 from snello.split.wire.handshake import RunShape
 from snello.split.wire.refusals import Code, Refused
-from snello.split.wire.weights import weights_frame, weights_of
 from snello.train.schedule import Schedule
 
 
@@ -190,9 +189,9 @@ class TrainingSession:
         if frame.kind == Kind.SAVE:
             return self._save_for(frame)
         if frame.kind == Kind.FINISH:
-            return self._finish(frame)
+            return self._finish()
         if frame.kind == Kind.GET_WEIGHTS:
-            return self._get_weights()
+            return released_weights(self.model, self.config)
         if frame.kind == Kind.SET_WEIGHTS:
             return self._set_weights(frame)
         raise Refused(Code.OUT_OF_TURN, f"a client does not send frames of kind {frame.kind.name}")
@@ -240,30 +239,21 @@ class TrainingSession:
         self.steps.go_to(step)
         self._last = self.failed = None
 
-    def _finish(self, frame: Frame) -> Frame:
+    def _finish(self) -> Frame:
         self.finished = True
-        summary = self.summary()
-        files.save_json(self.run.summary_file, summary)
-        return control(Kind.FINISHED, {"summary": self.ledger.summary()})
-
-    def summary(self) -> dict[str, Any]:
-        """The session's result."""
-        rows = list(self.run.rows("step"))
-        return {
+        summary = {
             "client": self.client,
             "accuracy": self.accuracy,
             "steps": self.step,
             "lost_steps": self.lost_steps,
-            "server_seconds": round(sum(row["seconds"] for row in rows), 3),
+            "server_seconds": round(sum(row["seconds"] for row in self.run.rows("step")), 3),
             **self.ledger.summary(),
             "model": self.config.model,
             "method": self.config.method_name,
             "num_classes": self.model.num_classes,
         }
-
-    def _get_weights(self) -> Frame:
-        require_release(self.config)
-        return weights_frame(Kind.WEIGHTS, {name: value.clone() for name, value in self.model.half.weights().items()})
+        files.save_json(self.run.summary_file, summary)
+        return control(Kind.FINISHED, {"summary": self.ledger.summary()})
 
     def _set_weights(self, frame: Frame) -> Frame:
         if not self.config.accept_weights:
@@ -295,20 +285,15 @@ class InferenceSession:
         if frame.kind == Kind.EVALUATION:
             answer = self.model.answer(frame, training=False)
         elif frame.kind == Kind.GET_WEIGHTS:
-            require_release(self.config)
-            answer = weights_frame(Kind.WEIGHTS, self.model.half.weights())
+            answer = released_weights(self.model, self.config)
         else:
             raise Refused(Code.OUT_OF_TURN, f"a frame of kind {frame.kind.name} came in a session of evaluation")
         answer = replace(answer, step=frame.step, micro=frame.micro)
         return Answer(chunks.of(answer), sizes=(frames.sizes(frame), frames.sizes(answer)))
 
 
-def require_release(config: ServeConfig) -> None:
-    """Refuses to give weights away where the server does not release them."""
+def released_weights(model: ServerModel, config: ServeConfig) -> Frame:
+    """The half's weights; Refused where the server does not release them."""
     if not config.release_weights:
         raise Refused(Code.FORBIDDEN, "this server does not release its half of the model (--no-release-weights)")
-
-
-def session_values(session: str, client: str, plan: RunShape) -> dict[str, Any]:
-    """What a session's session.json says."""
-    return {"session": session, "client": client, "plan": asdict(plan)}
+    return weights_frame(Kind.WEIGHTS, model.half.weights())

@@ -32,15 +32,9 @@ ARRAY_KINDS = ("activations", "gradients", "labels", "scales", "indices", "weigh
 BYTE_KINDS = (*ARRAY_KINDS, "headers", "evaluation")
 MAX_CONTROL_BYTES = 1 << 16
 DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Direction = Literal["uplink", "downlink"]
@@ -135,6 +129,16 @@ def control_values(frame: Frame) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ProtocolError(f"the values of a frame of kind {frame.kind.name} are no JSON object")
     return values
+
+
+def weights_frame(kind: Kind, weights: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> Frame:
+    """A frame that carries weights, and JSON values beside them."""
+    return control(kind, values or {}, {f"weights.{name}": value.detach().cpu() for name, value in weights.items()})
+
+
+def weights_of(frame: Frame) -> dict[str, Tensor]:
+    """The weights that a frame carries, by name."""
+    return {name[8:]: value for name, value in frame.arrays.items() if name.startswith("weights.")}
 
 
 @dataclass
@@ -287,7 +291,7 @@ def _table(signature: Signature) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _parse_table(data: memoryview, body: int) -> tuple[tuple["_Entry", ...], int]:
+def _parse_table(data: memoryview, body: int) -> tuple[tuple[_Entry, ...], int]:
     """The entries of a body's table in the order of their bytes, and where those bytes begin."""
     if len(data) < 8:
         raise ProtocolError("the body of a frame is cut off")
@@ -298,7 +302,7 @@ def _parse_table(data: memoryview, body: int) -> tuple[tuple["_Entry", ...], int
     return parse(bytes(data[: 8 + length]), body - 8 - length), 8 + length
 
 
-def _entries(table: bytes, num_bytes: int) -> tuple["_Entry", ...]:
+def _entries(table: bytes, num_bytes: int) -> tuple[_Entry, ...]:
     """The entries of a length-prefixed table of arrays that fill `num_bytes`, in their order."""
     try:
         entries = [_entry(name, row) for name, row in json.loads(table[8:]).items()]
@@ -326,9 +330,8 @@ def _entry(name: str, row: Mapping[str, Any]) -> _Entry:
     dtype, shape, (begin, end) = DTYPES[row["dtype"]], tuple(row["shape"]), row["data_offsets"]
     if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
         raise ValueError
-    if math.prod(max(n, 1) for n in shape) >= 2**63:  # of no bytes, but of a size that torch cannot hold
-        raise ValueError
-    if end - begin != math.prod(shape) * dtype.itemsize:
+    too_large = math.prod(max(n, 1) for n in shape) >= 2**63  # of no bytes, but of a size that torch cannot hold
+    if too_large or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError
     _kind(name)
     return _Entry(name, dtype, shape, begin, end)
