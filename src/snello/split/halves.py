@@ -54,16 +54,13 @@ class Half:
         self.scaler.scale(torch.zeros((), device=device))  # it is lazy, and halves scale by themselves
         self.scale = self.scaler.get_scale
         """The factor on the loss: 1 but in half precision."""
-        self.optimizer = make_optimizer(
-            part,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            layer_decay=config.layer_decay,
-            device=device,
-            others=codec.client_parameters() if self.side == "client" else codec.server_parameters(),
-        )
+        own = codec.client_parameters() if self.side == "client" else codec.server_parameters()
+        decays = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
+        self.optimizer = make_optimizer(part, lr=config.lr, device=device, others=own, **decays)
         attached = config.method_name != "alast" or config.split.alast in (self.side, "both")
         self.method = make_method(part, config, config.method_name if attached else "full")
+        self.max_rows = config.batch_size * codec.buffer
+        """Rows that the activations of an exchange may have."""
         self.overflow = False
         """Whether a gradient of the step under way overflowed in half precision, here or on the other side."""
 
@@ -287,12 +284,12 @@ class ClientHalf(Half):
                 z.append(self.vit.tokens(images))
             if training and self.codec.score is not None:
                 attention.append(self.vit.cls_attention(self.vit.depth - 1, self.codec.score))
-            positions.append(self.vit.take_positions() if training else None)
-        where = [p for p in positions if p is not None]
+            if training and (where := self.vit.take_positions()) is not None:
+                positions.append(where)
         context = Context(
             num_prefix_tokens=self.vit.num_prefix_tokens,
             attention=torch.cat(attention) if attention else None,
-            positions=torch.cat(where) if where else None,
+            positions=torch.cat(positions) if positions else None,
             num_positions=self.vit.num_prefix_tokens + self.vit.num_patches,
             seed=seed,
         )
@@ -320,11 +317,7 @@ class ClientHalf(Half):
 
 
 def _array(arrays: dict[str, Tensor], name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-    """The array of that name, and shape where one is told.
-
-    Raises:
-        ProtocolError: where there is none.
-    """
+    """The array of that name, and shape where one is told; where there is none, that is the other side's error."""
     if name not in arrays or shape not in (None, tuple(arrays[name].shape)):
         raise ProtocolError(f"a frame came without {name}")
     return arrays[name]
@@ -375,11 +368,7 @@ class ServerHalf(Half):
         return answer
 
     def _decode(self, arrays: dict[str, Tensor], *, with_gradient: bool = True) -> Decoded:
-        """What the codec makes of the arrays of a frame, whatever they are.
-
-        Raises:
-            ProtocolError: where that is no batch of tokens for this half.
-        """
+        """What the codec makes of the arrays of a frame, whatever they are: a batch of tokens, or a ProtocolError."""
         try:
             self._require_room(arrays)
             decoded = self.codec.decode(arrays, with_gradient=with_gradient)
@@ -398,7 +387,7 @@ class ServerHalf(Half):
         if "activations" not in arrays:
             raise ProtocolError("a frame came without activations")
         shape = self.codec.decoded_shape(arrays)
-        largest = (self.config.batch_size * self.codec.buffer, self._num_tokens, self.vit.embed_dim)
+        largest = (self.max_rows, self._num_tokens, self.vit.embed_dim)
         if len(shape) != 3 or any(n > most for n, most in zip(shape, largest, strict=True)):
             raise ProtocolError(f"activations that decode to the shape {shape} are more than a batch of this model")
 

@@ -150,8 +150,7 @@ class ServerSteps:
     def finish(self, overflow: bool = False) -> Tensor:
         """Moves the weights by the step that is due, unless a gradient overflowed here or on the client's side.
 
-        Returns:
-            The norm of the gradients, () float32.
+        What is returned is the norm of the gradients, () float32.
 
         Raises:
             TrainingError: where it is not finite without a loss scale to blame; the weights are not touched.

@@ -255,12 +255,8 @@ class _Line:
         self._call: grpc.aio.StreamStreamCall | None = None
 
     async def talk(self, parts: list[bytes], max_body: int, seconds: float) -> bytearray:
-        """Sends a frame and returns the next that comes.
-
-        Raises:
-            Broken: where the stream ends, or nothing comes in time.
-            Refused: where the server says why it ends it.
-            ProtocolError: for something that is no frame.
+        """Sends a frame and returns the next that comes; Refused where the server says why it ends the stream, and
+        Broken where it does not, or nothing comes in time.
         """
         try:
             return await asyncio.wait_for(self._talk(parts, max_body), seconds)

@@ -1,5 +1,6 @@
 """Where a server is and how to show who we are: from an address and the folder that `snello certs` made."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,7 @@ def make_endpoint(
     Raises:
         ConfigError: where the files cannot be used, or plaintext would leave this machine.
     """
-
-    def explain() -> str | None:
-        return doctor.explain(address, certs, name)
-
+    explain = partial(doctor.explain, address, certs, name)
     if certs is not None:
         files = ClientFiles.load(certs, name)
         shown = (credentials or Token(files.name, files.token)).credentials()

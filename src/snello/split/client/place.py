@@ -51,6 +51,7 @@ class RemotePlace(Place):
     ) -> None:
         super().__init__(config, run, saved)
         self.server: ServerAddress = server
+        self._folder = run.path / "checkpoints"
         self._architecture, self._classes, self._console = architecture, classes, console
         self._stop: list[int] = []
         self.connection = open_connection(
@@ -115,10 +116,6 @@ class RemotePlace(Place):
         if self.lost_steps:
             self._print(f"{self.lost_steps} steps of this client are in the shared server half, but no longer here")
         return self.checkpoints.load(self._welcome.step)
-
-    @property
-    def _folder(self) -> Path:
-        return self.run.path / "checkpoints"
 
     @override
     def command(self) -> str:

@@ -252,11 +252,7 @@ def _name(common_name: str) -> x509.Name:
 
 
 def _host(text: str) -> str:
-    """A name or IP address as it stands in the certificate.
-
-    Raises:
-        ConfigError: where it is none, or one that nobody can connect to.
-    """
+    """A name or IP address as it stands in the certificate; ConfigError for one that nobody can connect to."""
     wrong = ConfigError(f"--host must be names or IP addresses, as server.example 192.0.2.7, got {text!r}")
     host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     try:

@@ -22,6 +22,8 @@ from snello.split.server.streams import Limits, Server
 from snello.split.server.telemetry import Board, Telemetry, close_logger, make_logger
 from snello.train.display import warnings_on
 
+Security = tuple[grpc.ServerCredentials | None, Authenticator]
+
 
 def serve(config: ServeConfig, console: Console | None = None) -> None:
     """Serves clients until Ctrl-C or SIGTERM; then steps under way end, and every session is saved.
@@ -50,7 +52,7 @@ def serve(config: ServeConfig, console: Console | None = None) -> None:
         run.release()
 
 
-def make_security(config: ServeConfig) -> tuple[grpc.ServerCredentials | None, Authenticator]:
+def make_security(config: ServeConfig) -> Security:
     """TLS and authenticator as `config` says; no TLS only on loopback, or where it is asked for by its full name.
 
     Raises:
@@ -79,13 +81,7 @@ def make_security(config: ServeConfig) -> tuple[grpc.ServerCredentials | None, A
     return tls, tokens if config.auth == "token" else Certificates()
 
 
-async def _serve(
-    config: ServeConfig,
-    registry: Registry,
-    security: tuple[grpc.ServerCredentials | None, Authenticator],
-    log: Any,
-    console: Console,
-) -> None:
+async def _serve(config: ServeConfig, registry: Registry, security: Security, log: Any, console: Console) -> None:
     tls, authenticator = security
     telemetry = Telemetry(log)
     server = Server(registry, authenticator, telemetry, log, Limits(idle_seconds=config.idle_seconds))

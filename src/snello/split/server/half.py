@@ -18,7 +18,7 @@ from snello.vit import AttentionPath, ViT
 
 
 def make_server_model(
-    config: ServeConfig, num_classes: int, *, device: torch.device, precision: Precision, attention: AttentionPath
+    config: ServeConfig, num_classes: int, device: torch.device, precision: Precision, attention: AttentionPath
 ) -> ServerModel:
     """The server's half as every session of this seed begins with.
 

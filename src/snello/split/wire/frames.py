@@ -264,9 +264,6 @@ class _Entry:
     end: int
 
 
-Signature = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
-
-
 def _json(arrays: Mapping[str, Tensor]) -> bytes:
     """The length-prefixed table of a safetensors body, padded to 8 bytes."""
     return _table(tuple((name, value.dtype, tuple(value.shape)) for name, value in arrays.items()))
@@ -278,7 +275,7 @@ def _order(arrays: Mapping[str, Tensor]) -> list[str]:
 
 
 @lru_cache(maxsize=256)  # the frames of a run are of a few shapes
-def _table(signature: Signature) -> bytes:
+def _table(signature: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> bytes:
     table: dict[str, Any] = {}
     at = 0
     for name, dtype, shape in sorted(signature, key=lambda row: (-row[1].itemsize, row[0])):
