@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from snello.devices import Precision
 from snello.errors import CheckpointError
 from snello.files import load_tensors
 from snello.runs.folder import RunFolder
-from snello.split.build import cut_model, make_codec
+from snello.split.build import cut_model, make_codec, modules_of
 from snello.split.client.connection import Connection
 from snello.split.client.endpoints import make_endpoint
 from snello.split.client.link import NetworkLink
@@ -40,9 +40,12 @@ class JoinedModel(Evaluator):
         lower, _ = cut_model(vit, config)
         lower.model.to_empty(device=device)
         half = ClientHalf(lower, config, codec, num_classes, device, precision)
-        _load(lower.model, run.model_file)
-        if next(codec.parameters(), None) is not None:
-            _load(codec, run.codec_file)
+        for name, module in modules_of(lower.model, codec).items():
+            path = run.weights_files[name]
+            try:
+                module.load_state_dict(load_tensors(path)[0])
+            except RuntimeError as error:
+                raise CheckpointError(f"{path} does not fit: {' '.join(str(error).split())}") from error
         agreed: dict[str, Any] = {"codec": codec.text, "num_classes": num_classes, "precision": resolved.precision}
         hello = Hello("inference", session=server.session, terms=make_terms(vit.model, config, **agreed))
         weights = sum(value.numel() * value.element_size() for value in vit.model.state_dict().values())
@@ -83,10 +86,3 @@ def fetch_server_half(path: Path) -> dict[str, Tensor]:
         return model.server_half()
     finally:
         model.close()
-
-
-def _load(module: nn.Module, path: Path) -> None:
-    try:
-        module.load_state_dict(load_tensors(path)[0])
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit: {' '.join(str(error).split())}") from error

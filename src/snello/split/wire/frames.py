@@ -44,47 +44,29 @@ Buffer = bytes | bytearray | memoryview
 class Kind(IntEnum):
     """What a frame carries."""
 
-    ACTIVATIONS = 1
-    """Up: the codec's arrays, with labels where the server has the loss."""
-    GRADIENTS = 2
-    """Down: the gradient of what the activations described."""
-    FEATURES = 3
-    """Down, in U-shape: what the classifier sees."""
-    FEATURE_GRADIENTS = 4
-    """Up, in U-shape."""
-    EVALUATION = 5
-    """Up: activations of held-out pictures."""
-    EVALUATED = 6
-    """Down: what the server made of them, logits or in U-shape features."""
-    HELLO = 16
-    """Up, first on every connection: who the client is, what it wants, where it stands."""
-    WELCOME = 17
-    """Down: where both go on, and what the client needs for it."""
-    SAVE = 18
-    """Up, between steps: write a checkpoint; these weights are the best so far, or not."""
-    SAVED = 19
-    """Down: it is written."""
-    FINISH = 20
-    """Up: the run is complete."""
-    FINISHED = 21
-    """Down: the server's count of what crossed the cut."""
-    GET_WEIGHTS = 22
-    """Up: asks for the server half's weights."""
-    SET_WEIGHTS = 23
-    """Up: weights that the server half goes on with."""
-    WEIGHTS = 24
-    """Down: weights, or the word that they were taken."""
+    ACTIVATIONS = 1  # up: the codec's arrays, with labels where the server has the loss
+    GRADIENTS = 2  # down: the gradient of what the activations described
+    FEATURES = 3  # down, in U-shape: what the classifier sees
+    FEATURE_GRADIENTS = 4  # up, in U-shape
+    EVALUATION = 5  # up: activations of held-out pictures
+    EVALUATED = 6  # down: what the server made of them, logits or in U-shape features
+    HELLO = 16  # up, first on every connection: who the client is, what it wants, where it stands
+    WELCOME = 17  # down: where both go on, and what the client needs for it
+    SAVE = 18  # up, between steps: write a checkpoint; these weights are the best so far, or not
+    SAVED = 19  # down: it is written
+    FINISH = 20  # up: the run is complete
+    FINISHED = 21  # down: the server's count of what crossed the cut
+    GET_WEIGHTS = 22  # up: asks for the server half's weights
+    SET_WEIGHTS = 23  # up: weights that the server half goes on with
+    WEIGHTS = 24  # down: weights, or the word that they were taken
 
 
 class Flags(IntFlag):
     """What else a frame says."""
 
-    FORWARD_ONLY = 1
-    """Up: the client trains nothing below the cut and wants no gradient."""
-    OVERFLOW = 2
-    """The gradient overflowed in half precision: both sides skip this step."""
-    SKIPPED = 4
-    """Up: the client's own gradient overflowed at the end of the step before, which both sides skip."""
+    FORWARD_ONLY = 1  # up: the client trains nothing below the cut and wants no gradient
+    OVERFLOW = 2  # the gradient overflowed in half precision: both sides skip this step
+    SKIPPED = 4  # up: the client's own gradient overflowed at the end of the step before, which both sides skip
 
 
 NOTHING = Flags(0)
