@@ -87,7 +87,6 @@ class Connection:
     """Frames to a server and back.
 
     Args:
-        endpoint: of the server.
         hello: makes the first message of every new stream.
         max_body: bytes that the server's frames may have.
         patience_seconds: for an answer, beside what its bytes may take.

@@ -31,8 +31,6 @@ class RemotePlace(Place):
 
     Args:
         config: the settings that the server told, with this side's own.
-        run: the run folder.
-        saved: what was decided when the run began; None for a new one.
         architecture: what the server said that a transformers model is made of.
         open_connection: makes the connection, given what it asks of this side.
     """
