@@ -25,9 +25,8 @@ from snello.split.learner import SplitLearner
 from snello.split.server.registry import Registry, session_name
 from snello.split.server.sessions import Answer, TrainingSession
 from snello.split.wire import frames
-from snello.split.wire.frames import Frame, Kind, control, control_values
+from snello.split.wire.frames import Frame, Kind, control, control_values, weights_of
 from snello.split.wire.handshake import Hello, RunShape, Welcome, parse, recipe_values
-from snello.split.wire.weights import weights_of
 from snello.train.place import Setup
 from snello.train.schedule import Schedule
 from snello.vit import ViT

@@ -302,7 +302,7 @@ class TestHalfPrecision:
     """The scaler's logic, on a CPU: only the scale is special there, forward passes are in fp32."""
 
     def cut(self, monkeypatch, labels: str) -> Cut:
-        monkeypatch.setattr("snello.split.build.autocast", lambda *args: torch.autocast("cpu", enabled=False))
+        monkeypatch.setattr("snello.split.halves.autocast", lambda *args: torch.autocast("cpu", enabled=False))
         return make_cut(tiny_vit(), "none", precision="fp16", labels=labels)
 
     @pytest.mark.parametrize("labels", ["server", "client"])
@@ -312,7 +312,7 @@ class TestHalfPrecision:
         for index in range(3):
             loss, expected = (step(cut, [batch(seed=index)], index) for cut in (scaled, plain))
             assert_close(loss, expected, "loss")
-        assert scaled.learner._scale() == 65536
+        assert scaled.learner.half.scale() == 65536
         pairs = zip(scaled.vit.model.state_dict().items(), plain.vit.model.state_dict().values(), strict=True)
         for (name, value), other in pairs:
             assert torch.allclose(value, other, atol=1e-4), name
@@ -327,7 +327,7 @@ class TestHalfPrecision:
         step(cut, [batch()])
         for name, value in cut.vit.model.state_dict().items():
             assert torch.equal(value, before[name]), name
-        assert cut.learner._scale() == 32768
+        assert cut.learner.half.scale() == 32768
         handle.remove()
         step(cut, [batch()], 1)
         assert not torch.equal(cut.vit.model.patch_embed.proj.weight, before["patch_embed.proj.weight"])
@@ -340,7 +340,7 @@ class TestHalfPrecision:
         monkeypatch.setattr(cut.server.vit, "tokens", lambda z: real(_Overflow.apply(z)))
         frames = frames_of(cut, [batch()])
         assert Flags.OVERFLOW in frames[-1].flags and "gradients" not in frames[-1].arrays
-        assert cut.learner._scale() == 32768
+        assert cut.learner.half.scale() == 32768
 
 
 class _Overflow(torch.autograd.Function):

@@ -31,15 +31,7 @@ def list_codecs(config: CodecsConfig) -> list[dict[str, Any]]:
             vit.cut(config.cut)
         except ConfigError as error:
             raise ConfigError(f"--{error}") from None  # the name as the user typed it
-    shape = Exchange(
-        num_samples=config.batch_size,
-        num_tokens=vit.num_prefix_tokens + vit.num_patches,
-        embed_dim=vit.embed_dim,
-        num_prefix_tokens=vit.num_prefix_tokens,
-        num_classes=config.num_classes,
-        labels=config.labels,
-        features=vit.features_shape,
-    )
+    shape = Exchange.of(vit, config.batch_size, config.num_classes, config.labels)
     texts = config.codecs or (*(example(name) for name in CODECS), AUTO)
     return [_row(text, shape) for text in texts]
 
@@ -66,11 +58,7 @@ def _row(text: str, shape: Exchange) -> dict[str, Any]:
 
 def _part(name: str) -> dict[str, str]:
     cls = codec_class(name)
-    parameters = inspect.signature(cls).parameters.values()
-    options = [
-        p.name if p.default in (p.empty, None) else f"{p.name}={p.default}"
-        for p in parameters
-        if p.name not in NOT_OPTIONS
-    ]
+    parameters = [p for p in inspect.signature(cls).parameters.values() if p.name not in NOT_OPTIONS]
+    options = [p.name if p.default in (p.empty, None) else f"{p.name}={p.default}" for p in parameters]
     what = (inspect.getdoc(cls) or "").split("\n")[0]
     return {"name": name, "what": what, "options": ", ".join(options), "source": cls.source}

@@ -18,13 +18,7 @@ _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
 class Checkpoints:
-    """Checkpoints of one session in a folder.
-
-    Args:
-        folder: made when the first is saved.
-        modules: what has weights, by name.
-        optimizers: by name.
-    """
+    """Checkpoints of one session in a folder, which is made when the first is saved: modules and optimizers by name."""
 
     def __init__(
         self, folder: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]

@@ -23,13 +23,8 @@ def flops(
 ) -> tuple[float, float]:
     """FLOPs per picture of the client's side and of the server's, forward and backward, in an exchange of a full batch.
 
-    On random pictures; matrix products and convolutions count, two per multiply-add, the codec's too.
-
-    Args:
-        config: of the run.
-        codec: what its codec was resolved to.
-        num_classes: of the classifier.
-        method: state of each half's method, by side; None starts at the beginning.
+    On random pictures; matrix products and convolutions count, two per multiply-add, the codec's too. `method` is the
+    state of each half's method, by side; None starts at the beginning.
     """
     config = replace(config, split=replace(config.split, max_bytes=None, link=None))
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -53,16 +48,15 @@ def flops(
             server.half.method.load_state_dict(method["server"])
         learner.half.begin(config.lr, 0.0)
         server.half.begin(config.lr, 0.0)
-        counted = [0, 0]
-        frame: Frame | None = None
-        with FlopCounterMode(display=False) as counter:
-            frame = learner.half.start(batches, step=0, micro=0, num_samples=num, seed=0)
-        counted[0] += counter.get_total_flops()
+        client, other = FlopCounterMode(display=False), FlopCounterMode(display=False)
+        with client:
+            frame: Frame | None = learner.half.start(batches, step=0, micro=0, num_samples=num, seed=0)
+        counted = [client.get_total_flops(), 0]
         while frame is not None:
-            with FlopCounterMode(display=False) as counter:
+            with other:
                 answer = server.half.answer(frame)
-            counted[1] += counter.get_total_flops()
-            with FlopCounterMode(display=False) as counter:
+            counted[1] += other.get_total_flops()
+            with client:
                 frame = learner.half.answer(answer)
-            counted[0] += counter.get_total_flops()
+            counted[0] += client.get_total_flops()
     return counted[0] / num, counted[1] / num

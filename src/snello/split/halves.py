@@ -10,9 +10,9 @@ nothing more to say. Where the frames travel is another's business.
 B: samples, N: tokens, D: embed dim, R: rows after merging (B where nothing merges), C: classes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,58 +20,49 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from snello.codecs.base import Codec, Context, Decoded, Message
+from snello.config import Recipe
 from snello.data.loaders import Batch
+from snello.devices import Precision, autocast
 from snello.errors import ProtocolError
-from snello.methods import Method
+from snello.methods import make_method
 from snello.split.wire.frames import NOTHING, Flags, Frame, Kind
+from snello.train.optim import make_optimizer, set_lr
 from snello.vit import ViT
 
 Labels = Literal["server", "client"]
-Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 class Half:
-    """What both sides have: a part of the model, its method, its optimizer, and the codec.
+    """What both sides have: a part of the model on its device, its method, its optimizer, and the codec.
 
-    Args:
-        vit: the part of the model.
-        method: attached to it.
-        optimizer: over all of the part's parameters and the codec's on this side.
-        codec: equal on both sides.
-        labels: where the labels are, and with them the classifier's loss.
-        label_smoothing: in [0, 1).
-        num_classes: C.
-        autocast: the precision of forward passes.
-        scale: factor on the loss against underflow in half precision; what crosses the cut is free of it.
+    Each side's optimizer holds all parameters of its part and of the codec's; labels and the classifier's loss are on
+    one of them. What crosses the cut is free of the factor on the loss against underflow in half precision.
     """
 
-    codec_part = ""
+    side: Literal["client", "server"]
+    codec_part: str
     """What the names of the codec's weights on this side contain."""
+    _pending: object | None = None  # the exchange under way
 
     def __init__(
-        self,
-        vit: ViT,
-        method: Method,
-        optimizer: torch.optim.Optimizer,
-        codec: Codec,
-        *,
-        labels: Labels,
-        num_classes: int,
-        label_smoothing: float = 0.0,
-        autocast: Autocast,
-        scale: Callable[[], float] = lambda: 1.0,
+        self, part: ViT, config: Recipe, codec: Codec, num_classes: int, device: torch.device, precision: Precision
     ) -> None:
-        self.vit, self.method, self.optimizer, self.codec = vit, method, optimizer, codec
-        self.labels, self.num_classes, self.label_smoothing = labels, num_classes, label_smoothing
-        self.autocast, self.scale = autocast, scale
+        self.vit, self.config, self.codec, self.num_classes, self.device = part, config, codec, num_classes, device
+        self.labels: Labels = config.split.labels
+        self.autocast = partial(autocast, device, precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.scaler.scale(torch.zeros((), device=device))  # it is lazy, and halves scale by themselves
+        self.scale = self.scaler.get_scale
+        """The factor on the loss: 1 but in half precision."""
+        own = codec.client_parameters() if self.side == "client" else codec.server_parameters()
+        decays = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
+        self.optimizer = make_optimizer(part, lr=config.lr, device=device, others=own, **decays)
+        attached = config.method_name != "alast" or config.split.alast in (self.side, "both")
+        self.method = make_method(part, config, config.method_name if attached else "full")
+        self.max_rows = config.batch_size * codec.buffer
+        """Rows that the activations of an exchange may have."""
         self.overflow = False
         """Whether a gradient of the step under way overflowed in half precision, here or on the other side."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the half computes."""
-        device: torch.device = next(self.vit.model.parameters()).device
-        return device
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All that this side's optimizer holds."""
@@ -95,13 +86,27 @@ class Half:
 
     def clip(self, max_norm: float) -> Tensor:
         """Clips this side's gradients by their own norm (0: not), and returns what it was, () float32."""
+        self.scaler.unscale_(self.optimizer)
         return nn.utils.clip_grad_norm_(list(self.parameters()), max_norm or float("inf"))
+
+    def update(self, lr: float, overflow: bool) -> None:
+        """Moves the weights, unless a gradient overflowed, and drops the gradients."""
+        if not overflow:
+            set_lr(self.optimizer, lr)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.update(self.scale() / 2 if overflow else None)
+
+    def forget(self) -> None:
+        """Drops the exchange under way."""
+        self._pending = None
 
     def _loss(self, logits: Tensor, targets: "Targets") -> Tensor:
         """Cross-entropy, mean over rows, or weighted by their number of samples where the codec says so."""
+        smoothing = self.config.label_smoothing
         if targets.sizes is None or self.codec.weighting == "rows":
-            return cross_entropy(logits.float(), targets.values, label_smoothing=self.label_smoothing)
-        losses = cross_entropy(logits.float(), targets.values, label_smoothing=self.label_smoothing, reduction="none")
+            return cross_entropy(logits.float(), targets.values, label_smoothing=smoothing)
+        losses = cross_entropy(logits.float(), targets.values, label_smoothing=smoothing, reduction="none")
         return (losses * targets.sizes).sum() / targets.sizes.sum()
 
     def _on_device(self, frame: Frame) -> dict[str, Tensor]:
@@ -188,11 +193,12 @@ class _Pending:
 class ClientHalf(Half):
     """Embeddings and first blocks, on the side that has the pictures; in U-shape the classifier too."""
 
+    side = "client"
     codec_part = ".encoder."
+    _pending: _Pending | None = None
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._pending: _Pending | None = None
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.loss = torch.zeros(())
         """The last exchange's loss, times its share of the step."""
         if self.codec.score is not None:
@@ -203,8 +209,6 @@ class ClientHalf(Half):
 
         Args:
             batches: normalised pictures (B, 3, H, W) and labels (B,) int64, on the half's device.
-            step: of the optimizer.
-            micro: exchange within the step.
             num_samples: pictures in the whole step.
             seed: of everything random in the codec.
 
@@ -258,10 +262,6 @@ class ClientHalf(Half):
             raise ProtocolError(f"gradients of shape {shapes}")
         return gradient
 
-    def forget(self) -> None:
-        """Drops the exchange under way."""
-        self._pending = None
-
     def evaluate(self, images: Tensor) -> Frame:
         """The activations of normalised pictures (B, 3, H, W) in the format of evaluation; after `train(False)`."""
         z, context = self._activations([images], 0)
@@ -284,12 +284,12 @@ class ClientHalf(Half):
                 z.append(self.vit.tokens(images))
             if training and self.codec.score is not None:
                 attention.append(self.vit.cls_attention(self.vit.depth - 1, self.codec.score))
-            positions.append(self.vit.context.positions if training else None)
-        where = [p for p in positions if p is not None]
+            if training and (where := self.vit.context.positions) is not None:
+                positions.append(where)
         context = Context(
             num_prefix_tokens=self.vit.num_prefix_tokens,
             attention=torch.cat(attention) if attention else None,
-            positions=torch.cat(where) if where else None,
+            positions=torch.cat(positions) if positions else None,
             num_positions=self.vit.num_prefix_tokens + self.vit.num_patches,
             seed=seed,
         )
@@ -317,11 +317,7 @@ class ClientHalf(Half):
 
 
 def _array(arrays: dict[str, Tensor], name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-    """The array of that name, and shape where one is told.
-
-    Raises:
-        ProtocolError: where there is none.
-    """
+    """The array of that name, and shape where one is told; where there is none, that is the other side's error."""
     if name not in arrays or shape not in (None, tuple(arrays[name].shape)):
         raise ProtocolError(f"a frame came without {name}")
     return arrays[name]
@@ -330,17 +326,9 @@ def _array(arrays: dict[str, Tensor], name: str, shape: tuple[int, ...] | None =
 class ServerHalf(Half):
     """The other blocks and, but in U-shape, the classifier; it never sees a picture."""
 
+    side = "server"
     codec_part = ".decoder."
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._pending: tuple[Frame, Tensor, Tensor] | None = None  # activations' frame, leaf, features
-        self.max_rows: int | None = None
-        """Rows that activations may have; None where whoever sends them is trusted."""
-
-    def forget(self) -> None:
-        """Drops the exchange under way."""
-        self._pending = None
+    _pending: tuple[Frame, Tensor, Tensor] | None = None  # activations' frame, leaf, features
 
     def answer(self, frame: Frame) -> Frame:
         """The server's part of an exchange: gradients of activations, or in U-shape features first.
@@ -380,11 +368,7 @@ class ServerHalf(Half):
         return answer
 
     def _decode(self, arrays: dict[str, Tensor], *, with_gradient: bool = True) -> Decoded:
-        """What the codec makes of the arrays of a frame, whatever they are.
-
-        Raises:
-            ProtocolError: where that is no batch of tokens for this half.
-        """
+        """What the codec makes of the arrays of a frame, whatever they are: a batch of tokens, or a ProtocolError."""
         try:
             self._require_room(arrays)
             decoded = self.codec.decode(arrays, with_gradient=with_gradient)
@@ -403,7 +387,7 @@ class ServerHalf(Half):
         if "activations" not in arrays:
             raise ProtocolError("a frame came without activations")
         shape = self.codec.decoded_shape(arrays)
-        largest = (shape[0] if self.max_rows is None else self.max_rows, self._num_tokens, self.vit.embed_dim)
+        largest = (self.max_rows, self._num_tokens, self.vit.embed_dim)
         if len(shape) != 3 or any(n > most for n, most in zip(shape, largest, strict=True)):
             raise ProtocolError(f"activations that decode to the shape {shape} are more than a batch of this model")
 

@@ -16,14 +16,13 @@ from typing_extensions import override
 
 from snello.codecs.base import Codec
 from snello.devices import synchronize
-from snello.split.build import LossScale, cut_model, make_codec, make_half, modules_of
-from snello.split.halves import ClientHalf
+from snello.split.build import cut_model, make_codec, modules_of
+from snello.split.halves import ClientHalf, ServerHalf
 from snello.split.ledger import Ledger
 from snello.split.steps import ServerModel, ServerSteps
 from snello.split.wire import frames
 from snello.split.wire.frames import EVALUATION_KINDS, Flags, Frame, Kind
 from snello.train.learner import Learner, MicroStep
-from snello.train.optim import set_lr
 from snello.train.place import Setup
 from snello.vit import ViT
 
@@ -66,9 +65,6 @@ class SplitLearner(Learner):
     Args:
         vit: the whole model, for its sizes.
         lower: the client's part of it, with memory.
-        codec: at the cut.
-        setup: settings and schedule.
-        link: the way to the server's half.
 
     Raises:
         ConfigError: where codec or budget do not fit the model.
@@ -77,17 +73,7 @@ class SplitLearner(Learner):
     def __init__(self, vit: ViT, lower: ViT, codec: Codec, setup: Setup, link: Link) -> None:
         config = setup.config
         self.config, self.device, self.codec, self.link = config, setup.device, codec, link
-        self._scale = LossScale(setup.device, setup.precision)
-        self.half = make_half(
-            ClientHalf,
-            lower,
-            config,
-            self.codec,
-            num_classes=setup.num_classes,
-            device=setup.device,
-            precision=setup.precision,
-            scale=self._scale,
-        )
+        self.half = ClientHalf(lower, config, codec, setup.num_classes, setup.device, setup.precision)
         self.buffer = self.codec.buffer
         self.modules = modules_of(lower.model, self.codec)
         self.optimizers = {"client": self.half.optimizer}
@@ -102,8 +88,6 @@ class SplitLearner(Learner):
         self._seconds = 0.0
         self._overflow = False
         self._at_begin: dict[str, Any] | None = None  # of the step under way, before it moved anything
-
-    # ------------------------------------------------------------------------------------------------- one step
 
     @override
     def begin(self, step: int, progress: float, num_micro: int) -> None:
@@ -151,20 +135,15 @@ class SplitLearner(Learner):
 
     @override
     def clip(self, max_norm: float) -> dict[str, Tensor]:
-        self._scale.unscale(self.half.optimizer)
         norm = self.half.clip(max_norm)
-        self._overflow = self._scale.scaler is not None and (self.half.overflow or not bool(norm.isfinite()))
+        self._overflow = self.half.scaler.is_enabled() and (self.half.overflow or not bool(norm.isfinite()))
         return {"grad_norm_client": norm}
 
     @override
     def update(self, lr: float) -> None:
         self.link.settle(self._overflow)
         with self._timed():
-            set_lr(self.half.optimizer, lr)
-            if not self._overflow:
-                self.half.optimizer.step()
-            self.half.optimizer.zero_grad(set_to_none=True)
-            self._scale.update(finite=not self._overflow)
+            self.half.update(lr, self._overflow)
         self.step += 1
         self.between_steps, self._at_begin = True, None
 
@@ -178,8 +157,6 @@ class SplitLearner(Learner):
     @override
     def spent(self, step: int) -> bool:
         return self.ledger.spent(step)
-
-    # ------------------------------------------------------------------------------------ what is logged and saved
 
     @override
     def metrics(self) -> dict[str, Any]:
@@ -226,7 +203,7 @@ class SplitLearner(Learner):
             "method": {"client": own, **other.get("method", {})},
             **self.ledger.state_dict(),
             "step": self.step,
-            "scaler": self._scale.state_dict(),
+            "scaler": self.half.scaler.state_dict() or None,
         }
 
     @override
@@ -236,7 +213,7 @@ class SplitLearner(Learner):
         self.ledger.load_state_dict(state)
         self.step = state.get("step", 0)  # older runs in one process have none, and `begin` says it
         self._forget()
-        self._scale.load_state_dict(state["scaler"])
+        self.half.scaler.load_state_dict(state["scaler"])
 
     def _forget(self) -> None:
         """Drops what belongs to exchanges that are done again."""
@@ -257,7 +234,6 @@ class Evaluator(nn.Module):
     """The cut model in evaluation: normalised pictures (B, 3, H, W) to logits (B, C), over the link.
 
     Args:
-        half: the client's.
         exchange: brings a frame to the server's half and its answer back.
         most: pictures in one frame; None for as many as come.
     """
@@ -279,18 +255,13 @@ class Evaluator(nn.Module):
 
 
 class LocalLink:
-    """A link to a server's half in this process.
-
-    Args:
-        model: the server's half.
-        setup: settings and schedule.
-    """
+    """A link to a server's half in this process."""
 
     may_break = False
 
     def __init__(self, model: ServerModel, setup: Setup) -> None:
         self.model, self._bytes, self._device = model, setup.config.split.frames, setup.device
-        self.steps = ServerSteps(model, setup.schedule, setup.config, undo=False)
+        self.steps = ServerSteps(model, setup.schedule, undo=False)
         self._seconds, self._norm = 0.0, torch.zeros(())
 
     def exchange(self, frame: Frame) -> Frame:
@@ -346,8 +317,7 @@ def make_split_learner(vit: ViT, setup: Setup) -> SplitLearner:
     vit.model.to(setup.device)
     codec = make_codec(setup.config, str(setup.codec), vit.embed_dim).to(setup.device)
     lower, upper = cut_model(vit, setup.config)
-    machine: dict[str, Any] = {"device": setup.device, "precision": setup.precision}
-    server = ServerModel(upper, codec, setup.config, num_classes=setup.num_classes, **machine)
+    server = ServerModel(ServerHalf(upper, setup.config, codec, setup.num_classes, setup.device, setup.precision))
     link = LocalLink(server, setup)
     learner = SplitLearner(vit, lower, codec, setup, link)
     link.steps.schedule = replace(setup.schedule, buffer=learner.buffer, max_steps=learner.max_steps)

@@ -17,14 +17,7 @@ from snello.vit import ViT
 
 
 class Ledger:
-    """The bytes of one run.
-
-    Args:
-        vit: the whole model, for its sizes; it may be on the device `meta`.
-        config: of the run.
-        codec: at its cut.
-        num_classes: C.
-    """
+    """The bytes of one run of a whole model, which may be on the device `meta`: only its sizes are looked at."""
 
     def __init__(self, vit: ViT, config: Recipe, codec: Codec, num_classes: int) -> None:
         split = config.split
@@ -53,8 +46,6 @@ class Ledger:
         shape = self._shape(batch_size * self.codec.buffer)
         return max(uncompressed_bytes(shape), sum(exchange_bytes(self.codec, shape))) + (1 << 16)
 
-    # ---------------------------------------------------------------------------------------------------- budget
-
     def plan(self, client: ClientHalf, step_samples: Sequence[int]) -> int | None:
         """Steps whose training bytes fit into the budget, given the pictures in each step of an epoch.
 
@@ -64,7 +55,15 @@ class Ledger:
         if self.max_bytes is None:
             return None
         self._step_bytes = self._plan(client, step_samples)
-        return self._steps_within(self.max_bytes)
+        epochs, left = divmod(self.max_bytes, sum(self._step_bytes))
+        begun = list(takewhile(lambda total: total <= left, accumulate(self._step_bytes)))
+        steps = epochs * len(self._step_bytes) + len(begun)
+        if steps == 0:
+            raise ConfigError(
+                f"--split.max-bytes {self.config.split.max_bytes} is less than the {self._step_bytes[0]} bytes of one "
+                "step: raise it, or use a smaller --batch-size or a codec that sends less"
+            )
+        return steps
 
     def spent(self, step: int) -> bool:
         """Whether the step after `step` steps would go over the budget."""
@@ -82,37 +81,13 @@ class Ledger:
 
         @lru_cache
         def exchange(num_samples: int) -> int:
-            shape = self._shape(num_samples, num_tokens)
-            shape = replace(shape, with_gradient=below, with_feature_gradient=below or above)
-            return sum(exchange_bytes(self.codec, shape))
+            shape = replace(self._shape(num_samples), num_tokens=num_tokens, with_gradient=below)
+            return sum(exchange_bytes(self.codec, replace(shape, with_feature_gradient=below or above)))
 
         return [sum(exchange(min(batch_size, num - at)) for at in range(0, num, batch_size)) for num in step_samples]
 
-    def _steps_within(self, budget: int) -> int:
-        epochs, left = divmod(budget, sum(self._step_bytes))
-        begun = list(takewhile(lambda total: total <= left, accumulate(self._step_bytes)))
-        steps = epochs * len(self._step_bytes) + len(begun)
-        if steps == 0:
-            raise ConfigError(
-                f"--split.max-bytes {self.config.split.max_bytes} is less than the {self._step_bytes[0]} bytes of one "
-                "step: raise it, or use a smaller --batch-size or a codec that sends less"
-            )
-        return steps
-
-    def _shape(self, num_samples: int, num_tokens: int | None = None) -> Exchange:
-        """An exchange's shape; by default that of the uncompressed reference, in which no token is dropped."""
-        vit = self.vit
-        return Exchange(
-            num_samples=num_samples,
-            num_tokens=num_tokens or vit.num_prefix_tokens + vit.num_patches,
-            embed_dim=vit.embed_dim,
-            num_prefix_tokens=vit.num_prefix_tokens,
-            num_classes=self.num_classes,
-            labels=self.config.split.labels,
-            features=vit.features_shape,
-        )
-
-    # -------------------------------------------------------------------------------------- what is said and saved
+    def _shape(self, num_samples: int) -> Exchange:
+        return Exchange.of(self.vit, num_samples, self.num_classes, self.config.split.labels)
 
     @property
     def times_fewer(self) -> float:
@@ -122,10 +97,7 @@ class Ledger:
     def metrics(self) -> dict[str, Any]:
         """Bytes so far, and seconds that the link would have taken for the step under way."""
         before, trips = self._at_begin
-        row: dict[str, Any] = {
-            "uplink_bytes": self.counters.total("uplink"),
-            "downlink_bytes": self.counters.total("downlink"),
-        }
+        row: dict[str, Any] = {f"{way}_bytes": self.counters.total(way) for way in ("uplink", "downlink")}
         if self.link is not None:
             seconds = self.link.seconds(self.counters.training - before, self._round_trips - trips)
             row["link_seconds"] = round(seconds, 4)

@@ -65,13 +65,7 @@ class Session(ABC):
 
 
 class LocalSession(Session):
-    """A session with both halves in this process.
-
-    Args:
-        config: of the run, with a cut.
-        credentials: of the client.
-        authenticator: of the server.
-        console: where the run reports to.
+    """A session with both halves in this process, with the client's credentials and the server's authenticator.
 
     Raises:
         ConfigError: where the config has no cut.

@@ -10,43 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snello.codecs.base import Codec
-from snello.config import Recipe
-from snello.devices import Precision
 from snello.errors import TrainingError
 from snello.seeds import mix
-from snello.split.build import LossScale, make_half, modules_of
+from snello.split.build import modules_of
 from snello.split.halves import ServerHalf
 from snello.split.wire.frames import Flags, Frame, Kind
 from snello.split.wire.refusals import Code, Refused
 from snello.train.learner import SERVER_NOISE
-from snello.train.optim import set_lr
 from snello.train.schedule import Schedule
-from snello.vit import ViT
 
 
 class ServerModel:
-    """The server's half with its optimizer, method and loss scale.
+    """The server's half, and what of it is saved."""
 
-    Args:
-        part: the server's part of the model, on its device.
-        codec: at the cut.
-        config: settings.
-        num_classes: C.
-        device: where it computes.
-        precision: of its forward passes.
-    """
-
-    def __init__(
-        self, part: ViT, codec: Codec, config: Recipe, *, num_classes: int, device: torch.device, precision: Precision
-    ) -> None:
-        self.config, self.num_classes, self.codec = config, num_classes, codec
-        self.scale = LossScale(device, precision)
-        options: dict[str, Any] = {"num_classes": num_classes, "device": device, "precision": precision}
-        self.half = make_half(ServerHalf, part, config, codec, scale=self.scale, **options)
-        self.half.max_rows = config.batch_size * codec.buffer
-        self.modules: Mapping[str, nn.Module] = modules_of(part.model, codec)
-        self.optimizers: Mapping[str, torch.optim.Optimizer] = {"server": self.half.optimizer}
+    def __init__(self, half: ServerHalf) -> None:
+        self.half, self.config, self.num_classes, self.codec = half, half.config, half.num_classes, half.codec
+        self.modules: Mapping[str, nn.Module] = modules_of(half.vit.model, half.codec)
+        self.optimizers: Mapping[str, torch.optim.Optimizer] = {"server": half.optimizer}
 
     def answer(self, frame: Frame, *, training: bool, seed: int = 0) -> Frame:
         """The half's answer, with its own noise drawn from `seed`."""
@@ -62,15 +42,10 @@ class ServerModel:
         Raises:
             TrainingError: where it is not finite without a loss scale to blame; the weights are not touched.
         """
-        self.scale.unscale(self.half.optimizer)
         norm = self.half.clip(self.config.clip_norm)
-        if self.scale.scaler is None and not bool(norm.isfinite()):
+        if not self.half.scaler.is_enabled() and not bool(norm.isfinite()):
             raise TrainingError("the gradient of the server half is not finite")
-        if not overflow:
-            set_lr(self.half.optimizer, lr)
-            self.half.optimizer.step()
-        self.half.optimizer.zero_grad(set_to_none=True)
-        self.scale.update(finite=not overflow)
+        self.half.update(lr, overflow)
         return norm
 
     def snapshot(self) -> Callable[[], None]:
@@ -97,13 +72,13 @@ class ServerModel:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is neither in `modules` nor in `optimizers`, as values that JSON can hold."""
-        return {"method": self.half.method.state_dict(), "scaler": self.scale.state_dict()}
+        return {"method": self.half.method.state_dict(), "scaler": self.half.scaler.state_dict() or None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes from a `state_dict()`."""
         self.half.method.load_state_dict(state["method"])
         self.half.optimizer.zero_grad(set_to_none=True)
-        self.scale.load_state_dict(state["scaler"])
+        self.half.scaler.load_state_dict(state["scaler"])
 
 
 class ServerSteps:
@@ -112,15 +87,12 @@ class ServerSteps:
     Args:
         model: the half, of this client alone or shared.
         schedule: the client's.
-        config: settings.
         shared: whether others move the half's weights between two frames of this client.
         undo: whether an exchange that fails leaves the half as it was.
     """
 
-    def __init__(
-        self, model: ServerModel, schedule: Schedule, config: Recipe, *, shared: bool = False, undo: bool = True
-    ) -> None:
-        self.model, self.schedule, self.config = model, schedule, config
+    def __init__(self, model: ServerModel, schedule: Schedule, *, shared: bool = False, undo: bool = True) -> None:
+        self.model, self.schedule, self.config = model, schedule, model.config
         self._shared, self._undo = shared, undo
         self.go_to(0)
 
@@ -178,8 +150,7 @@ class ServerSteps:
     def finish(self, overflow: bool = False) -> Tensor:
         """Moves the weights by the step that is due, unless a gradient overflowed here or on the client's side.
 
-        Returns:
-            The norm of the gradients, () float32.
+        What is returned is the norm of the gradients, () float32.
 
         Raises:
             TrainingError: where it is not finite without a loss scale to blame; the weights are not touched.
@@ -224,7 +195,7 @@ class ServerSteps:
         if self.micro < self.schedule.num_micro(self.step):
             return answer
         self.step, self.micro, self.due = self.step + 1, 0, True
-        if self.model.scale.scaler is not None and not self._overflow:
+        if self.model.half.scaler.is_enabled() and not self._overflow:
             self._overflow = not all(bool(g.isfinite().all()) for g in self._gradients or () if g is not None)
             if self._overflow:
                 return Frame(answer.kind, answer.step, answer.micro, answer.arrays, answer.flags | Flags.OVERFLOW)

@@ -12,6 +12,7 @@ from snello.codecs.base import Codec, Context
 from snello.errors import SnelloWarning
 from snello.split.halves import Labels, labels_to_arrays
 from snello.split.wire.frames import Frame, Kind, sizes
+from snello.vit import ViT
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Exchange:
     """Whether the client trains anything below the cut."""
     with_feature_gradient: bool = True
     """Whether anything below the classifier trains, where the labels are on the client."""
+
+    @classmethod
+    def of(cls, vit: ViT, num_samples: int, num_classes: int, labels: Labels) -> "Exchange":
+        """The shape of an exchange of this model in which no token is dropped."""
+        num_tokens, prefix = vit.num_prefix_tokens + vit.num_patches, vit.num_prefix_tokens
+        return cls(num_samples, num_tokens, vit.embed_dim, prefix, num_classes, labels, vit.features_shape)
 
 
 def exchange_bytes(codec: Codec, shape: Exchange) -> tuple[int, int]:

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("known_models")
 @pytest.fixture(params=["server", "client"])
 def client(request, tmp_path, monkeypatch) -> Client:
     """The scaler's logic, on a CPU: only the scale is special there, forward passes are in fp32."""
-    monkeypatch.setattr("snello.split.build.autocast", lambda *args: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr("snello.split.halves.autocast", lambda *args: torch.autocast("cpu", enabled=False))
     registry = registry_in(tmp_path, labels=request.param, epochs=3)
     registry.precision = "fp16"
     registry._sizes.clear()
@@ -27,7 +27,7 @@ def overflow(parameter: torch.nn.Parameter) -> torch.utils.hooks.RemovableHandle
 
 def state(client: Client) -> tuple[str, str, float, float]:
     """Both halves' weights and loss scales."""
-    return client.weights, weights(client.session), client.remote._scale(), client.session.model.scale()
+    return client.weights, weights(client.session), client.remote.half.scale(), client.session.model.half.scale()
 
 
 def settle(client: Client) -> None:

@@ -30,10 +30,9 @@ from snello.config import AlastConfig
 from snello.errors import CheckpointError, ProtocolError, SnelloWarning
 from snello.split.server.registry import Registry
 from snello.split.server.sessions import InferenceSession
-from snello.split.wire.frames import Flags, Frame, Kind, control, control_values
+from snello.split.wire.frames import Flags, Frame, Kind, control, control_values, weights_frame, weights_of
 from snello.split.wire.handshake import Hello, RunShape
 from snello.split.wire.refusals import Code, Refused
-from snello.split.wire.weights import weights_frame, weights_of
 
 pytestmark = pytest.mark.usefixtures("known_models")
 

@@ -1,7 +1,8 @@
 """The client of split learning.
 
 join.py        `snello join`
-remote.py      the client's half in training
+place.py       the client's half in training
+link.py        the way from there to the server
 connection.py  a frame there, one back, whatever happens in between
 endpoints.py   where the server is and how to show who we are
 waiting.py     coroutines from code that is not asynchronous

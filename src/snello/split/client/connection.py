@@ -66,10 +66,8 @@ class Endpoint:
 
 
 class RolledBack(GoBack):
-    """The frame in flight is of no use any more: both sides resume from an earlier checkpoint, or the step's start.
-
-    Args:
-        welcome: the server's answer; with `back` its `step` is that of the checkpoint.
+    """The frame in flight is of no use any more: both sides resume from the checkpoint of the welcome's `step`, or
+    without its `back` from the start of the step under way.
     """
 
     def __init__(self, welcome: Welcome) -> None:
@@ -89,7 +87,6 @@ class Connection:
     """Frames to a server and back.
 
     Args:
-        endpoint: the server.
         hello: makes the first message of every new stream.
         max_body: bytes that the server's frames may have.
         patience_seconds: for an answer, beside what its bytes may take.
@@ -179,8 +176,6 @@ class Connection:
             line, self._line = self._line, None
             wait_for(line.close())
 
-    # -------------------------------------------------------------------------------------------------- one stream
-
     def _open(self) -> tuple[Welcome, Frame]:
         self.close()
         values = asdict(self._hello())
@@ -205,8 +200,6 @@ class Connection:
         data = wait_for(self._line.talk(parts, self.max_body, seconds))
         self._slowest = max(self._slowest, time.perf_counter() - started)
         return frames.read([data], self.max_body)
-
-    # ------------------------------------------------------------------------------------------------- a lost stream
 
     def _lost(self, reason: str) -> None:
         self.close()
@@ -261,12 +254,8 @@ class _Line:
         self._call: grpc.aio.StreamStreamCall | None = None
 
     async def talk(self, parts: list[bytes], max_body: int, seconds: float) -> bytearray:
-        """Sends a frame and returns the next that comes.
-
-        Raises:
-            Broken: where the stream ends, or nothing comes in time.
-            Refused: where the server says why it ends it.
-            ProtocolError: for something that is no frame.
+        """Sends a frame and returns the next that comes; Refused where the server says why it ends the stream, and
+        Broken where it does not, or nothing comes in time.
         """
         try:
             return await asyncio.wait_for(self._talk(parts, max_body), seconds)

@@ -1,5 +1,6 @@
 """Where a server is and how to show who we are: from an address and the folder that `snello certs` made."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,15 @@ def make_endpoint(
     plaintext: bool = False,
     credentials: Credentials | None = None,
 ) -> Endpoint:
-    """The server at an address, with what `snello certs` made for this client.
+    """The server at host:port, with what `snello certs` made in a folder for the client of this name.
 
-    Args:
-        address: host:port.
-        certs: folder of certificates and token; None for plaintext, on loopback only.
-        name: of the client in it.
-        plaintext: whether plaintext is asked for off loopback too.
-        credentials: shown to the server instead of the token in `certs`.
+    Without `certs` it is plaintext, off loopback only where `plaintext` asks for it. `credentials` are shown instead
+    of the token in the folder.
 
     Raises:
         ConfigError: where the files cannot be used, or plaintext would leave this machine.
     """
-
-    def explain() -> str | None:
-        return doctor.explain(address, certs, name)
-
+    explain = partial(doctor.explain, address, certs, name)
     if certs is not None:
         files = ClientFiles.load(certs, name)
         shown = (credentials or Token(files.name, files.token)).credentials()

@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from functools import partial
 
 from rich.console import Console
 from torch import Tensor
@@ -24,9 +24,8 @@ from snello.split.client.endpoints import describe, make_endpoint
 from snello.split.client.place import RemotePlace
 from snello.split.local import Session, Side
 from snello.split.security.auth import Credentials
-from snello.split.wire.frames import Kind, control
-from snello.split.wire.handshake import Hello, Welcome
-from snello.split.wire.weights import weights_frame, weights_of
+from snello.split.wire.frames import Kind, control, weights_frame, weights_of
+from snello.split.wire.handshake import Welcome
 from snello.train.display import warnings_on
 from snello.train.loop import Trainer
 from snello.train.tracking import require_trackers
@@ -40,10 +39,7 @@ def join(
 ) -> Summary:
     """Trains with a server as it says and returns the summary that it saves in the run folder.
 
-    Args:
-        config: this side's own.
-        console: where the run reports to.
-        on_settings: called with the settings that the server gave, before the first step.
+    `on_settings` is called with the settings that the server gave, before the first step.
 
     Raises:
         SnelloError: for input that cannot be used, or a server that cannot be reached or refuses, before anything is
@@ -74,10 +70,7 @@ def join(
 class RemoteSession(Session):
     """A session whose server half is at the other end of a network.
 
-    Args:
-        config: of the client.
-        credentials: shown to the server instead of the token in `config.certs`.
-        console: where the run reports to.
+    `credentials` are shown to the server instead of the token in `config.certs`.
 
     Raises:
         SnelloError: for input that cannot be used, or a server that cannot be reached or refuses.
@@ -99,16 +92,8 @@ class RemoteSession(Session):
         if saved_config is not None:
             require_same_config(saved_config, recipe, run.path)
         splits = splits_of(recipe)
-
-        def open_connection(hello: Callable[[], Hello], **callbacks: Any) -> Connection:
-            return Connection(
-                endpoint,
-                hello,
-                patience_seconds=config.patience_seconds,
-                reconnect_seconds=config.reconnect_seconds,
-                **callbacks,
-            )
-
+        patience, reconnect = config.patience_seconds, config.reconnect_seconds
+        connect = partial(Connection, endpoint, patience_seconds=patience, reconnect_seconds=reconnect)
         own = {f.name for f in fields(ServerAddress)}
         server = {name: value for name, value in to_dict(config).items() if name in own}
         name = saved.server.session if saved is not None and saved.server is not None else uuid.uuid4().hex
@@ -119,7 +104,7 @@ class RemoteSession(Session):
             server=ServerAddress(session=name, **server),
             architecture=welcome.architecture,
             classes=tuple(splits.train.classes),
-            open_connection=open_connection,
+            open_connection=connect,
             console=console,
         )
         try:

@@ -11,11 +11,7 @@ TRAINING_KINDS = (Kind.ACTIVATIONS, Kind.FEATURE_GRADIENTS)
 
 
 class NetworkLink:
-    """Frames to a server (a `snello.split.learner.Link`).
-
-    Args:
-        connection: to the server.
-    """
+    """Frames to a server (a `snello.split.learner.Link`)."""
 
     may_break = True
 

@@ -4,33 +4,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from snello.config.units import is_loopback, parse_address
 from snello.devices import Precision
 from snello.errors import CheckpointError
 from snello.files import load_tensors
 from snello.runs.folder import RunFolder
-from snello.runs.resolved import ServerAddress
-from snello.split.build import cut_model, make_codec, make_half
-from snello.split.client.connection import Connection, Endpoint
+from snello.split.build import cut_model, make_codec, modules_of
+from snello.split.client.connection import Connection
 from snello.split.client.endpoints import make_endpoint
 from snello.split.client.link import NetworkLink
 from snello.split.halves import ClientHalf
 from snello.split.learner import Evaluator
 from snello.split.ledger import Ledger
-from snello.split.wire.frames import Kind, control
+from snello.split.wire.frames import Kind, control, weights_of
 from snello.split.wire.handshake import Hello, make_terms
-from snello.split.wire.weights import weights_of
 
 
 class JoinedModel(Evaluator):
     """Normalised pictures (B, 3, H, W) to logits (B, C), with both halves at their best epoch.
-
-    Args:
-        run: folder of the run.
-        device: where the client's half computes.
-        precision: precision of its forward passes.
 
     Raises:
         CheckpointError: where the weights do not fit.
@@ -47,16 +39,20 @@ class JoinedModel(Evaluator):
         codec = make_codec(config, str(resolved.codec), vit.embed_dim).to(device)
         lower, _ = cut_model(vit, config)
         lower.model.to_empty(device=device)
-        options: dict[str, Any] = {"num_classes": num_classes, "device": device, "precision": precision}
-        half = make_half(ClientHalf, lower, config, codec, **options)
-        _load(lower.model, run.model_file)
-        if next(codec.parameters(), None) is not None:
-            _load(codec, run.codec_file)
+        half = ClientHalf(lower, config, codec, num_classes, device, precision)
+        for name, module in modules_of(lower.model, codec).items():
+            path = run.weights_files[name]
+            try:
+                module.load_state_dict(load_tensors(path)[0])
+            except RuntimeError as error:
+                raise CheckpointError(f"{path} does not fit: {' '.join(str(error).split())}") from error
         agreed: dict[str, Any] = {"codec": codec.text, "num_classes": num_classes, "precision": resolved.precision}
         hello = Hello("inference", session=server.session, terms=make_terms(vit.model, config, **agreed))
         weights = sum(value.numel() * value.element_size() for value in vit.model.state_dict().values())
         largest = Ledger(vit, config, codec, num_classes).largest_frame(config.batch_size)
-        self._connection = Connection(_endpoint(server), lambda: hello, max_body=weights + (1 << 20) + largest)
+        certs = None if server.certs is None else Path(server.certs)
+        endpoint = make_endpoint(server.address, certs, server.name, plaintext=True)  # as the run was
+        self._connection = Connection(endpoint, lambda: hello, max_body=weights + (1 << 20) + largest)
         self._link = NetworkLink(self._connection)
         super().__init__(half, self._link.exchange, config.batch_size)  # the server takes no more at once
         try:
@@ -90,16 +86,3 @@ def fetch_server_half(path: Path) -> dict[str, Tensor]:
         return model.server_half()
     finally:
         model.close()
-
-
-def _endpoint(server: ServerAddress) -> Endpoint:
-    certs = None if server.certs is None else Path(server.certs)
-    plaintext = certs is None and not is_loopback(parse_address(server.address, "ADDRESS")[0])
-    return make_endpoint(server.address, certs, server.name, plaintext=plaintext)
-
-
-def _load(module: nn.Module, path: Path) -> None:
-    try:
-        module.load_state_dict(load_tensors(path)[0])
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit: {' '.join(str(error).split())}") from error

@@ -19,9 +19,8 @@ from snello.split.checkpoints import Checkpoints, steps_in
 from snello.split.client.connection import Connection, RolledBack, Stopped
 from snello.split.client.link import NetworkLink
 from snello.split.learner import SplitLearner
-from snello.split.wire.frames import Frame, Kind, control, control_values
+from snello.split.wire.frames import Frame, Kind, control, control_values, weights_of
 from snello.split.wire.handshake import Hello, RunShape, Terms, Welcome, hash_of, make_terms
-from snello.split.wire.weights import weights_of
 from snello.train.learner import Learner
 from snello.train.place import GoBack, Place, Progress, Setup, State
 from snello.vit import ViT
@@ -32,13 +31,8 @@ class RemotePlace(Place):
 
     Args:
         config: the settings that the server told, with this side's own.
-        run: the run folder.
-        saved: what was decided when the run began; None for a new one.
-        server: where the other half is.
         architecture: what the server said that a transformers model is made of.
-        classes: names of the classes.
         open_connection: makes the connection, given what it asks of this side.
-        console: where to report what happens to the connection.
     """
 
     def __init__(
@@ -55,6 +49,7 @@ class RemotePlace(Place):
     ) -> None:
         super().__init__(config, run, saved)
         self.server: ServerAddress = server
+        self._folder = run.path / "checkpoints"
         self._architecture, self._classes, self._console = architecture, classes, console
         self._stop: list[int] = []
         self.connection = open_connection(
@@ -74,8 +69,6 @@ class RemotePlace(Place):
         self._plan: RunShape
         self._welcome: Welcome
         self._state: Callable[[], State]
-
-    # --------------------------------------------------------------------------------------------------- beginning
 
     @override
     def make_model(self, num_classes: int) -> nn.Module:
@@ -122,10 +115,6 @@ class RemotePlace(Place):
             self._print(f"{self.lost_steps} steps of this client are in the shared server half, but no longer here")
         return self.checkpoints.load(self._welcome.step)
 
-    @property
-    def _folder(self) -> Path:
-        return self.run.path / "checkpoints"
-
     @override
     def command(self) -> str:
         server = self.server
@@ -139,8 +128,6 @@ class RemotePlace(Place):
     def checkpoint(self) -> Path | None:
         steps = steps_in(self._folder)
         return self.checkpoints.path(steps[-1]) if steps else None
-
-    # ---------------------------------------------------------------------------------------------- the connection
 
     def _hello(self) -> Hello:
         return Hello(
@@ -173,8 +160,6 @@ class RemotePlace(Place):
     def request(self, frame: Frame) -> Frame:
         """The server's answer to a frame that belongs to no step."""
         return self.learner.link.exchange(frame)
-
-    # ------------------------------------------------------------------------------------------------------ the loop
 
     @override
     def go_back(self, error: GoBack, progress: Progress) -> State | None:

@@ -30,7 +30,9 @@ def wait_for(coroutine: Coroutine[Any, Any, T]) -> T:
 
 def _wait_for(coroutine: Coroutine[Any, Any, T]) -> T:
     """Of the threads that wait, one drives the loop; when it has what it wants, another takes over."""
-    loop = _the_loop()
+    global _loop
+    with _making:
+        loop = _loop = _loop or asyncio.new_event_loop()
     if _driving.acquire(blocking=False):
         try:
             return loop.run_until_complete(coroutine)
@@ -48,11 +50,3 @@ def _wait_for(coroutine: Coroutine[Any, Any, T]) -> T:
                 loop.run_until_complete(asyncio.wait([asyncio.wrap_future(future, loop=loop)]))
             finally:
                 _driving.release()
-
-
-def _the_loop() -> asyncio.AbstractEventLoop:
-    global _loop
-    with _making:
-        if _loop is None:
-            _loop = asyncio.new_event_loop()
-        return _loop

@@ -28,12 +28,7 @@ class Authenticator(Protocol):
     """How a server decides who a client is."""
 
     def identify(self, credentials: Mapping[str, str], certificate_name: str | None = None) -> str | None:
-        """The client's name; None where it is not admitted.
-
-        Args:
-            credentials: what the client sent.
-            certificate_name: of the certificate that it proved to own, where the connection asked for one.
-        """
+        """The client's name, by what it sent and the certificate that it proved to own; None where not admitted."""
 
 
 class Anyone(Credentials, Authenticator):
@@ -45,12 +40,7 @@ class Anyone(Credentials, Authenticator):
 
 
 class Token(Credentials):
-    """Shows a client's name and secret to the server.
-
-    Args:
-        name: of the client.
-        token: its secret.
-    """
+    """Shows a client's name and secret to the server."""
 
     def __init__(self, name: str, token: str) -> None:
         self.name, self._token = name, token
@@ -113,11 +103,7 @@ class Both(Authenticator):
 
 
 class Tickets(Authenticator):
-    """Admits clients with a ticket that somebody who shares the server's key has signed, until it expires.
-
-    Args:
-        key: at least 16 bytes, known to who issues tickets and to the server.
-    """
+    """Admits clients with a ticket signed with the server's key (at least 16 bytes), until it expires."""
 
     def __init__(self, key: bytes) -> None:
         if len(key) < 16:

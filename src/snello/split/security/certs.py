@@ -242,17 +242,9 @@ def _is_authority(certificate: x509.Certificate) -> bool:
 
 def _key_usage(certificates: bool) -> x509.KeyUsage:
     """What a key may sign: certificates, or what a handshake signs."""
-    return x509.KeyUsage(
-        digital_signature=not certificates,
-        key_cert_sign=certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        crl_sign=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+    others = ["content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "crl_sign"]
+    none = dict.fromkeys([*others, "encipher_only", "decipher_only"], False)
+    return x509.KeyUsage(digital_signature=not certificates, key_cert_sign=certificates, **none)
 
 
 def _name(common_name: str) -> x509.Name:
@@ -260,11 +252,7 @@ def _name(common_name: str) -> x509.Name:
 
 
 def _host(text: str) -> str:
-    """A name or IP address as it stands in the certificate.
-
-    Raises:
-        ConfigError: where it is none, or one that nobody can connect to.
-    """
+    """A name or IP address as it stands in the certificate; ConfigError for one that nobody can connect to."""
     wrong = ConfigError(f"--host must be names or IP addresses, as server.example 192.0.2.7, got {text!r}")
     host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     try:

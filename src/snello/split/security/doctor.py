@@ -61,12 +61,8 @@ class Finding:
 def examine(config: DoctorConfig, probe: Callable[[], dict[str, Any]] | None = None) -> list[Finding]:
     """Looks at name, port, TLS and both certificates and, with a `probe`, at clock, version and token.
 
-    It ends with the first failure that leaves the rest open.
-
-    Args:
-        config: the server, and what to show it.
-        probe: asks the server over gRPC: its `time` (seconds since 1970), `version`, `protocol` (an int), and `token`,
-            `accepted` or why not; may raise a SnelloError.
+    It ends with the first failure that leaves the rest open. The probe asks the server over gRPC: its `time` (seconds
+    since 1970), `version`, `protocol` (an int), and `token`, `accepted` or why not; it may raise a SnelloError.
     """
     findings = list(_connection(config))
     if not all(finding.ok for finding in findings):
@@ -271,11 +267,8 @@ def _judge(
     advice = f"is this machine's clock right? Otherwise: {RENEW_SERVER}"
     yield Finding("server's dates", not problem, text, advice if problem else "")
     text = f"the server's certificate is for {', '.join(hosts) or 'no name at all'}"
-    if named:
-        yield Finding("server's names", True, text)
-    else:
-        advice = f"connect to one of those, or: {RENEW_SERVER}"
-        yield Finding("server's names", False, f"{text}, not for {host}", advice)
+    advice = "" if named else f"connect to one of those, or: {RENEW_SERVER}"
+    yield Finding("server's names", named, text if named else f"{text}, not for {host}", advice)
 
 
 def _is_signed_by(certificate: x509.Certificate, ca: x509.Certificate) -> bool:
@@ -297,10 +290,10 @@ def _is_for(host: str, hosts: Sequence[str]) -> bool:
 
 
 def _own_dates(files: ClientFiles) -> Finding:
-    problem = files.date_problem()
+    certificate = x509.load_pem_x509_certificate(files.certificate)
+    problem, until = date_problem(certificate), when(certificate.not_valid_after_utc)
     if problem is not None:
         return Finding("our certificate", False, f"the certificate of client {files.name!r} {problem}", RENEW_CLIENT)
-    until = when(x509.load_pem_x509_certificate(files.certificate).not_valid_after_utc)
     return Finding("our certificate", True, f"of client {files.name!r}, valid until {until}")
 
 

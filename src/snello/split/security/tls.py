@@ -71,7 +71,7 @@ class ClientFiles:
                 it is open which client is meant.
         """
         files = cls.read(folder, name)
-        problem = files.date_problem(now)
+        problem = date_problem(x509.load_pem_x509_certificate(files.certificate), now)
         if problem is not None:
             raise ConfigError(f"{files.folder / 'client.crt'} {problem}; {RENEW_CLIENT}")
         return files
@@ -85,10 +85,6 @@ class ClientFiles:
         if name is not None and name != found:
             raise ConfigError(f"--name {name}: {place} is the folder of client {found!r}")
         return cls(place, ca, certificate, key, _read_token(place / "token"), found)
-
-    def date_problem(self, now: datetime | None = None) -> str | None:
-        """Why the certificate cannot be used at the time `now` (default: this moment), or None."""
-        return date_problem(x509.load_pem_x509_certificate(self.certificate), now)
 
 
 def read_certificate(path: Path) -> x509.Certificate:

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -21,6 +21,8 @@ from snello.split.server.sessions import TrainingSession
 from snello.split.server.streams import Limits, Server
 from snello.split.server.telemetry import Board, Telemetry, close_logger, make_logger
 from snello.train.display import warnings_on
+
+Security = tuple[grpc.ServerCredentials | None, Authenticator]
 
 
 def serve(config: ServeConfig, console: Console | None = None) -> None:
@@ -50,7 +52,7 @@ def serve(config: ServeConfig, console: Console | None = None) -> None:
         run.release()
 
 
-def make_security(config: ServeConfig) -> tuple[grpc.ServerCredentials | None, Authenticator]:
+def make_security(config: ServeConfig) -> Security:
     """TLS and authenticator as `config` says; no TLS only on loopback, or where it is asked for by its full name.
 
     Raises:
@@ -74,21 +76,12 @@ def make_security(config: ServeConfig) -> tuple[grpc.ServerCredentials | None, A
         [(files.key, files.certificate)], root_certificates=files.ca if mutual else None, require_client_auth=mutual
     )
     tokens = Tokens(files.tokens_file)
-    authenticators: dict[str, Authenticator] = {
-        "both": Both(Certificates(), tokens),
-        "certificate": Certificates(),
-        "token": tokens,
-    }
-    return tls, authenticators[config.auth]
+    if config.auth == "both":
+        return tls, Both(Certificates(), tokens)
+    return tls, tokens if config.auth == "token" else Certificates()
 
 
-async def _serve(
-    config: ServeConfig,
-    registry: Registry,
-    security: tuple[grpc.ServerCredentials | None, Authenticator],
-    log: Any,
-    console: Console,
-) -> None:
+async def _serve(config: ServeConfig, registry: Registry, security: Security, log: Any, console: Console) -> None:
     tls, authenticator = security
     telemetry = Telemetry(log)
     server = Server(registry, authenticator, telemetry, log, Limits(idle_seconds=config.idle_seconds))
@@ -106,7 +99,7 @@ async def _serve(
             telemetry.serve(config.metrics_port)
         _announce(config, registry, host, port, tls is not None, console)
         with Board(console) as board:
-            server.on_step = _shower(board)
+            server.on_step = partial(_show, board)
             server.on_leave = board.remove
             await stopping.wait()
             log.info("stopping: steps under way end, and every session is saved")
@@ -126,18 +119,14 @@ def _announce(config: ServeConfig, registry: Registry, host: str, port: int, tls
     )
 
 
-def _shower(board: Board) -> Callable[[TrainingSession, float], None]:
-    def show(session: TrainingSession, seconds: float) -> None:
-        counters = session.ledger.counters
-        board.show(
-            session.run.path.name,
-            step=session.step,
-            total=session.schedule.total_steps,
-            loss=session.loss,
-            rate=session.schedule.num_samples(session.step - 1) / max(seconds, 1e-9),
-            uplink_bytes=counters.total("uplink"),
-            downlink_bytes=counters.total("downlink"),
-            times_fewer=session.ledger.times_fewer,
-        )
-
-    return show
+def _show(board: Board, session: TrainingSession, seconds: float) -> None:
+    board.show(
+        session.run.path.name,
+        step=session.step,
+        total=session.schedule.total_steps,
+        loss=session.loss,
+        rate=session.schedule.num_samples(session.step - 1) / max(seconds, 1e-9),
+        uplink_bytes=session.ledger.counters.total("uplink"),
+        downlink_bytes=session.ledger.counters.total("downlink"),
+        times_fewer=session.ledger.times_fewer,
+    )

@@ -10,6 +10,7 @@ from snello.devices import Precision
 from snello.models import create_model
 from snello.seeds import mix
 from snello.split.build import cut_model, make_codec, meta_vit
+from snello.split.halves import ServerHalf
 from snello.split.ledger import Ledger
 from snello.split.steps import ServerModel
 from snello.split.wire.handshake import Terms, make_terms
@@ -17,7 +18,7 @@ from snello.vit import AttentionPath, ViT
 
 
 def make_server_model(
-    config: ServeConfig, num_classes: int, *, device: torch.device, precision: Precision, attention: AttentionPath
+    config: ServeConfig, num_classes: int, device: torch.device, precision: Precision, attention: AttentionPath
 ) -> ServerModel:
     """The server's half as every session of this seed begins with.
 
@@ -29,17 +30,11 @@ def make_server_model(
     _, upper = cut_model(vit, config)
     upper.set_attention_paths([attention] * upper.depth)
     upper.model.to(device)
-    return ServerModel(upper, codec, config, num_classes=num_classes, device=device, precision=precision)
+    return ServerModel(ServerHalf(upper, config, codec, num_classes, device, precision))
 
 
 class Sizes:
-    """What can be said of a session from shapes alone, on the device `meta`.
-
-    Args:
-        config: of the server.
-        num_classes: C.
-        precision: of forward passes.
-    """
+    """What can be said of a session from shapes alone, on the device `meta`."""
 
     def __init__(self, config: ServeConfig, num_classes: int, precision: Precision) -> None:
         self.vit = meta_vit(config, num_classes)
@@ -64,5 +59,4 @@ def make_vit(config: ServeConfig, num_classes: int) -> ViT:
 def starting_weights(config: ServeConfig, num_classes: int) -> dict[str, Tensor]:
     """What the client's half begins with, by names in the whole model."""
     lower, _ = cut_model(make_vit(config, num_classes), config)
-    state: dict[str, Tensor] = lower.model.state_dict()
-    return state
+    return dict(lower.model.state_dict())

@@ -26,12 +26,11 @@ from snello.models import architecture_of
 from snello.runs.folder import RunFolder
 from snello.split.checkpoints import Checkpoints
 from snello.split.server.half import Sizes, make_server_model, make_vit, starting_weights
-from snello.split.server.sessions import InferenceSession, Session, TrainingSession, session_values
+from snello.split.server.sessions import InferenceSession, Session, TrainingSession
 from snello.split.steps import ServerModel
-from snello.split.wire.frames import Frame, Kind, control
+from snello.split.wire.frames import Frame, Kind, control, weights_frame
 from snello.split.wire.handshake import Hello, RunShape, Welcome, parse, recipe_values
 from snello.split.wire.refusals import Code, Refused
-from snello.split.wire.weights import weights_frame
 from snello.vit import AttentionPath
 from snello.vit.attention import faster_attention
 
@@ -39,10 +38,7 @@ from snello.vit.attention import faster_attention
 class Registry:
     """Opens, keeps and saves sessions.
 
-    Args:
-        config: of the server.
-        run: its folder.
-        attention: path of attention that an earlier start has measured, if any.
+    `attention` is the path of attention that an earlier start has measured, if any.
 
     Raises:
         SnelloError: where settings, model and machine do not fit each other; nothing has been written.
@@ -57,6 +53,7 @@ class Registry:
         self._in_memory: dict[str, TrainingSession] = {}
         self._connected: set[str] = set()  # those of evaluation too, under names of their own
         self._left: dict[str, float] = {}  # sessions in memory without a connection: since when
+        self.attention: AttentionPath = "explicit"
         self.attention = self._attention(attention or config.attention)
         self._shared: ServerModel | None = None
         self._shared_steps = 0
@@ -66,15 +63,10 @@ class Registry:
     def _attention(self, path: str) -> AttentionPath:
         vit = make_vit(self.config, self.config.num_classes or 10)  # also shows that the settings work
         self.architecture = architecture_of(vit.model)
-        make_server_model(
-            replace(self.config, weights="none"), self.config.num_classes or 10, **self._options("explicit")
-        )
+        self._new_half(self.config.num_classes or 10, weights="none")
         if path == "auto":
             return faster_attention(vit, self.config.batch_size, self.device, self.precision)
         return path  # type: ignore[return-value]
-
-    def _options(self, attention: AttentionPath | None = None) -> dict[str, Any]:
-        return {"device": self.device, "precision": self.precision, "attention": attention or self.attention}
 
     def sizes(self, num_classes: int) -> Sizes:
         """The sizes of a model with so many classes."""
@@ -83,8 +75,6 @@ class Registry:
                 self._sizes.clear()  # clients choose the number: they must not fill the memory
             self._sizes[num_classes] = Sizes(self.config, num_classes, self.precision)
         return self._sizes[num_classes]
-
-    # ---------------------------------------------------------------------------------------------------- opening
 
     def describe(self) -> Frame:
         """What a client needs to prepare itself."""
@@ -123,7 +113,7 @@ class Registry:
             raise Refused(Code.NO_CHECKPOINT, "the session has not finished an epoch yet")
         name = f"evaluation-{uuid.uuid4()}"
         self._make_room(name, sizes)
-        upper = make_server_model(replace(self.config, weights="none"), sizes.terms.num_classes, **self._options())
+        upper = self._new_half(sizes.terms.num_classes, weights="none")
         session = InferenceSession(upper, run, sizes, self.config)
         self._connected.add(name)
         return name, session, control(Kind.WELCOME, self._welcome())
@@ -161,7 +151,8 @@ class Registry:
         session.incarnation = uuid.uuid4().hex
         if new:
             session.save()
-            save_json(session.run.path / "session.json", session_values(hello.session, client, plan))
+            whose = {"session": hello.session, "client": client, "plan": asdict(plan)}
+            save_json(session.run.path / "session.json", whose)
         elif self._is_shared:
             self._resume_shared(session, hello)
         else:
@@ -204,8 +195,6 @@ class Registry:
         session.lost_steps += max(0, reached - at)
         session.go_to(at)
 
-    # ------------------------------------------------------------------------------------------------ making them
-
     @property
     def _is_shared(self) -> bool:
         return self.config.sessions == "shared"
@@ -224,15 +213,16 @@ class Registry:
     def _make(self, client: str, session: str, plan: RunShape, sizes: Sizes) -> TrainingSession:
         run = self._folder(client, session)
         run.path.mkdir(parents=True, exist_ok=True)
-        upper = self._shared_half(plan, sizes) if self._is_shared else self._new_half(sizes)
+        upper = self._shared_half(plan, sizes) if self._is_shared else self._new_half(sizes.terms.num_classes)
         return TrainingSession(client, run, upper, sizes, plan, self.config)
 
-    def _new_half(self, sizes: Sizes) -> ServerModel:
-        return make_server_model(self.config, sizes.terms.num_classes, **self._options())
+    def _new_half(self, num_classes: int, **changes: Any) -> ServerModel:
+        config = replace(self.config, **changes)
+        return make_server_model(config, num_classes, self.device, self.precision, self.attention)
 
     def _shared_half(self, plan: RunShape, sizes: Sizes) -> ServerModel:
         if self._shared is None:
-            self._shared = self._new_half(sizes)
+            self._shared = self._new_half(sizes.terms.num_classes)
             folder = self.run.path / "shared" / "checkpoints"
             self._shared_checkpoints = Checkpoints(folder, self._shared.modules, self._shared.optimizers)
             steps = self._shared_checkpoints.steps()
@@ -246,14 +236,8 @@ class Registry:
             raise Refused(Code.MISMATCH, f"{reason}; all who share a server half need the same folders")
         return self._shared
 
-    # ------------------------------------------------------------------------------------------- room, and leaving
-
     def _make_room(self, session: str, sizes: Sizes) -> None:
-        """Forgets sessions that nobody is connected to, longest ago first, until this one fits.
-
-        Raises:
-            Refused: where it does not.
-        """
+        """Forgets sessions that nobody is connected to, longest ago first, until this one fits; or refuses it."""
         crowded = len(self._connected - {session}) >= self.config.max_sessions
         while crowded or not self._fits(session, sizes):
             idle = [name for name in self._left if name != session]

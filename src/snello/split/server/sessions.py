@@ -7,7 +7,7 @@ checkpoints at the same steps, when the client says so, and go back to the newes
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from snello import files
@@ -20,10 +20,9 @@ from snello.split.ledger import Ledger
 from snello.split.server.half import Sizes
 from snello.split.steps import ServerModel, ServerSteps
 from snello.split.wire import chunks, frames
-from snello.split.wire.frames import Flags, Frame, Kind, control, control_values
+from snello.split.wire.frames import Flags, Frame, Kind, control, control_values, weights_frame, weights_of
 from snello.split.wire.handshake import RunShape
 from snello.split.wire.refusals import Code, Refused
-from snello.split.wire.weights import weights_frame, weights_of
 from snello.train.schedule import Schedule
 
 
@@ -56,16 +55,7 @@ class Session(Protocol):
 
 
 class TrainingSession:
-    """One client's training with a server half.
-
-    Args:
-        client: name of the client.
-        run: folder of the session.
-        model: the half, of this session alone or shared.
-        sizes: of the model.
-        plan: the client's.
-        config: of the server.
-    """
+    """One client's training with a server half, of this session alone or shared, in the folder of the session."""
 
     def __init__(
         self, client: str, run: RunFolder, model: ServerModel, sizes: Sizes, plan: RunShape, config: ServeConfig
@@ -75,15 +65,9 @@ class TrainingSession:
         weights = sizes.state // 4 + (1 << 20) if config.accept_weights else 0
         self.max_body = max(sizes.max_frame, weights)
         self.ledger = Ledger(sizes.vit, config, model.codec, model.num_classes)
-        self.schedule = Schedule(
-            plan.num_train,
-            config.batch_size,
-            config.accumulate,
-            config.epochs,
-            buffer=model.codec.buffer,
-            max_steps=plan.total_steps,
-        )
-        self.steps = ServerSteps(model, self.schedule, config, shared=self.shared)
+        whole = Schedule(plan.num_train, config.batch_size, config.accumulate, config.epochs)
+        self.schedule = replace(whole, buffer=model.codec.buffer, max_steps=plan.total_steps)
+        self.steps = ServerSteps(model, self.schedule, shared=self.shared)
         own = ({}, {}) if self.shared else (model.modules, model.optimizers)
         self.checkpoints = Checkpoints(run.path / "checkpoints", *own)
         self.incarnation = ""
@@ -105,8 +89,6 @@ class TrainingSession:
     def between_steps(self) -> bool:
         """Whether no step is under way."""
         return self.steps.between_steps
-
-    # ------------------------------------------------------------------------------------------------ one frame
 
     def take(self, data: bytearray) -> Answer:
         """Applies a frame, or recognizes that it has been applied, and answers it; see `Session`."""
@@ -157,8 +139,6 @@ class TrainingSession:
                 f"a frame of kind {frame.kind.name} came for step {frame.step}, the server is at {self.steps.position}",
             )
 
-    # ----------------------------------------------------------------------------------------------- one exchange
-
     def _exchange(self, frame: Frame) -> tuple[Frame, Callable[[], None] | None]:
         step, micro = self.step, self.steps.micro
         if self.between_steps:
@@ -176,7 +156,7 @@ class TrainingSession:
             feature_gradient=in_u_shape,
         )
         # In half precision the client may yet find that its own gradient overflowed: its next frame says so.
-        waits = self.model.scale.scaler is not None
+        waits = self.model.half.scaler.is_enabled()
         return answer, self._update if self.steps.due and not waits else None
 
     def _update(self, overflow: bool = False) -> None:
@@ -199,15 +179,13 @@ class TrainingSession:
         except CheckpointError as error:
             self.failed = Refused(Code.STORAGE, f"the server could not write: {error}")
 
-    # ------------------------------------------------------------------------------------------------- between steps
-
     def _control(self, frame: Frame) -> Frame:
         if frame.kind == Kind.SAVE:
             return self._save_for(frame)
         if frame.kind == Kind.FINISH:
-            return self._finish(frame)
+            return self._finish()
         if frame.kind == Kind.GET_WEIGHTS:
-            return self._get_weights()
+            return released_weights(self.model, self.config)
         if frame.kind == Kind.SET_WEIGHTS:
             return self._set_weights(frame)
         raise Refused(Code.OUT_OF_TURN, f"a client does not send frames of kind {frame.kind.name}")
@@ -255,30 +233,21 @@ class TrainingSession:
         self.steps.go_to(step)
         self._last = self.failed = None
 
-    def _finish(self, frame: Frame) -> Frame:
+    def _finish(self) -> Frame:
         self.finished = True
-        summary = self.summary()
-        files.save_json(self.run.summary_file, summary)
-        return control(Kind.FINISHED, {"summary": self.ledger.summary()})
-
-    def summary(self) -> dict[str, Any]:
-        """The session's result."""
-        rows = list(self.run.rows("step"))
-        return {
+        summary = {
             "client": self.client,
             "accuracy": self.accuracy,
             "steps": self.step,
             "lost_steps": self.lost_steps,
-            "server_seconds": round(sum(row["seconds"] for row in rows), 3),
+            "server_seconds": round(sum(row["seconds"] for row in self.run.rows("step")), 3),
             **self.ledger.summary(),
             "model": self.config.model,
             "method": self.config.method_name,
             "num_classes": self.model.num_classes,
         }
-
-    def _get_weights(self) -> Frame:
-        require_release(self.config)
-        return weights_frame(Kind.WEIGHTS, {name: value.clone() for name, value in self.model.half.weights().items()})
+        files.save_json(self.run.summary_file, summary)
+        return control(Kind.FINISHED, {"summary": self.ledger.summary()})
 
     def _set_weights(self, frame: Frame) -> Frame:
         if not self.config.accept_weights:
@@ -295,13 +264,8 @@ def _nothing() -> None:
 
 
 class InferenceSession:
-    """A client that evaluates or predicts with the best weights of its session; it changes nothing.
-
-    Args:
-        model: a fresh half, which gets those weights.
-        run: folder of the session.
-        sizes: of the model.
-        config: of the server.
+    """A client that evaluates or predicts with the best weights of its session, which a fresh half gets; it changes
+    nothing.
     """
 
     def __init__(self, model: ServerModel, run: RunFolder, sizes: Sizes, config: ServeConfig) -> None:
@@ -315,20 +279,15 @@ class InferenceSession:
         if frame.kind == Kind.EVALUATION:
             answer = self.model.answer(frame, training=False)
         elif frame.kind == Kind.GET_WEIGHTS:
-            require_release(self.config)
-            answer = weights_frame(Kind.WEIGHTS, self.model.half.weights())
+            answer = released_weights(self.model, self.config)
         else:
             raise Refused(Code.OUT_OF_TURN, f"a frame of kind {frame.kind.name} came in a session of evaluation")
         answer = replace(answer, step=frame.step, micro=frame.micro)
         return Answer(chunks.of(answer), sizes=(frames.sizes(frame), frames.sizes(answer)))
 
 
-def require_release(config: ServeConfig) -> None:
-    """Refuses to give weights away where the server does not release them."""
+def released_weights(model: ServerModel, config: ServeConfig) -> Frame:
+    """The half's weights; Refused where the server does not release them."""
     if not config.release_weights:
         raise Refused(Code.FORBIDDEN, "this server does not release its half of the model (--no-release-weights)")
-
-
-def session_values(session: str, client: str, plan: RunShape) -> dict[str, Any]:
-    """What a session's session.json says."""
-    return {"session": session, "client": client, "plan": asdict(plan)}
+    return weights_frame(Kind.WEIGHTS, model.half.weights())

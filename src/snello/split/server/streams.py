@@ -56,15 +56,7 @@ class Limits:
 
 
 class Server:
-    """Serves sessions until it is stopped.
-
-    Args:
-        registry: of the sessions.
-        authenticator: decides who is admitted.
-        telemetry: what operators see.
-        log: where to.
-        limits: how long it waits.
-    """
+    """Serves sessions until it is stopped."""
 
     def __init__(
         self,
@@ -91,6 +83,7 @@ class Server:
             OSError: where the address cannot be had.
         """
         chunks.keep_blocks()
+        self._loop = asyncio.get_running_loop()
         self._server = grpc.aio.server(options=_options(self._limits), maximum_concurrent_rpcs=1024)
         self._server.add_generic_rpc_handlers(self._handlers())
         try:
@@ -138,8 +131,6 @@ class Server:
         while True:
             await asyncio.sleep(min(30.0, self._limits.idle_seconds))
             await self._in_thread(self._registry.forget_idle)
-
-    # ------------------------------------------------------------------------------------------------- the network
 
     def _handlers(self) -> list[grpc.GenericRpcHandler]:
         methods = {
@@ -249,11 +240,8 @@ class Server:
             await before.ended.wait()
             self._telemetry.reconnects.inc()
 
-    # -------------------------------------------------------------------------------------------------- one session
-
     async def _serve(self, call: "_Call", session: Session) -> None:
         call.assembler.max_body_bytes = session.max_body
-        loop = asyncio.get_running_loop()
         while True:
             data = await call.read(self._limits.idle_seconds, Code.IDLE, "nothing came")
             if data is None:
@@ -265,7 +253,7 @@ class Server:
                     raise await self._parting(session)
             call.busy = True
             self._telemetry.queue.inc()
-            future = loop.run_in_executor(self._compute, self._apply, session, data, loop, time.perf_counter())
+            future = self._loop.run_in_executor(self._compute, self._apply, session, data, time.perf_counter())
             future.add_done_callback(lambda done: self._telemetry.queue.dec())
             del data
             answer = await asyncio.shield(future)  # what is begun is ended, also where the connection breaks
@@ -275,19 +263,17 @@ class Server:
                 self._telemetry.sent("uplink", answer.sizes[0])
                 self._telemetry.sent("downlink", answer.sizes[1])
 
-    def _apply(self, session: Session, data: bytearray, loop: asyncio.AbstractEventLoop, started: float) -> Answer:
+    def _apply(self, session: Session, data: bytearray, started: float) -> Answer:
         answer = session.take(data)
         if answer.repeated:
             return answer
         if answer.after is not None and isinstance(session, TrainingSession):
-            self._compute.submit(self._after, answer.after, session, loop, started)
+            self._compute.submit(self._after, answer.after, session, started)
         if frames.parse_header(data).kind == Kind.SAVE:
             self._registry.saved()
         return answer
 
-    def _after(
-        self, after: Callable[[], None], session: TrainingSession, loop: asyncio.AbstractEventLoop, started: float
-    ) -> None:
+    def _after(self, after: Callable[[], None], session: TrainingSession, started: float) -> None:
         try:
             after()
         except Exception:
@@ -297,10 +283,10 @@ class Server:
         self._registry.stepped()
         seconds = time.perf_counter() - started
         self._telemetry.step(seconds)
-        loop.call_soon_threadsafe(self.on_step, session, seconds)
+        self._loop.call_soon_threadsafe(self.on_step, session, seconds)
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._compute, function)
+        return await self._loop.run_in_executor(self._compute, function)
 
 
 class _Call:
@@ -342,11 +328,7 @@ class _Call:
             self._timer = None
 
     async def read(self, seconds: float, code: Code, otherwise: str) -> bytearray | None:
-        """The next frame; None where the client has no more. Ends the connection where it does not come in time.
-
-        Raises:
-            ProtocolError: for a malformed one.
-        """
+        """The next frame; None where the client has no more. Ends the connection where it does not come in time."""
         self._allow(seconds, code, otherwise)
         while True:
             chunk = await self.context.read()

@@ -31,11 +31,7 @@ LONGEST_NAME = 40
 
 
 class Telemetry:
-    """Metrics of one server, in a registry of their own; whoever knows that something has happened counts it.
-
-    Args:
-        log: where a line says that metrics are served.
-    """
+    """Metrics of one server, in a registry of their own; whoever knows that something has happened counts it."""
 
     def __init__(self, log: logging.Logger) -> None:
         self.registry = CollectorRegistry()
@@ -89,12 +85,8 @@ class Telemetry:
 def make_logger(folder: Path | None, format: LogFormat, console: Console) -> logging.Logger:
     """The server's logger: to the console, and as JSON lines to serve.log in `folder`.
 
-    Fields are given as `log.info("session opened", extra={"fields": {"session": "ab12"}})`.
-
-    Args:
-        folder: of the run; None writes no file.
-        format: of what the console shows.
-        console: that also shows the progress bars, so that lines go above them.
+    Fields are given as `log.info("session opened", extra={"fields": {"session": "ab12"}})`. Without a folder no file is
+    written; the console also shows the progress bars, so that lines go above them.
 
     Raises:
         CheckpointError: where serve.log cannot be written.
@@ -125,11 +117,7 @@ def close_logger(log: logging.Logger) -> None:
 
 
 class Board:
-    """Progress of the sessions under way, a row each; shows nothing where the console is no terminal. Thread-safe.
-
-    Args:
-        console: that also shows the log.
-    """
+    """Progress of the sessions under way, a row each; shows nothing where the console is no terminal. Thread-safe."""
 
     def __init__(self, console: Console) -> None:
         columns = (
@@ -172,15 +160,8 @@ class Board:
     ) -> None:
         """Sets what the row `name` shows, a new one where there is none.
 
-        Args:
-            name: of the session.
-            step: optimizer steps taken.
-            total: optimizer steps in all.
-            loss: of the last step.
-            rate: pictures per second.
-            uplink_bytes: from the client so far.
-            downlink_bytes: to the client so far.
-            times_fewer: by what factor that is less than without compression; None where it is not known.
+        Steps are the optimizer's, the loss is the last one's, the rate is in pictures per second; the bytes so far are
+        `times_fewer` than without compression, None where that is not known.
         """
         fields: dict[str, Any] = {"loss": loss, "rate": rate, "uplink": uplink_bytes / 1e6}
         fields |= {"downlink": downlink_bytes / 1e6, "less": "" if times_fewer is None else f"{times_fewer:.1f}x less"}

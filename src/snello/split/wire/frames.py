@@ -32,15 +32,9 @@ ARRAY_KINDS = ("activations", "gradients", "labels", "scales", "indices", "weigh
 BYTE_KINDS = (*ARRAY_KINDS, "headers", "evaluation")
 MAX_CONTROL_BYTES = 1 << 16
 DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-}
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Direction = Literal["uplink", "downlink"]
@@ -50,47 +44,29 @@ Buffer = bytes | bytearray | memoryview
 class Kind(IntEnum):
     """What a frame carries."""
 
-    ACTIVATIONS = 1
-    """Up: the codec's arrays, with labels where the server has the loss."""
-    GRADIENTS = 2
-    """Down: the gradient of what the activations described."""
-    FEATURES = 3
-    """Down, in U-shape: what the classifier sees."""
-    FEATURE_GRADIENTS = 4
-    """Up, in U-shape."""
-    EVALUATION = 5
-    """Up: activations of held-out pictures."""
-    EVALUATED = 6
-    """Down: what the server made of them, logits or in U-shape features."""
-    HELLO = 16
-    """Up, first on every connection: who the client is, what it wants, where it stands."""
-    WELCOME = 17
-    """Down: where both go on, and what the client needs for it."""
-    SAVE = 18
-    """Up, between steps: write a checkpoint; these weights are the best so far, or not."""
-    SAVED = 19
-    """Down: it is written."""
-    FINISH = 20
-    """Up: the run is complete."""
-    FINISHED = 21
-    """Down: the server's count of what crossed the cut."""
-    GET_WEIGHTS = 22
-    """Up: asks for the server half's weights."""
-    SET_WEIGHTS = 23
-    """Up: weights that the server half goes on with."""
-    WEIGHTS = 24
-    """Down: weights, or the word that they were taken."""
+    ACTIVATIONS = 1  # up: the codec's arrays, with labels where the server has the loss
+    GRADIENTS = 2  # down: the gradient of what the activations described
+    FEATURES = 3  # down, in U-shape: what the classifier sees
+    FEATURE_GRADIENTS = 4  # up, in U-shape
+    EVALUATION = 5  # up: activations of held-out pictures
+    EVALUATED = 6  # down: what the server made of them, logits or in U-shape features
+    HELLO = 16  # up, first on every connection: who the client is, what it wants, where it stands
+    WELCOME = 17  # down: where both go on, and what the client needs for it
+    SAVE = 18  # up, between steps: write a checkpoint; these weights are the best so far, or not
+    SAVED = 19  # down: it is written
+    FINISH = 20  # up: the run is complete
+    FINISHED = 21  # down: the server's count of what crossed the cut
+    GET_WEIGHTS = 22  # up: asks for the server half's weights
+    SET_WEIGHTS = 23  # up: weights that the server half goes on with
+    WEIGHTS = 24  # down: weights, or the word that they were taken
 
 
 class Flags(IntFlag):
     """What else a frame says."""
 
-    FORWARD_ONLY = 1
-    """Up: the client trains nothing below the cut and wants no gradient."""
-    OVERFLOW = 2
-    """The gradient overflowed in half precision: both sides skip this step."""
-    SKIPPED = 4
-    """Up: the client's own gradient overflowed at the end of the step before, which both sides skip."""
+    FORWARD_ONLY = 1  # up: the client trains nothing below the cut and wants no gradient
+    OVERFLOW = 2  # the gradient overflowed in half precision: both sides skip this step
+    SKIPPED = 4  # up: the client's own gradient overflowed at the end of the step before, which both sides skip
 
 
 NOTHING = Flags(0)
@@ -135,6 +111,16 @@ def control_values(frame: Frame) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ProtocolError(f"the values of a frame of kind {frame.kind.name} are no JSON object")
     return values
+
+
+def weights_frame(kind: Kind, weights: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> Frame:
+    """A frame that carries weights, and JSON values beside them."""
+    return control(kind, values or {}, {f"weights.{name}": value.detach().cpu() for name, value in weights.items()})
+
+
+def weights_of(frame: Frame) -> dict[str, Tensor]:
+    """The weights that a frame carries, by name."""
+    return {name[8:]: value for name, value in frame.arrays.items() if name.startswith("weights.")}
 
 
 @dataclass
@@ -260,9 +246,6 @@ class _Entry:
     end: int
 
 
-Signature = tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
-
-
 def _json(arrays: Mapping[str, Tensor]) -> bytes:
     """The length-prefixed table of a safetensors body, padded to 8 bytes."""
     return _table(tuple((name, value.dtype, tuple(value.shape)) for name, value in arrays.items()))
@@ -274,7 +257,7 @@ def _order(arrays: Mapping[str, Tensor]) -> list[str]:
 
 
 @lru_cache(maxsize=256)  # the frames of a run are of a few shapes
-def _table(signature: Signature) -> bytes:
+def _table(signature: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> bytes:
     table: dict[str, Any] = {}
     at = 0
     for name, dtype, shape in sorted(signature, key=lambda row: (-row[1].itemsize, row[0])):
@@ -287,7 +270,7 @@ def _table(signature: Signature) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _parse_table(data: memoryview, body: int) -> tuple[tuple["_Entry", ...], int]:
+def _parse_table(data: memoryview, body: int) -> tuple[tuple[_Entry, ...], int]:
     """The entries of a body's table in the order of their bytes, and where those bytes begin."""
     if len(data) < 8:
         raise ProtocolError("the body of a frame is cut off")
@@ -298,7 +281,7 @@ def _parse_table(data: memoryview, body: int) -> tuple[tuple["_Entry", ...], int
     return parse(bytes(data[: 8 + length]), body - 8 - length), 8 + length
 
 
-def _entries(table: bytes, num_bytes: int) -> tuple["_Entry", ...]:
+def _entries(table: bytes, num_bytes: int) -> tuple[_Entry, ...]:
     """The entries of a length-prefixed table of arrays that fill `num_bytes`, in their order."""
     try:
         entries = [_entry(name, row) for name, row in json.loads(table[8:]).items()]
@@ -326,9 +309,8 @@ def _entry(name: str, row: Mapping[str, Any]) -> _Entry:
     dtype, shape, (begin, end) = DTYPES[row["dtype"]], tuple(row["shape"]), row["data_offsets"]
     if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
         raise ValueError
-    if math.prod(max(n, 1) for n in shape) >= 2**63:  # of no bytes, but of a size that torch cannot hold
-        raise ValueError
-    if end - begin != math.prod(shape) * dtype.itemsize:
+    too_large = math.prod(max(n, 1) for n in shape) >= 2**63  # of no bytes, but of a size that torch cannot hold
+    if too_large or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError
     _kind(name)
     return _Entry(name, dtype, shape, begin, end)

@@ -57,13 +57,7 @@ _TEXT = re.compile(r"snello/([a-z-]+)(?:/(\d{1,20}))?: (.*)", re.DOTALL)
 
 
 class Refused(SnelloError):
-    """One side ended the connection, and why.
-
-    Args:
-        code: the kind of refusal.
-        reason: what was wrong, with both values where two differ.
-        step: with SHUTDOWN, the step that was saved.
-    """
+    """One side ended the connection, and why: with both values where two differ; of SHUTDOWN, with the saved `step`."""
 
     def __init__(self, code: Code, reason: str, step: int | None = None) -> None:
         super().__init__(f"{reason} ({code.value}); {ADVICE[code]}")
