@@ -235,12 +235,11 @@ class Evaluator(nn.Module):
 
     Args:
         exchange: brings a frame to the server's half and its answer back.
-        most: pictures in one frame; None for as many as come.
     """
 
-    def __init__(self, half: ClientHalf, exchange: Callable[[Frame], Frame], most: int | None = None) -> None:
+    def __init__(self, half: ClientHalf, exchange: Callable[[Frame], Frame]) -> None:
         super().__init__()
-        self._half, self._exchange, self._most = half, exchange, most
+        self._half, self._exchange = half, exchange
 
     def train(self, mode: bool = True) -> "Evaluator":
         """Switches the client's half and the codec; the server's half switches by the frames that it gets."""
@@ -250,7 +249,7 @@ class Evaluator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits (B, C)."""
-        parts = torch.split(images, self._most or len(images))
+        parts = torch.split(images, self._half.config.batch_size)  # the server's half takes no more at once
         return torch.cat([self._half.logits(self._exchange(self._half.evaluate(part))) for part in parts])
 
 

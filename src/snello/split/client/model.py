@@ -54,7 +54,7 @@ class JoinedModel(Evaluator):
         endpoint = make_endpoint(server.address, certs, server.name, plaintext=True)  # as the run was
         self._connection = Connection(endpoint, lambda: hello, max_body=weights + (1 << 20) + largest)
         self._link = NetworkLink(self._connection)
-        super().__init__(half, self._link.exchange, config.batch_size)  # the server takes no more at once
+        super().__init__(half, self._link.exchange)
         try:
             self._connection.open()
         except BaseException:
