@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from snello.config import CheckDataConfig
-from snello.data.balance import imbalance
 from snello.data.checking import in_threads
 from snello.data.reading import UNREADABLE
-from snello.data.sets import PictureSet
+from snello.data.sets import PictureSet, imbalance
 from snello.data.splits import find_source
 from snello.errors import DataError, printable
 
@@ -30,13 +29,11 @@ class Broken:
 
 @dataclass(frozen=True)
 class Copies:
-    """Pictures that are the same, pixel for pixel."""
+    """Pictures that are the same, pixel for pixel, with the parts and the classes that they are in."""
 
     paths: list[str]
     parts: list[str]
-    """The parts they are in."""
     classes: list[str]
-    """The classes they are in."""
 
 
 @dataclass
@@ -69,11 +66,7 @@ class Findings:
 
 
 def check_data(config: CheckDataConfig, console: Console | None = None) -> Findings:
-    """Reads every picture once and returns what was found.
-
-    Raises:
-        DataError: where the source as a whole cannot be used.
-    """
+    """Reads every picture once and returns what was found; a DataError where the source as a whole cannot be used."""
     source = find_source(config.source, config.columns, config.data_root)
     parts = {part or "all": source.read(part) for part in source.parts or (None,)}
     findings = Findings(source.title, {part: pictures.counts() for part, pictures in parts.items()})

@@ -39,11 +39,7 @@ class Omissions(Counter[tuple[str, str]]):
 
 
 class Folder(Source):
-    """A folder that exists.
-
-    Raises:
-        DataError: where two of its folders mean the same part.
-    """
+    """A folder that exists; a DataError where two of its folders mean the same part."""
 
     same_classes = True
 
@@ -53,17 +49,16 @@ class Folder(Source):
         folders, files = _visible(root)
         names = [entry.name for entry in folders]
         self._folders = parts_among(names, self.where)
-        self._remarks: list[str] = []
         if list(self._folders) == ["train"] and _are_class_folders(folders):
             name = self._folders.pop("train")
             others = listing([other for other in names if other != name], 3)
-            self._remarks = [f"{name}/ is taken for a class: it holds pictures, not class folders, as {others} do"]
+            self.remarks = (f"{name}/ is taken for a class: it holds pictures, not class folders, as {others} do",)
         elif not self._folders and (held := _same_folders(folders)):
             what = f"class folders {listing(names)} all hold {listing(held)}"
-            self._remarks = [f"{what}: if they are parts, name them train and val"]
+            self.remarks = (f"{what}: if they are parts, name them train and val",)
         self.parts = tuple(part for part in PARTS if part in self._folders)
         self._others = [name for name in names if name not in self._folders.values()]
-        self._remarks += left_out_beside("folder", names, [self._folders[part] for part in self.parts])
+        self.remarks += left_out_beside("folder", names, [self._folders[part] for part in self.parts])
         if self.parts:
             self._omissions[root] = _loose(files)
 
@@ -73,7 +68,7 @@ class Folder(Source):
         omissions = Omissions()
         for counted in self._omissions.values():
             omissions += counted
-        return (*self._remarks, *omissions.lines())
+        return (*self.remarks, *omissions.lines())
 
     @override
     def read(self, part: str | None, known: Sequence[str] | None = None) -> FilePictures:
