@@ -89,7 +89,11 @@ def check_data(config: CheckDataConfig, console: Console | None = None) -> Findi
     if sizes:
         findings.smallest = [min(width for width, _ in sizes), min(height for _, height in sizes)]
         findings.largest = [max(width for width, _ in sizes), max(height for _, height in sizes)]
-    findings.copies = [_copies(parts, found) for found in same.values() if len(found) > 1]
+    for found in same.values():
+        if len(found) > 1:
+            classes = {parts[part].classes[parts[part].labels[index]] for part, index in found}
+            names = [parts[part].name(index) for part, index in found]
+            findings.copies.append(Copies(names, sorted({part for part, _ in found}), sorted(classes)))
     return findings
 
 
@@ -100,12 +104,6 @@ def _look(pictures: PictureSet, index: int) -> tuple[tuple[int, int], bytes] | s
     except DataError as error:
         return str(error)
     return image.size, hashlib.blake2b(image.tobytes(), digest_size=16, key=repr(image.size).encode()).digest()
-
-
-def _copies(parts: dict[str, PictureSet], found: list[tuple[str, int]]) -> Copies:
-    classes = {parts[part].classes[parts[part].labels[index]] for part, index in found}
-    names = [parts[part].name(index) for part, index in found]
-    return Copies(names, sorted({part for part, _ in found}), sorted(classes))
 
 
 def print_findings(findings: Findings, most: int = 20) -> None:

@@ -12,7 +12,7 @@ from snello.config import ColumnsConfig
 from snello.data.reading import UNREADABLE, open_picture
 from snello.data.sets import PictureSet
 from snello.data.source import PARTS, Source, left_out_beside, parts_among, with_classes
-from snello.data.tables import HF_EXTRA, IMAGE_COLUMNS, LABEL_COLUMNS, require_column, sorted_names, text_of
+from snello.data.tables import HF_EXTRA, IMAGE_COLUMNS, LABEL_COLUMNS, indexed, require_column, text_of
 from snello.errors import DataError, listing, printable
 
 PREFIX = "hf:"
@@ -52,10 +52,7 @@ class HfPictures(PictureSet):
 
 
 class HfDataset(Source):
-    """A dataset in a folder, written by `save_to_disk` or as `load_dataset` reads it, or in the cache under its name.
-
-    The text is the folder or name, and perhaps `:CONFIG`.
-    """
+    """A dataset by its folder, written by `save_to_disk` or as `load_dataset` reads it, or its name in the cache."""
 
     def __init__(self, text: str, columns: ColumnsConfig) -> None:
         self.where, self.title = f"--data {PREFIX}{printable(text)}", f"{PREFIX}{printable(text)}"
@@ -108,10 +105,7 @@ class HfDataset(Source):
             column = require_column(self.where, candidates, LABEL_COLUMNS, self._columns.label, "label")
         values = list(dataset.select_columns([column]).with_format(None)[:][column])
         if column not in named:
-            texts = [text_of(v, f"{self.where}, row {i}", "label", column) for i, v in enumerate(values)]
-            classes = sorted_names(set(texts))
-            place = {name: i for i, name in enumerate(classes)}
-            return [place[text] for text in texts], classes
+            return indexed([text_of(v, f"{self.where}, row {i}", "label", column) for i, v in enumerate(values)])
         classes = list(dataset.features[column].names)
         for i, value in enumerate(values):
             if value is None or not 0 <= value < len(classes):

@@ -73,7 +73,7 @@ class TrainingPictures(Dataset[tuple[torch.Tensor, int]]):
 
 
 class HeldOutPictures(Dataset[tuple[torch.Tensor, int]]):
-    """Pictures that are not augmented, in their order."""
+    """Pictures (3, H, W) uint8 that are not augmented, with their labels, in their order."""
 
     def __init__(self, pictures: PictureSet, transform: Transform) -> None:
         self.pictures, self.transform = pictures, transform
@@ -82,7 +82,6 @@ class HeldOutPictures(Dataset[tuple[torch.Tensor, int]]):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        """The picture (3, H, W) uint8 and its label; a DataError where it cannot be read."""
         return self.transform(self.pictures.open(index)), self.pictures.labels[index]
 
 
@@ -182,11 +181,7 @@ def eval_loader(
 
 
 def batches(loader: DataLoader[tuple[torch.Tensor, int]]) -> Iterator[Batch]:
-    """The batches of a loader: pictures (B, 3, H, W) uint8 in 0..255, labels (B,) int64.
-
-    Raises:
-        DataError: for a picture that cannot be read, in one line even where a worker process met it.
-    """
+    """The batches of a loader; a DataError for a bad picture, in one line even where a worker process met it."""
     try:
         yield from loader
         return

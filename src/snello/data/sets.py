@@ -26,7 +26,6 @@ class PictureSet(ABC):
     labels: list[int]
 
     def __len__(self) -> int:
-        """Number of pictures."""
         return len(self.labels)
 
     @abstractmethod
@@ -35,11 +34,7 @@ class PictureSet(ABC):
 
     @abstractmethod
     def open(self, index: int, *, draft: bool = False) -> Image.Image:
-        """Decodes the picture to 8-bit RGB; as a draft, no more of it than shows whether that is possible.
-
-        Raises:
-            DataError: where it is not.
-        """
+        """Decodes the picture to 8-bit RGB, else a DataError; as a draft, no more than shows whether that works."""
 
     @abstractmethod
     def file_bytes(self) -> int:

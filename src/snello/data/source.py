@@ -49,11 +49,7 @@ class Source(ABC):
         return part
 
     def training_part(self) -> str | None:
-        """Chooses the part to train on; None where all pictures are in one.
-
-        Raises:
-            DataError: where there are parts, but none to train on.
-        """
+        """Chooses the part to train on, None where all pictures are in one; a DataError where no part is for that."""
         if self.parts and "train" not in self.parts:
             only = ", ".join(map(self.part_name, self.parts))
             raise DataError(f"{self.where}: nothing to train on: only {only} and no {self.part_name('train')}")

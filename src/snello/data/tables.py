@@ -55,9 +55,7 @@ class Table(Source):
     @override
     def read(self, part: str | None, known: Sequence[str] | None = None) -> FilePictures:
         rows = [row for row in self._rows if part is None or row.part == part]
-        classes = sorted_names({row.label for row in rows})
-        place = {name: i for i, name in enumerate(classes)}
-        pictures = FilePictures([row.path for row in rows], [place[row.label] for row in rows], classes)
+        pictures = FilePictures([row.path for row in rows], *indexed([row.label for row in rows]))
         return with_classes(pictures, known, self.where)
 
 
@@ -97,10 +95,12 @@ def text_of(value: Any, where: str, what: str, column: str) -> str:
     raise DataError(f"{where}: {got} in column {printable(column)}")
 
 
-def sorted_names(names: set[str]) -> list[str]:
-    """Sorts names, as numbers where all are whole numbers."""
+def indexed(names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Makes names labels: indices into the classes, sorted by name, or as numbers where all are whole numbers."""
     numbers = all(name.isdecimal() for name in names)
-    return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
+    classes = sorted(set(names), key=lambda name: (int(name) if numbers else 0, name))
+    place = {name: i for i, name in enumerate(classes)}
+    return [place[name] for name in names], classes
 
 
 def _csv(path: Path, where: str) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
