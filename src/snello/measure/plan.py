@@ -235,7 +235,7 @@ class _Planner:
 
     def _estimate(self, config: FinetuneConfig, sizes: list[int]) -> list[Memory]:
         options: dict[str, Any] = {"num_classes": self.config.num_classes, "batch_size": config.batch_size}
-        options |= {"device": self.device, "precision": config.precision, "attention": self._faster(config)}
+        options |= {"device": self.device, "precision": config.precision, "attention": self._faster(config.precision)}
         step = TrainingStep(config, without_data=True, **options)
         found = []
         for size in sizes:
@@ -243,8 +243,7 @@ class _Planner:
             found.append(step.memory(self._require_time))
         return found
 
-    def _faster(self, config: FinetuneConfig) -> AttentionPath:
-        precision: Any = config.precision  # resolved, not `auto`
+    def _faster(self, precision: Any) -> AttentionPath:  # resolved, not `auto`
         if precision not in self._attention:
             self._attention[precision] = faster_attention(self._vit, self.sizes[0], self.device, precision)
         return self._attention[precision]
@@ -271,7 +270,7 @@ class _Planner:
     def _measure(self, config: FinetuneConfig, seconds: float) -> PlanRow:
         """Takes real steps in a process that has so many seconds and little more than the memory."""
         started = time.monotonic()
-        device, attention = str(self.device), self._faster(config)
+        device, attention = str(self.device), self._faster(config.precision)
         request = make_request(config, self.config.num_classes, device, config.precision, attention)
         request["memory_limit"] = self.memory + self.memory // 4 + SLACK
         with Process(request, seconds) as process:
