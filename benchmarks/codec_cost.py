@@ -24,7 +24,10 @@ from snello.config import FinetuneConfig, SplitConfig
 from snello.devices import autocast, resolve_device, synchronize
 from snello.environment import set_environment
 from snello.models import create_model
-from snello.split.learner import Cut
+from snello.split.learner import LocalLink, SplitLearner, make_split_learner
+from snello.train.learner import MicroStep
+from snello.train.place import Setup
+from snello.train.schedule import Schedule
 from snello.vit import ViT
 from snello.vit.tokens import kmeans
 
@@ -44,12 +47,14 @@ def timed(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def make_cut(model: str, args: argparse.Namespace, device: torch.device) -> Cut:
+def make_cut(model: str, args: argparse.Namespace, device: torch.device) -> SplitLearner:
     config = FinetuneConfig(model=model, method="full", split=SplitConfig(cut=CUT, codec="none", frames=False))
     vit = ViT(create_model(model, "none", args.classes).to(device))
     vit.set_attention_paths([args.attention] * vit.depth)
-    options = {"num_classes": args.classes, "device": device, "precision": args.precision}
-    return Cut(vit, config, codec_text="none", **options)
+    size = args.batch_size
+    return make_split_learner(
+        vit, Setup(config, args.classes, device, args.precision, Schedule(size, size, 1, 1000), "none")
+    )
 
 
 def round_trip(codec: Codec, z: torch.Tensor, attention: torch.Tensor) -> None:
@@ -89,10 +94,14 @@ def main() -> None:
     }
     cut = make_cut("deit_small_patch16_224", args, device)
 
+    assert isinstance(cut.link, LocalLink)
+    halves = cut.half, cut.link.model.half
+
     def step() -> None:
-        cut.begin(0.0)
-        cut.backward([(images, labels)], step=0, micro=0, num_samples=len(labels), seed=0)
-        for half in (cut.client, cut.server):
+        cut.begin(0, 0.0, 1)
+        cut.backward(MicroStep([(images, labels)], 0, 0, len(labels), 0))
+        cut.restart()
+        for half in halves:
             half.optimizer.zero_grad(set_to_none=True)
 
     z = torch.randn(args.batch_size, 197, 384, generator=generator).to(device)
@@ -119,16 +128,16 @@ def main() -> None:
 def kmeans_cost(args: argparse.Namespace, device: torch.device, images: torch.Tensor) -> dict[str, float]:
     """K-means on (B, 197) rows against the client half's forward and backward pass of DeiT-T."""
     cut = make_cut("deit_tiny_patch16_224", args, device)
-    cut.client.vit.watch(CUT - 1)
-    cut.client.train()
+    cut.half.vit.watch(CUT - 1)
+    cut.half.train()
 
     def forward_backward() -> None:
         with autocast(device, args.precision):
-            z = cut.client.vit.tokens(images)
+            z = cut.half.vit.tokens(images)
         torch.autograd.backward(z, torch.ones_like(z))
 
     halves = [timed(forward_backward, device) for _ in range(4)][1:]
-    attention = cut.client.vit.cls_attention(CUT - 1)
+    attention = cut.half.vit.cls_attention(CUT - 1)
     generator = torch.Generator(device)
     groups = int(0.1**0.5 * args.batch_size)
     calls = [timed(lambda i=i: kmeans(attention, groups, generator.manual_seed(i)), device) for i in range(21)][1:]

@@ -32,7 +32,10 @@ from snello.environment import set_environment
 from snello.finetuning import finetune
 from snello.models import create_model
 from snello.runs.folder import RunFolder
-from snello.split.learner import Cut
+from snello.split.learner import make_split_learner
+from snello.train.learner import MicroStep
+from snello.train.place import Setup
+from snello.train.schedule import Schedule
 from snello.vit import ViT
 
 CUT = 3
@@ -147,7 +150,7 @@ def train(setting: Setting, args: argparse.Namespace, seed: int) -> dict[str, An
         return summary
     config = replace(configure(setting, args, seed), out=out, resume=(out / "config.yaml").exists())
     with (args.work / "console.log").open("a") as log:
-        return finetune(config, Console(file=log))
+        return finetune(config, Console(file=log)).to_dict()
 
 
 def step_times(args: argparse.Namespace, codecs: list[str]) -> dict[str, dict[str, float]]:
@@ -172,16 +175,17 @@ def measure(codecs: list[str], args: argparse.Namespace, rounds: int = 7) -> dic
         config = FinetuneConfig(method="full", split=SplitConfig(cut=CUT, codec=codec), batch_size=args.batch_size)
         vit = ViT(create_model(config.model, "pretrained", len(CLASSES)).to(device))
         vit.set_attention_paths([args.attention] * vit.depth)
-        options = {"num_classes": len(CLASSES), "device": device, "precision": precision}
-        cuts[codec] = Cut(vit, config, codec_text=codec, **options)
+        schedule = Schedule(args.batch_size, args.batch_size, 1, 1000)
+        cuts[codec] = make_split_learner(vit, Setup(config, len(CLASSES), device, precision, schedule, codec))
     taken: dict[str, list[dict[str, float]]] = {codec: [] for codec in codecs}
     for index in range(2 + rounds):
         for codec, cut in cuts.items():
-            cut.begin(0.0)
-            cut.backward([(images, labels)], step=index, micro=0, num_samples=len(labels), seed=index)
+            cut.begin(index, 0.0, 1)
+            cut.backward(MicroStep([(images, labels)], index, 0, len(labels), index))
             cut.clip(1.0)
             cut.update(1e-6)
-            taken[codec].append(dict(cut.seconds))
+            metrics = cut.metrics()
+            taken[codec].append({side: metrics[side] for side in ("client_seconds", "server_seconds")})
     return {
         codec: {side: statistics.median(row[side] for row in rows[2:]) for side in rows[0]}
         for codec, rows in taken.items()
@@ -209,7 +213,7 @@ def row(setting: Setting, args: argparse.Namespace, costs: dict[str, dict[str, f
         "ratio": one["ratio"],
         "epochs": steps / math.ceil(5 * args.per_class / args.batch_size),
         "seeds": [run["seed"] for run in runs],
-        "train_threads": [RunFolder(folder(setting, args, run["seed"])).read_config()[1]["threads"] for run in runs],
+        "train_threads": [RunFolder(folder(setting, args, run["seed"])).read()[1].threads for run in runs],
         "accuracies": accuracies,
         "accuracy": statistics.mean(accuracies),
         "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,

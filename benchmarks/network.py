@@ -40,8 +40,7 @@ from snello.split.local import LocalSession
 from snello.split.security.certs import make_certs
 from snello.split.security.tls import ServerFiles
 from snello.split.server.sessions import Answer
-from snello.split.wire import chunks as wire
-from snello.split.wire import frames
+from snello.split.wire import chunks, frames
 from snello.split.wire.frames import Frame, Kind, control
 from snello.split.wire.handshake import Hello
 
@@ -160,7 +159,7 @@ class EchoSession:
     def take(self, data: bytearray) -> Answer:
         frame = frames.read([data], self.max_body)
         answer = Frame(Kind.EVALUATED, frame.step, frame.micro, frame.arrays)
-        return Answer(list(wire.chunks(frames.write(answer))))
+        return Answer(chunks.of(answer))
 
 
 class EchoRegistry:

@@ -253,7 +253,7 @@ def test_metrics_that_cannot_be_written(small, monkeypatch, capfd):
     assert cli.main(["finetune", *flags(small)]) == 2
     line = capfd.readouterr().err.splitlines()[-1]
     assert line == f"snello: error: could not write {small.out / 'metrics.jsonl'}: No space left on device" + (
-        "; free space, then go on with --resume"
+        "; free space, then resume with --resume"
     )
 
 

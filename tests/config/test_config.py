@@ -306,7 +306,7 @@ def test_the_group_of_a_file_lies_over_the_defaults_of_its_config(tmp_path):
 
 def test_a_flag_mends_what_is_out_of_range_in_a_file(tmp_path):
     file = write(tmp_path / "a.yaml", "lr: 0\nalast: {min_budget: 0.95}\n")
-    assert "--alast.min-budget must be at most" in error_of(parse, "--config", file)
+    assert "--alast.min-budget must be in (0, 0.9]" in error_of(parse, "--config", file)
     assert "--lr must be above 0" in error_of(parse, "--config", file, "--alast.start-budget", "1")
     assert parse("--config", file, "--lr", "1e-3", "--alast.start-budget", "1").alast.min_budget == 0.95
 

@@ -133,7 +133,8 @@ def test_methods_are_told_with_what_matters(run):
     settings = rows(text, "Training")
     assert settings["lora.r"] == ["4"] and settings["lora.target_modules"] == ["`qkv, fc1`"]
     assert front_matter(text)["tags"][2:] == ["alast", "lora"]
-    last = text_of(replace(known, settings=replace(known.settings, method="last-k", last_k=2)))
+    settings = replace(known.settings, method="last-k", last_k=2, alast=AlastConfig())
+    last = text_of(replace(known, settings=settings))
     assert "method the last 2 blocks and the head." in last and "alast" not in last
 
 

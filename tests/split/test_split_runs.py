@@ -207,7 +207,7 @@ BAD = {
     "--split.cut must be 0 or more, got -1": ["--split.cut", "-1"],
     "--split.codec: adc(0): ratio must be in (0, 1], got 0": ["--split.codec", "adc(0)"],
     "--split.codec: adc(1.5): ratio must be in (0, 1], got 1.5": ["--split.codec", "adc(1.5)"],
-    '\'adc(0.1+int8\': expected "," or ")" at the caret: adc(0.1^+int8': ["--split.codec", "adc(0.1+int8"],
+    "'adc(0.1+int8': '(' was never closed at the caret: adc^(0.1+int8": ["--split.codec", "adc(0.1+int8"],
     "unknown codec 'zip'; known: none, bf16": ["--split.codec", "zip"],
     "--split.eval-codec 'topk(1)': activations are evaluated in one number format": [
         "--split.eval-codec",

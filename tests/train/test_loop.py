@@ -243,7 +243,7 @@ def test_a_run_with_a_flop_target_logs_what_its_steps_drop_by(small):
     finetune(with_method(small, method="alast", alast=AlastConfig(flops=0.5)), QUIET)
     rows = rows_of(small.out, "step")
     assert all(max(row["step_budgets"]) < min(row["budgets"]) for row in rows)
-    with pytest.raises(ConfigError, match=r"^--alast.flops must be in 0\.\d+..0\.\d+ for this model with 2 of 6"):
+    with pytest.raises(ConfigError, match=r"^flops must be in 0\.\d+..0\.\d+ for this model with 2 of 6"):
         finetune(with_method(small, method="alast", out=None, alast=AlastConfig(flops=0.9, blocks=2)), QUIET)
 
 

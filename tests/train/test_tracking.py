@@ -140,7 +140,7 @@ def test_wandb_and_mlflow_keep_the_run_they_began(small, monkeypatch):
     assert first == second and first["resume"] == "allow" and len(first["id"]) == 32
     assert first["project"] == "snello" and first["name"] == "run"
     assert [options["run_id"] for options in mlflow.started] == [None, "abc"]
-    assert len(wandb.settings) == 1 and wandb.settings[0]["alast.alpha"] == mlflow.settings["alast.alpha"] == 5.0
+    assert len(wandb.settings) == 1 and wandb.settings[0]["lr"] == mlflow.settings["lr"] == config.lr
     for rows in (wandb.rows, mlflow.rows):
         assert [step for step, values in rows if "train/loss" in values] == [*range(1, 11), *range(10, 15)]
         assert rows[-1][1]["eval/accuracy"] == rows_of(config.out, "eval")[-1]["accuracy"]

@@ -64,6 +64,27 @@ def test_several_forwards_before_one_backward_are_each_recomputed_with_their_own
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-5, msg=name)  # sums in other orders
 
 
+@pytest.mark.parametrize("rule", ["drop", "merge"])
+def test_a_forward_can_be_recomputed_twice(rule, monkeypatch):
+    model = tiny_vit()
+    ALaST(model, blocks=4, start_budget=0.6, rule=rule)
+    set_checkpointing(model, False, monkeypatch)
+    loss, gradients = model(pictures(0)).square().sum(), []
+    for _ in range(2):
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        gradients.append(model.blocks[1].mlp.fc1.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_block_called_alone_is_no_forward_pass():
+    model = tiny_vit()
+    alast = ALaST(model, blocks=4, start_budget=0.6)
+    model.blocks[3](torch.randn(2, 17, 32))
+    model(pictures(0))
+    assert [len(row) for row in alast.state_dict()["pending"]] == [4]
+
+
 @pytest.mark.parametrize("budget", [0.6, 1.0])
 @pytest.mark.parametrize("library", MODELS)
 def test_gradient_checkpointing_saves_memory_while_tokens_are_dropped(library, budget, monkeypatch):

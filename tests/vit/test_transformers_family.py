@@ -443,7 +443,7 @@ def test_a_run_resumes_exactly_and_needs_its_folder_no_more(run_config, tmp_path
 
 
 def test_cut_in_one_process_equals_the_whole(run_config, tmp_path):
-    plain = replace(run_config, method="full")
+    plain = replace(run_config, method="full", alast=AlastConfig())
     whole = finetune(replace(plain, out=tmp_path / "whole"))
     split = SplitConfig(cut=2, codec="none", eval_codec="none")
     halves = finetune(replace(plain, out=tmp_path / "halves", split=split))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from snello.config import AlastConfig, Recipe
+from snello.config.registry import RULES
 from snello.errors import ConfigError, SnelloWarning, require
 from snello.methods import Method, training_share
 from snello.methods.flop_target import FlopTarget
@@ -60,6 +61,9 @@ class ALaST:
         ModelError: for a model that is not supported, already attached, or already compiled.
     """
 
+    process_group: "ProcessGroup | None" = None
+    """What `step` and `state_dict` take where they are given none."""
+
     def __init__(
         self, model: nn.Module | ViT, config: AlastConfig | None = None, *, seed: int = 0, **options: Any
     ) -> None:
@@ -71,7 +75,8 @@ class ALaST:
         require(self.num_blocks <= depth, "blocks", limit, self.num_blocks, section="alast")
         self.drop_at, self.rule = config.drop_at, make_rule(config.rule)
         if self.vit.family.pools_patches and not self.rule.has_places:
-            rule = "drop for this model: its classifier averages patch tokens"
+            others = " or ".join(name for name in RULES if make_rule(name).has_places)
+            rule = f"{others} for this model: its classifier averages patch tokens"
             require(False, "rule", rule, repr(config.rule), section="alast")
         self.dropping = True  # False passes on every token
         self.budgets = [config.start_budget] * depth
@@ -86,15 +91,7 @@ class ALaST:
         self._embeddings = _places(self.vit.model, {id(p) for p in self.vit.embedding_parameters()})
         self.target: FlopTarget | None = None
         if config.flops is not None:
-            self.target = FlopTarget(
-                config.flops,
-                self.vit,
-                num_blocks=self.num_blocks,
-                drop_at=self.drop_at,
-                rule=self.rule,
-                train_embeddings=config.train_embeddings and len(self._embeddings) > 0,
-                keep=self._keep,
-            )
+            self.target = FlopTarget(config.flops, config, self.vit, self.rule, self.num_blocks, self._keep)
         self.vit.attach(self)
         if not config.train_embeddings:
             _set_trainable(self._embeddings, False)
@@ -167,11 +164,13 @@ class ALaST:
             optimizer: checked to hold every block's parameters; needed for `optimizer_state="release"`.
             progress: share of the training steps that are done, in [0, 1); needed for `full_tail`.
             process_group: the processes that train the model together (`torch.distributed.group.WORLD`): the deltas
-                are averaged over them, and each of them has to call this. None: this process alone.
+                are averaged over them, and each of them has to call this. None: the attribute `process_group`, or where
+                that is None too, this process alone.
 
         Raises:
             ConfigError: where the optimizer lacks parameters of a block, or where one is needed, or progress is.
         """
+        process_group = process_group or self.process_group
         self._check_step(optimizer, progress)
         if not self._stepped:
             self._warn(process_group)
@@ -221,7 +220,7 @@ class ALaST:
             process_group: as of `step`: the deltas since the last step are averaged over these processes, each of which
                 has to call this. None: they are of this process alone, which may be the only one that saves.
         """
-        pending, samples = self._pending(process_group)
+        pending, samples = self._pending(process_group or self.process_group)
         return {
             "budgets": list(self.budgets),
             "target": None if self.target is None else self.target.state_dict(),
@@ -346,21 +345,6 @@ class AlastMethod(ALaST, Method):
         if settings.blocks is not None and vit.depth < whole:  # a half trains its share of them
             settings = replace(settings, blocks=max(1, round(settings.blocks * vit.depth / whole)))
         super().__init__(vit, settings, seed=config.seed)
-
-    @override
-    def step(
-        self,
-        lr: float | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        progress: float | None = None,
-        *,
-        process_group: "ProcessGroup | None" = None,
-    ) -> None:
-        super().step(lr, optimizer, progress, process_group=process_group or self.process_group)
-
-    @override
-    def state_dict(self, process_group: "ProcessGroup | None" = None) -> dict[str, Any]:
-        return super().state_dict(process_group or self.process_group)
 
     @override
     def num_left(self, num_patches: int) -> int:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from snello.config.methods import DropAt
+from snello.config import AlastConfig
 from snello.errors import require
 from snello.vit import ViT
 from snello.vit.flops import StepFlops, Tokens
@@ -16,11 +16,10 @@ class FlopTarget:
 
     Args:
         share: of full fine-tuning's FLOPs.
+        config: where tokens are dropped, and whether embeddings train.
         vit: a model as ALaST finds it: what requires gradients may train.
+        rule: what becomes of the tokens that are not passed on.
         num_blocks: blocks that train at each step.
-        drop_at: where tokens are dropped.
-        rule: what becomes of them.
-        train_embeddings: whether embeddings train.
         keep: how many of so many patch tokens a budget keeps.
 
     Raises:
@@ -30,16 +29,14 @@ class FlopTarget:
     def __init__(
         self,
         share: float,
+        config: AlastConfig,
         vit: ViT,
-        *,
-        num_blocks: int,
-        drop_at: DropAt,
         rule: TokenRule,
-        train_embeddings: bool,
+        num_blocks: int,
         keep: Callable[[float, int], int],
     ) -> None:
-        self.share, self.drop_at, self.rule = share, drop_at, rule
-        self.train_embeddings, self._keep = train_embeddings, keep
+        self.share, self.drop_at, self.rule, self._keep = share, config.drop_at, rule, keep
+        self.train_embeddings = config.train_embeddings and any(p.requires_grad for p in vit.embedding_parameters())
         self.num_prefix_tokens, self.embed_dim, self.flops = vit.num_prefix_tokens, vit.embed_dim, StepFlops(vit)
         self.num_patches = vit.num_patches  # of the forward before
         self.scaled: list[float] | None = None

@@ -209,7 +209,7 @@ class BlockAdapter(ABC):
             before = x if index is None else tokens.gather(x, index)
             before, after = before[:, self.num_prefix_tokens :], y[:, self.num_prefix_tokens :]
         context.changes[self.index] = (after.float() - before.float()).square().sum(-1).mean()
-        if self.is_last:
+        if self.is_last and len(context.changes) == self.index + 1:  # not where it was called alone
             observer.record(list(context.changes.values()), len(x))
 
     def take_attention(self, from_cls: bool) -> Tensor:

@@ -6,7 +6,7 @@ the context as it was when it was given those very tokens, however many passes c
 """
 
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,4 +76,5 @@ class Passes:
 
     def recall(self, x: Tensor) -> ForwardContext | None:
         """The context as a block found it when it was given x; None where x was moved since."""
-        return self._found.get(x.untyped_storage())
+        found = self._found.get(x.untyped_storage())
+        return None if found is None else replace(found)  # a copy: a graph that is retained is computed once more
