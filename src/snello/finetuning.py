@@ -43,7 +43,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Summary:
         traffic = replace(summary.traffic, client_flops_per_sample=client, server_flops_per_sample=server)
         summary = replace(summary, traffic=traffic)
         summary.write(run.summary_file)
-        terminal.print_traffic(console, summary.to_dict())
+        terminal.print_traffic(console, traffic)
         pictures.plot_traffic(run)
     elif config.compare:
         gc.collect()  # the trainer's memory is the comparison's
@@ -76,7 +76,7 @@ def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunF
     if summary.traffic is None:
         summary = replace(summary, costs=comparison.not_measured(config.method_name))
         ranks.on_main(lambda: summary.write(place.run.summary_file))
-    terminal.print_result(console, summary.to_dict(), splits.num_skipped)
+    terminal.print_result(console, summary, splits.num_skipped)
     return place.run, summary, state
 
 
@@ -86,7 +86,7 @@ def _compare(
     """Measures what the run's method costs beside others; None where Ctrl-C or SIGTERM skips it."""
     try:
         with interruptible(), terminal.measuring(console, config.method_name, run.path) as progress:
-            return comparison.compare(config, summary.to_dict(), state, progress)
+            return comparison.compare(config, summary, state, progress)
     except KeyboardInterrupt:
         text = f"measuring skipped; the model is in {run.path}"
         console.print(text, highlight=False, markup=False, soft_wrap=True)

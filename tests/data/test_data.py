@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from snello import data
-from snello.config import AugmentConfig
+from snello.config import AugmentConfig, FinetuneConfig
 from snello.data import loaders as loading
 from snello.data.checking import failures
 from snello.errors import DataError
@@ -48,8 +48,8 @@ def make_classes(folder: Path, counts: dict[str, int]) -> Path:
     return folder
 
 
-def load(root, **settings):
-    return data.load_splits(root, **{"val_share": 0.2, "seed": 0, "skip_bad": False, "check": True, **settings})
+def load(root, check=True, **settings):
+    return data.splits_of(FinetuneConfig(data=root, check_pictures=check, **settings))
 
 
 def names(pictures, root: Path) -> list[str]:

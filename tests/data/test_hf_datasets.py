@@ -96,9 +96,9 @@ def test_cached_under_its_name(tmp_path):
     info |= {"builder_name": "parquet", "splits": {"train": {"name": "train", "num_bytes": 1, "num_examples": 9}}}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     code = (
-        "from snello.data import load_splits\n"
+        "from snello import FinetuneConfig\nfrom snello.data import splits_of\n"
         "for name in ('hf:someone/colours', 'hf:someone/colours:plain'):\n"
-        "    s = load_splits(name, val_share=0.3, seed=0, skip_bad=False, check=True)\n"
+        "    s = splits_of(FinetuneConfig(data=name, val_share=0.3))\n"
         "    print(len(s.train), len(s.val), *s.train.classes)\n"
     )
     result = run_python("-c", code, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0")

@@ -11,7 +11,7 @@ from conftest import QUIET, assert_same_run, finetune, resumed
 from PIL import Image
 
 from snello.config import EvaluateConfig, FinetuneConfig
-from snello.data import Splits, load_splits, splits_of
+from snello.data import Splits, splits_of
 from snello.errors import DataError
 from snello.inference import evaluate
 from snello.train.loop import Trainer
@@ -32,9 +32,9 @@ def save(path: Path, channel: int, seed: int, size: int = 16) -> Path:
     return path
 
 
-def load(source: str | Path, **settings: Any) -> Splits:
-    """`load_splits` with the usual settings."""
-    return load_splits(source, **{"val_share": 0.25, "seed": 0, "skip_bad": False, "check": True, **settings})
+def load(source: str | Path, check: bool = True, **settings: Any) -> Splits:
+    """`splits_of` a run with the usual settings."""
+    return splits_of(FinetuneConfig(data=source, **{"val_share": 0.25, "check_pictures": check, **settings}))
 
 
 def error_of(source: str | Path, **settings: Any) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from snello.measure.comparison import Comparison, TimedCosts, compare, not_measu
 from snello.measure.process import OutOfMemoryError
 from snello.report import terminal as report
 
-SUMMARY = {"num_classes": 3, "device": "cpu", "precision": "fp32", "attention": "explicit"}
+SUMMARY = SimpleNamespace(num_classes=3, device="cpu", precision="fp32", attention="explicit")
 
 
 # ------------------------------------------------------------------------------------------------------- for real

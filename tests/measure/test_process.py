@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_failing_otherwise_is_a_snello_error(small, capfd):
     with pytest.raises(SnelloError, match=r"measuring process failed with exit code 1$"):
         Process(request(config))
     with pytest.raises(SnelloError, match=r"measuring process failed with exit code 1; --no-compare leaves it out"):
-        compare(config, SUMMARY, {})
+        compare(config, SimpleNamespace(**SUMMARY), {})
 
 
 def test_answers_on_a_clean_line(small):

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from snello import cli, finetuning
 from snello.assets.micro import WEIGHTS
 from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
-from snello.data import load_splits
+from snello.data import splits_of
 from snello.errors import ConfigError, TrainingError
 from snello.files import load_tensors
 from snello.models import create_model, preprocessing
@@ -138,7 +138,7 @@ def test_first_step_against_a_loop_written_by_hand(small):
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups)
     pre = preprocessing(model, 48)
-    train = load_splits(config.data, val_share=0.2, seed=0, skip_bad=False, check=False).train
+    train = splits_of(config, check=False).train
     order = permutation(len(train), mix(0, 0))
     for step, row in enumerate(rows_of(config.out, "step")):
         chosen = order[4 * step : 4 * step + 4]

@@ -13,12 +13,7 @@ T = TypeVar("T")
 
 
 def without_bad(sets: Sequence[P], skip_bad: bool, check: bool) -> tuple[list[P], int]:
-    """Removes the pictures that cannot be read from the sets, and counts them.
-
-    Args:
-        sets: The pictures.
-        skip_bad: Leave bad ones out; they are looked for whatever `check` says.
-        check: Look for bad ones.
+    """Removes the pictures that cannot be read from the sets, and counts them; looks for them only if told to.
 
     Raises:
         DataError: for a bad picture without `skip_bad`, or where all of a class are bad.
@@ -44,7 +39,7 @@ def failures(pictures: PictureSet) -> dict[int, str]:
 
     def failure(index: int) -> str | None:
         try:
-            pictures.check(index)
+            pictures.open(index, draft=True)
         except DataError as error:
             return str(error)
         return None

@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from snello.config import CheckDataConfig
-from snello.data.balance import imbalance
 from snello.data.checking import in_threads
 from snello.data.reading import UNREADABLE
-from snello.data.sets import PictureSet
+from snello.data.sets import PictureSet, imbalance
 from snello.data.splits import find_source
 from snello.errors import DataError, printable
 
@@ -30,13 +29,11 @@ class Broken:
 
 @dataclass(frozen=True)
 class Copies:
-    """Pictures that are the same, pixel for pixel."""
+    """Pictures that are the same, pixel for pixel, with the parts and the classes that they are in."""
 
     paths: list[str]
     parts: list[str]
-    """The parts they are in."""
     classes: list[str]
-    """The classes they are in."""
 
 
 @dataclass
@@ -69,11 +66,7 @@ class Findings:
 
 
 def check_data(config: CheckDataConfig, console: Console | None = None) -> Findings:
-    """Reads every picture once and returns what was found.
-
-    Raises:
-        DataError: where the source as a whole cannot be used.
-    """
+    """Reads every picture once and returns what was found; a DataError where the source as a whole cannot be used."""
     source = find_source(config.source, config.columns, config.data_root)
     parts = {part or "all": source.read(part) for part in source.parts or (None,)}
     findings = Findings(source.title, {part: pictures.counts() for part, pictures in parts.items()})
@@ -96,7 +89,11 @@ def check_data(config: CheckDataConfig, console: Console | None = None) -> Findi
     if sizes:
         findings.smallest = [min(width for width, _ in sizes), min(height for _, height in sizes)]
         findings.largest = [max(width for width, _ in sizes), max(height for _, height in sizes)]
-    findings.copies = [_copies(parts, found) for found in same.values() if len(found) > 1]
+    for found in same.values():
+        if len(found) > 1:
+            classes = {parts[part].classes[parts[part].labels[index]] for part, index in found}
+            names = [parts[part].name(index) for part, index in found]
+            findings.copies.append(Copies(names, sorted({part for part, _ in found}), sorted(classes)))
     return findings
 
 
@@ -107,12 +104,6 @@ def _look(pictures: PictureSet, index: int) -> tuple[tuple[int, int], bytes] | s
     except DataError as error:
         return str(error)
     return image.size, hashlib.blake2b(image.tobytes(), digest_size=16, key=repr(image.size).encode()).digest()
-
-
-def _copies(parts: dict[str, PictureSet], found: list[tuple[str, int]]) -> Copies:
-    classes = {parts[part].classes[parts[part].labels[index]] for part, index in found}
-    names = [parts[part].name(index) for part, index in found]
-    return Copies(names, sorted({part for part, _ in found}), sorted(classes))
 
 
 def print_findings(findings: Findings, most: int = 20) -> None:

@@ -39,11 +39,7 @@ class Omissions(Counter[tuple[str, str]]):
 
 
 class Folder(Source):
-    """A folder that exists.
-
-    Raises:
-        DataError: where two of its folders mean the same part.
-    """
+    """A folder that exists; a DataError where two of its folders mean the same part."""
 
     same_classes = True
 
@@ -53,17 +49,16 @@ class Folder(Source):
         folders, files = _visible(root)
         names = [entry.name for entry in folders]
         self._folders = parts_among(names, self.where)
-        self._remarks: list[str] = []
         if list(self._folders) == ["train"] and _are_class_folders(folders):
             name = self._folders.pop("train")
             others = listing([other for other in names if other != name], 3)
-            self._remarks = [f"{name}/ is taken for a class: it holds pictures, not class folders, as {others} do"]
+            self.remarks = (f"{name}/ is taken for a class: it holds pictures, not class folders, as {others} do",)
         elif not self._folders and (held := _same_folders(folders)):
             what = f"class folders {listing(names)} all hold {listing(held)}"
-            self._remarks = [f"{what}: if they are parts, name them train and val"]
+            self.remarks = (f"{what}: if they are parts, name them train and val",)
         self.parts = tuple(part for part in PARTS if part in self._folders)
         self._others = [name for name in names if name not in self._folders.values()]
-        self._remarks += left_out_beside("folder", names, [self._folders[part] for part in self.parts])
+        self.remarks += left_out_beside("folder", names, [self._folders[part] for part in self.parts])
         if self.parts:
             self._omissions[root] = _loose(files)
 
@@ -73,15 +68,29 @@ class Folder(Source):
         omissions = Omissions()
         for counted in self._omissions.values():
             omissions += counted
-        return (*self._remarks, *omissions.lines())
+        return (*self.remarks, *omissions.lines())
 
     @override
     def read(self, part: str | None, known: Sequence[str] | None = None) -> FilePictures:
         if part is None and self.parts:  # all there is
             part = "train"
         folder = self.root if part is None else self.root / self._folders[part]
-        self._omissions[folder] = Omissions()
-        return _labelled(folder, known, self._omissions[folder])
+        where, (folders, files) = f"--data {printable(folder)}", _visible(folder)
+        names, loose = [entry.name for entry in folders], _loose(files)
+        if not names:
+            what = "pictures but no class folders" if loose else "no class folders" if files else "empty"
+            raise DataError(f"{where}: {what}; put the pictures of each class in a folder of its own, as in cats/1.jpg")
+        classes = names if known is None else list(known)
+        if unknown := [name for name in names if name not in classes]:
+            text = f"class folders unknown to the model: {listing(unknown)}; known: {listing(classes)}"
+            raise DataError(f"{where}: {text}")
+        self._omissions[folder] = omissions = loose
+        of_class = {name: _pictures(folder / name, omissions) for name in names}
+        if without := [name for name in names if not of_class[name]]:
+            what = "its class folders" if without == names else f"class folder {listing(without)}"
+            raise DataError(f"{where}: no pictures in {what}{f' ({omissions})' if omissions else ''}")
+        labels = [classes.index(name) for name in names for _ in of_class[name]]
+        return FilePictures([path for paths in of_class.values() for path in paths], labels, classes)
 
     @override
     def part_name(self, part: str) -> str:
@@ -175,24 +184,3 @@ def _same_folders(folders: Sequence[os.DirEntry[str]]) -> list[str]:
         return []
     first, *others = [[entry.name for entry in _visible(Path(folder.path))[0]] for folder in folders]
     return first if len(first) > 1 and all(names == first for names in others) else []
-
-
-def _labelled(folder: Path, known: Sequence[str] | None, omissions: Omissions) -> FilePictures:
-    """Finds the pictures in class folders; the classes are those `known`, else the folders' sorted names."""
-    where = f"--data {printable(folder)}"
-    folders, files = _visible(folder)
-    names, loose = [entry.name for entry in folders], _loose(files)
-    if not names:
-        what = "pictures but no class folders" if loose else "no class folders" if files else "empty"
-        raise DataError(f"{where}: {what}; put the pictures of each class in a folder of its own, as in cats/1.jpg")
-    classes = names if known is None else list(known)
-    if unknown := [name for name in names if name not in classes]:
-        raise DataError(f"{where}: class folders unknown to the model: {listing(unknown)}; known: {listing(classes)}")
-    omissions += loose
-    of_class = {name: _pictures(folder / name, omissions) for name in names}
-    if without := [name for name in names if not of_class[name]]:
-        what = "its class folders" if without == names else f"class folder {listing(without)}"
-        raise DataError(f"{where}: no pictures in {what}{f' ({omissions})' if omissions else ''}")
-    labels = {name: classes.index(name) for name in names}
-    paths = [path for name in names for path in of_class[name]]
-    return FilePictures(paths, [labels[name] for name in names for _ in of_class[name]], classes)

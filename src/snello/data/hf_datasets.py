@@ -9,10 +9,10 @@ from PIL import Image
 from typing_extensions import override
 
 from snello.config import ColumnsConfig
-from snello.data.reading import UNREADABLE, decode_picture, open_picture
+from snello.data.reading import UNREADABLE, open_picture
 from snello.data.sets import PictureSet
 from snello.data.source import PARTS, Source, left_out_beside, parts_among, with_classes
-from snello.data.tables import HF_EXTRA, IMAGE_COLUMNS, LABEL_COLUMNS, require_column, sorted_names, text_of
+from snello.data.tables import HF_EXTRA, IMAGE_COLUMNS, LABEL_COLUMNS, indexed, require_column, text_of
 from snello.errors import DataError, listing, printable
 
 PREFIX = "hf:"
@@ -33,17 +33,10 @@ class HfPictures(PictureSet):
         return f"{self.title} row {self._rows[index]}"
 
     @override
-    def open(self, index: int) -> Image.Image:
-        return self._open(index, draft=False)
-
-    @override
-    def check(self, index: int) -> None:
-        self._open(index, draft=True)
-
-    def _open(self, index: int, *, draft: bool) -> Image.Image:
+    def open(self, index: int, *, draft: bool = False) -> Image.Image:
         value = self._dataset[self._rows[index]][self._column] or {}
         if value.get("bytes") is not None:
-            return decode_picture(value["bytes"], self.name(index), draft=draft)
+            return open_picture(value["bytes"], self.name(index), draft=draft)
         if value.get("path") is None:
             raise DataError(f"{self.name(index)}: {UNREADABLE}: there is none in this row")
         return open_picture(Path(value["path"]), draft=draft)
@@ -59,12 +52,7 @@ class HfPictures(PictureSet):
 
 
 class HfDataset(Source):
-    """A dataset in a folder, written by `save_to_disk` or as `load_dataset` reads it, or in the cache under its name.
-
-    Args:
-        text: Folder or name, and perhaps `:CONFIG`.
-        columns: Which columns hold picture and label, where several could.
-    """
+    """A dataset by its folder, written by `save_to_disk` or as `load_dataset` reads it, or its name in the cache."""
 
     def __init__(self, text: str, columns: ColumnsConfig) -> None:
         self.where, self.title = f"--data {PREFIX}{printable(text)}", f"{PREFIX}{printable(text)}"
@@ -83,12 +71,7 @@ class HfDataset(Source):
         if self._only is None and not self._parts:
             raise DataError(f"{self.where}: no split is called train, val or test; there are {listing(list(splits))}")
         self.parts = tuple(part for part in PARTS if part in self._parts)
-        self._notes = left_out_beside("split", list(splits), [names[part] for part in self.parts])
-
-    @property
-    @override
-    def notes(self) -> tuple[str, ...]:
-        return self._notes
+        self.remarks = left_out_beside("split", list(splits), [names[part] for part in self.parts])
 
     @override
     def read(self, part: str | None, known: Sequence[str] | None = None) -> HfPictures:
@@ -107,8 +90,7 @@ class HfDataset(Source):
             columns = [f"{name} ({type(feature).__name__})" for name, feature in dataset.features.items()]
             raise DataError(f"{self.where}: no column holds pictures; there are {listing(columns, 12)}")
         if len(found) == 1 and self._columns.image is None:
-            column: str = found[0]
-            return column
+            return str(found[0])
         return require_column(self.where, found, IMAGE_COLUMNS, self._columns.image, "image")
 
     def _labels(self, dataset: Any) -> tuple[list[int], list[str]]:
@@ -123,10 +105,7 @@ class HfDataset(Source):
             column = require_column(self.where, candidates, LABEL_COLUMNS, self._columns.label, "label")
         values = list(dataset.select_columns([column]).with_format(None)[:][column])
         if column not in named:
-            texts = [text_of(v, f"{self.where}, row {i}", "label", column) for i, v in enumerate(values)]
-            classes = sorted_names(set(texts))
-            place = {name: i for i, name in enumerate(classes)}
-            return [place[text] for text in texts], classes
+            return indexed([text_of(v, f"{self.where}, row {i}", "label", column) for i, v in enumerate(values)])
         classes = list(dataset.features[column].names)
         for i, value in enumerate(values):
             if value is None or not 0 <= value < len(classes):

@@ -21,6 +21,8 @@ from snello.errors import DataError
 from snello.seeds import mix, permutation
 
 Transform = Callable[[Image.Image], torch.Tensor]
+Share = Callable[[int], range]
+"""The part of so many positions that is a rank's."""
 Key = tuple[int, int]
 """(epoch, index): one picture in one epoch."""
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -39,15 +41,13 @@ def train_transform(size: int, interpolation: str, augment: AugmentConfig) -> Tr
     if augment.rand_ops > 0:
         bilinear = v2.InterpolationMode.BILINEAR
         steps.append(v2.RandAugment(augment.rand_ops, augment.rand_magnitude, interpolation=bilinear))
-    transform: Transform = v2.Compose([*steps, v2.PILToTensor()])
-    return transform
+    return v2.Compose([*steps, v2.PILToTensor()])  # type: ignore[no-any-return]
 
 
 def eval_transform(size: int, interpolation: str, crop_pct: float) -> Transform:
     """From a picture to (3, size, size) uint8 in 0..255: its centre, `crop_pct` of the short side wide and high."""
     resize = v2.Resize(round(size / crop_pct), interpolation=v2.InterpolationMode(interpolation))
-    transform: Transform = v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
-    return transform
+    return v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])  # type: ignore[no-any-return]
 
 
 class TrainingPictures(Dataset[tuple[torch.Tensor, int]]):
@@ -57,7 +57,6 @@ class TrainingPictures(Dataset[tuple[torch.Tensor, int]]):
         self.pictures, self.transform, self.seed = pictures, transform, seed
 
     def __len__(self) -> int:
-        """Number of pictures in an epoch."""
         return len(self.pictures)
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, int]:
@@ -74,17 +73,15 @@ class TrainingPictures(Dataset[tuple[torch.Tensor, int]]):
 
 
 class HeldOutPictures(Dataset[tuple[torch.Tensor, int]]):
-    """Pictures that are not augmented, in their order."""
+    """Pictures (3, H, W) uint8 that are not augmented, with their labels, in their order."""
 
     def __init__(self, pictures: PictureSet, transform: Transform) -> None:
         self.pictures, self.transform = pictures, transform
 
     def __len__(self) -> int:
-        """Number of pictures."""
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        """The picture (3, H, W) uint8 and its label; a DataError where it cannot be read."""
         return self.transform(self.pictures.open(index)), self.pictures.labels[index]
 
 
@@ -96,13 +93,7 @@ class EpochBatches(Sampler[list[Key]]):
     """
 
     def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        epochs: int,
-        seed: int,
-        start: int = 0,
-        share: Callable[[int], range] = range,
+        self, num_samples: int, batch_size: int, epochs: int, seed: int, start: int = 0, share: Share = range
     ) -> None:
         self.num_samples, self.batch_size, self.epochs = num_samples, batch_size, epochs
         self.seed, self.start, self.share = seed, start, share
@@ -150,7 +141,7 @@ def train_loader(
     epochs: int,
     seed: int,
     start: int = 0,
-    share: Callable[[int], range] = range,
+    share: Share = range,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[tuple[torch.Tensor, int]]:
@@ -171,7 +162,7 @@ def eval_loader(
     transform: Transform,
     *,
     batch_size: int,
-    share: Callable[[int], range] = range,
+    share: Share = range,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[tuple[torch.Tensor, int]]:
@@ -190,11 +181,7 @@ def eval_loader(
 
 
 def batches(loader: DataLoader[tuple[torch.Tensor, int]]) -> Iterator[Batch]:
-    """The batches of a loader: pictures (B, 3, H, W) uint8 in 0..255, labels (B,) int64.
-
-    Raises:
-        DataError: for a picture that cannot be read, in one line even where a worker process met it.
-    """
+    """The batches of a loader; a DataError for a bad picture, in one line even where a worker process met it."""
     try:
         yield from loader
         return

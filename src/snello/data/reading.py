@@ -15,42 +15,28 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from snello.errors import DataError, printable
 
-# fmt: off
 EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
     ".avif", ".jp2", ".heic", ".heif",
-)
+)  # fmt: skip
 """Names that say what a file is, where its format can be read here; of other files the contents decide."""
-# fmt: on
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
 """What Pillow calls the formats of files that are found by their contents."""
 UNREADABLE = "cannot be read as a picture"
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-def open_picture(path: Path, *, draft: bool = False) -> Image.Image:
-    """Reads the picture in a file as 8-bit RGB, turned as its EXIF tag says, transparent parts on white.
+def open_picture(source: Path | bytes, name: str = "", *, draft: bool = False) -> Image.Image:
+    """Reads a picture as 8-bit RGB, turned as its EXIF tag says, transparent parts on white.
 
     Args:
-        path: The file; its contents decide the format, not its name.
+        source: The file, or its bytes; the contents decide the format.
+        name: What messages call it; default: the path.
         draft: Decode a JPEG at an eighth of its size, which is enough to find out whether it can be read.
-
-    Raises:
-        DataError: naming the file and the reason, where it cannot be read.
-    """
-    return _decode(path, printable(path), draft)
-
-
-def decode_picture(data: bytes, name: str, *, draft: bool = False) -> Image.Image:
-    """Reads the picture in the bytes of a file as `open_picture` does; `name` is what messages call it.
 
     Raises:
         DataError: naming the picture and the reason, where it cannot be read.
     """
-    return _decode(data, name, draft)
-
-
-def _decode(source: Path | bytes, name: str, draft: bool) -> Image.Image:
     try:
         _formats()
         if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # a pipe would wait for ever
@@ -61,7 +47,7 @@ def _decode(source: Path | bytes, name: str, draft: bool) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
     except Exception as error:  # on damaged files Pillow raises almost anything: OSError, SyntaxError, struct.error...
-        raise DataError(f"{name}: {UNREADABLE}: {_reason(source, error)}") from None
+        raise DataError(f"{name or printable(str(source))}: {UNREADABLE}: {_reason(source, error)}") from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -134,7 +120,7 @@ def reason_against(path: str) -> str | None:
         return "camera raw or another kind of TIFF; convert them, or name them .tif" if raw else None
     except Image.DecompressionBombError:
         return None
-    except Exception as error:  # as in `_decode`
+    except Exception as error:  # as in `open_picture`
         if isinstance(error, OSError) and error.errno:
             return error.strerror
     if advice := _advice(_head(Path(path))):

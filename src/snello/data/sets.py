@@ -3,6 +3,7 @@
 import copy
 import io
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ class PictureSet(ABC):
     labels: list[int]
 
     def __len__(self) -> int:
-        """Number of pictures."""
         return len(self.labels)
 
     @abstractmethod
@@ -33,20 +33,8 @@ class PictureSet(ABC):
         """Returns what messages call the picture."""
 
     @abstractmethod
-    def open(self, index: int) -> Image.Image:
-        """Decodes the picture to 8-bit RGB.
-
-        Raises:
-            DataError: where it cannot be read.
-        """
-
-    @abstractmethod
-    def check(self, index: int) -> None:
-        """Decodes no more of the picture than it takes to find out whether it can be read.
-
-        Raises:
-            DataError: where it cannot be read.
-        """
+    def open(self, index: int, *, draft: bool = False) -> Image.Image:
+        """Decodes the picture to 8-bit RGB, else a DataError; as a draft, no more than shows whether that works."""
 
     @abstractmethod
     def file_bytes(self) -> int:
@@ -74,10 +62,8 @@ class PictureSet(ABC):
 
     def counts(self) -> dict[str, int]:
         """Counts the pictures of each class, in the order of the classes."""
-        counts = [0] * len(self.classes)
-        for label in self.labels:
-            counts[label] += 1
-        return dict(zip(self.classes, counts, strict=True))
+        counts = Counter(self.labels)
+        return {name: counts[label] for label, name in enumerate(self.classes)}
 
 
 class FilePictures(PictureSet):
@@ -91,12 +77,8 @@ class FilePictures(PictureSet):
         return printable(self.paths[index])
 
     @override
-    def open(self, index: int) -> Image.Image:
-        return open_picture(self.paths[index])
-
-    @override
-    def check(self, index: int) -> None:
-        open_picture(self.paths[index], draft=True)
+    def open(self, index: int, *, draft: bool = False) -> Image.Image:
+        return open_picture(self.paths[index], draft=draft)
 
     @override
     def file_bytes(self) -> int:
@@ -118,12 +100,8 @@ class ArrayPictures(PictureSet):
         return f"{self.title} {index}"
 
     @override
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int, *, draft: bool = False) -> Image.Image:
         return Image.fromarray(self.images[index]).convert("RGB")
-
-    @override
-    def check(self, index: int) -> None:
-        pass  # nothing can be wrong with it
 
     @override
     def file_bytes(self) -> int:
@@ -137,6 +115,20 @@ class ArrayPictures(PictureSet):
     @override
     def _keep(self, indices: Sequence[int]) -> None:
         self.images = self.images[list(indices)]
+
+
+def imbalance(pictures: PictureSet) -> str | None:
+    """Returns one line where the largest class has more than twice the pictures of the smallest, else None."""
+    counts = pictures.counts()
+    largest, smallest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+    if counts[largest] <= 2 * counts[smallest]:
+        return None
+    without = sum(count == 0 for count in counts.values())
+    least = f"{without} without any" if without > 1 else f"{counts[smallest]} of {printable(smallest)}"
+    return (
+        f"unbalanced classes: {counts[largest]} pictures of {printable(largest)}, {least}; "
+        "the balanced accuracy counts each class the same"
+    )
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,9 @@ from typing_extensions import override
 from snello.data.sets import ArrayPictures, PictureSet
 from snello.data.source import Source, with_classes
 
-# fmt: off
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)
-# fmt: on
+)  # fmt: skip
 
 
 class Shipped(Source):

@@ -24,6 +24,8 @@ class Source(ABC):
     """The source in words."""
     parts: tuple[str, ...] = ()
     """Which of train, val and test there are; none where all pictures are in one."""
+    remarks: tuple[str, ...] = ()
+    """What is beside the parts, and how folders were taken, in a line each."""
     same_classes = False
     """Whether a class that is in train but not held out is a mistake."""
 
@@ -39,19 +41,15 @@ class Source(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Names what the parts that were read leave out, and how folders were taken, in a line each."""
-        return ()
+        """The remarks, and what the parts that were read leave out."""
+        return self.remarks
 
     def part_name(self, part: str) -> str:
         """Returns what messages call a part."""
         return part
 
     def training_part(self) -> str | None:
-        """Chooses the part to train on; None where all pictures are in one.
-
-        Raises:
-            DataError: where there are parts, but none to train on.
-        """
+        """Chooses the part to train on, None where all pictures are in one; a DataError where no part is for that."""
         if self.parts and "train" not in self.parts:
             only = ", ".join(map(self.part_name, self.parts))
             raise DataError(f"{self.where}: nothing to train on: only {only} and no {self.part_name('train')}")
@@ -63,11 +61,7 @@ class Source(ABC):
 
 
 def parts_among(names: Iterable[str], where: str) -> dict[str, str]:
-    """Finds which of the names mean which parts.
-
-    Raises:
-        DataError: where two mean the same.
-    """
+    """Finds which of the names mean which parts; a DataError where two mean the same."""
     found: dict[str, str] = {}
     for name in names:
         part = PART_NAMES.get(name.lower())
@@ -87,11 +81,7 @@ def left_out_beside(kind: str, names: Sequence[str], used: Sequence[str]) -> tup
 
 
 def with_classes(pictures: P, known: Sequence[str] | None, where: str) -> P:
-    """Makes the labels indices into `known`, where that is given.
-
-    Raises:
-        DataError: for a class that is in use and not known.
-    """
+    """Makes the labels indices into `known`, where that is given; a DataError for a class in use that is not there."""
     if known is None:
         return pictures
     if unknown := [name for name, count in pictures.counts().items() if count and name not in known]:

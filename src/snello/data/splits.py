@@ -15,7 +15,7 @@ from snello.data.sets import P, PictureSet, Splits
 from snello.data.shipped import Shipped
 from snello.data.source import Source
 from snello.data.tables import SUFFIXES, Table
-from snello.data.torchvision_sets import TorchvisionSet, names, spec_of
+from snello.data.torchvision_sets import SETS, TorchvisionSet, spec_of
 from snello.errors import DataError, listing, printable
 from snello.seeds import mix, permutation
 
@@ -30,7 +30,6 @@ def find_source(text: str | Path | None, columns: ColumnsConfig | None = None, d
     Raises:
         DataError: for a source that there is not, listing what there is.
     """
-    columns = columns or ColumnsConfig()
     if text is None:
         return Shipped()
     text = os.fspath(text)
@@ -38,50 +37,39 @@ def find_source(text: str | Path | None, columns: ColumnsConfig | None = None, d
         what = "is an address, and nothing is downloaded: fetch the pictures, and name their folder or table"
         raise DataError(f"--data {printable(text)}: {what}")
     if text.startswith(PREFIX):
-        return HfDataset(text.removeprefix(PREFIX), columns)
+        return HfDataset(text.removeprefix(PREFIX), columns or ColumnsConfig())
     path = Path(text)
     if path.is_dir():
         return Folder(path)
     if path.suffix.lower() in SUFFIXES:
-        return Table(path, columns)
+        return Table(path, columns or ColumnsConfig())
     if path.exists():
         raise DataError(f"--data {printable(text)}: is a file; a folder or a table ({' '.join(SUFFIXES)}) is needed")
     if (spec := spec_of(text)) is not None:
         return TorchvisionSet(text, spec, data_root)
     raise DataError(
         f"--data {printable(text)}: no such folder or file; a source is a folder, a table ({' '.join(SUFFIXES)}), "
-        f"{PREFIX}PATH_OR_NAME, or a torchvision set: {', '.join(names())}"
+        f"{PREFIX}PATH_OR_NAME, or a torchvision set: {', '.join(sorted(SETS))}"
     )
 
 
-def load_splits(
-    source: str | Path | None,
-    *,
-    val_share: float,
-    seed: int,
-    skip_bad: bool,
-    check: bool,
-    columns: ColumnsConfig | None = None,
-    data_root: Path | None = None,
-) -> Splits:
-    """Finds the training and held-out pictures of a source, or of those shipped with snello if it is None.
+def splits_of(config: FinetuneConfig, *, skip_bad: bool | None = None, check: bool | None = None) -> Splits:
+    """Finds the training and held-out pictures of a run as its config says; `skip_bad` and `check` may differ.
 
     Where the source has a train part, that and val, else test; with neither of these, or without parts, `val_share` of
     every class is held out (at least one picture, never all).
 
     Args:
-        source: As --data takes it.
-        val_share: Share of each class to hold out, in (0, 1).
-        seed: Seed of the split.
+        config: Of the run.
         skip_bad: Leave out and count the pictures that cannot be read; they are looked for whatever `check` says.
         check: Decode every picture once.
-        columns: Columns of a table or dataset.
-        data_root: Folder of torchvision sets.
 
     Raises:
         DataError: where the source, or a picture that is checked, cannot be used.
     """
-    found = find_source(source, columns, data_root)
+    skip_bad = config.skip_bad if skip_bad is None else skip_bad
+    check = config.check_pictures if check is None else check
+    found = find_source(config.data, config.columns, config.data_root)
     part = found.training_part()
     held_out = None if part is None else found.held_out_part()
     train = found.read(part)
@@ -91,30 +79,14 @@ def load_splits(
     if part is None or held_out is None:
         (pictures,), num_skipped = without_bad([train], skip_bad, check)
         title = found.title if part is None else f"{found.title}, {found.part_name(part)}"
-        return Splits(
-            *_hold_out(pictures, found.where, val_share, seed),
-            num_skipped,
-            f"{title}, {val_share:.0%} of each class held out",
-            found.notes,
-        )
+        title += f", {config.val_share:.0%} of each class held out"
+        train, val = _hold_out(pictures, found.where, config.val_share, config.seed)
+        return Splits(train, val, num_skipped, title, found.notes)
     val = found.read(held_out)
     _require_same_classes(found, part, train, held_out, val)
     (train, val), num_skipped = without_bad([train, val.relabelled(train.classes)], skip_bad, check)
     title = f"{found.title}, {found.part_name(part)} and {found.part_name(held_out)}"
     return Splits(train, val, num_skipped, title, found.notes)
-
-
-def splits_of(config: FinetuneConfig, *, skip_bad: bool | None = None, check: bool | None = None) -> Splits:
-    """Finds the pictures of a run as its config says, with `load_splits`; `skip_bad` and `check` may differ."""
-    return load_splits(
-        config.data,
-        val_share=config.val_share,
-        seed=config.seed,
-        skip_bad=config.skip_bad if skip_bad is None else skip_bad,
-        check=config.check_pictures if check is None else check,
-        columns=config.columns,
-        data_root=config.data_root,
-    )
 
 
 def load_pictures(
@@ -129,16 +101,8 @@ def load_pictures(
 ) -> tuple[PictureSet, int, tuple[str, ...]]:
     """Finds pictures of known classes; returns also how many bad ones are left out, and notes as in `Splits`.
 
-    Labels are indices into `classes`.
-
-    Args:
-        source: As --data takes it.
-        classes: What is known; not every class needs pictures.
-        skip_bad: Leave out and count the pictures that cannot be read.
-        check: Decode every picture once.
-        part: train, val or test; default: val, else test, else all pictures.
-        columns: Columns of a table or dataset.
-        data_root: Folder of torchvision sets.
+    Labels are indices into `classes`, not all of which need pictures. The part defaults to val, else test, else all
+    pictures.
 
     Raises:
         DataError: where the source, or a picture that is checked, cannot be used, or a class is not known.

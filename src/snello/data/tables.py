@@ -1,7 +1,7 @@
 """Tables that list pictures: CSV, TSV or Parquet with a column of paths, one of labels, and perhaps one of parts."""
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,40 +38,29 @@ class Table(Source):
         image = require_column(self.where, header, IMAGE_COLUMNS, columns.image, "image")
         label = require_column(self.where, header, LABEL_COLUMNS, columns.label, "label")
         split = find_column(self.where, header, SPLIT_COLUMNS, columns.split, "split")
-        self._rows = [self._row(path.parent, number, values, image, label, split) for number, values in rows]
+        self._rows: list[_Row] = []
+        for number, values in rows:
+            where = f"{self.where}, row {number}"
+            file = text_of(values.get(image), where, "path", image)
+            name = "" if split is None else text_of(values.get(split), where, "split", split)
+            part = PART_NAMES.get(name.lower())
+            if name and part is None:
+                known = ", ".join(PARTS)
+                raise DataError(f"{where}: unknown split {printable(name)!r} in column {split}; known: {known}")
+            self._rows.append(_Row(path.parent / file, text_of(values.get(label), where, "label", label), part))
         if not self._rows:
             raise DataError(f"{self.where}: no rows in it")
         self.parts = tuple(part for part in PARTS if any(row.part == part for row in self._rows))
 
-    def _row(
-        self, folder: Path, number: int, values: Mapping[str, Any], image: str, label: str, split: str | None
-    ) -> _Row:
-        where = f"{self.where}, row {number}"
-        path = text_of(values.get(image), where, "path", image)
-        part = None if split is None else text_of(values.get(split), where, "split", split)
-        if part is not None and part.lower() not in PART_NAMES:
-            raise DataError(f"{where}: unknown split {printable(part)!r} in column {split}; known: {', '.join(PARTS)}")
-        return _Row(
-            folder / path,
-            text_of(values.get(label), where, "label", label),
-            None if part is None else PART_NAMES[part.lower()],
-        )
-
     @override
     def read(self, part: str | None, known: Sequence[str] | None = None) -> FilePictures:
         rows = [row for row in self._rows if part is None or row.part == part]
-        classes = sorted_names({row.label for row in rows})
-        place = {name: i for i, name in enumerate(classes)}
-        pictures = FilePictures([row.path for row in rows], [place[row.label] for row in rows], classes)
+        pictures = FilePictures([row.path for row in rows], *indexed([row.label for row in rows]))
         return with_classes(pictures, known, self.where)
 
 
 def find_column(where: str, header: Sequence[str], usual: Sequence[str], given: str | None, what: str) -> str | None:
-    """Finds the column that is given, else the first of the usual names, whatever their case, else None.
-
-    Raises:
-        DataError: where the given one is not there.
-    """
+    """Finds the given column (a DataError without it), else the first of the usual names in any case, else None."""
     if given is not None:
         if given not in header:
             raise DataError(f"{where}: no column {printable(given)!r} (--columns.{what}); {_there_are(header)}")
@@ -81,11 +70,7 @@ def find_column(where: str, header: Sequence[str], usual: Sequence[str], given: 
 
 
 def require_column(where: str, header: Sequence[str], usual: Sequence[str], given: str | None, what: str) -> str:
-    """Finds a column as `find_column` does.
-
-    Raises:
-        DataError: where there is none.
-    """
+    """Finds a column as `find_column` does; a DataError where there is none."""
     found = find_column(where, header, usual, given, what)
     if found is None:
         raise DataError(
@@ -100,25 +85,22 @@ def _there_are(header: Sequence[str]) -> str:
 
 
 def text_of(value: Any, where: str, what: str, column: str) -> str:
-    """Makes a cell text; whole numbers have no point.
-
-    Raises:
-        DataError: for an empty cell, and for one that is neither text nor a whole number.
-    """
+    """Makes a cell text, whole numbers without a point; a DataError for an empty cell, and for anything else."""
     if isinstance(value, float) and value.is_integer():  # what pandas makes of integers beside missing ones
         value = int(value)
-    text = str(value).strip() if isinstance(value, (str, int)) else ""
-    if text:
+    if text := str(value).strip() if isinstance(value, (str, int)) else "":
         return text
     empty = value is None or value == "" or isinstance(value, str) or value != value
     got = f"no {what}" if empty else f"{what} {printable(str(value))}"
     raise DataError(f"{where}: {got} in column {printable(column)}")
 
 
-def sorted_names(names: set[str]) -> list[str]:
-    """Sorts names, as numbers where all are whole numbers."""
+def indexed(names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Makes names labels: indices into the classes, sorted by name, or as numbers where all are whole numbers."""
     numbers = all(name.isdecimal() for name in names)
-    return sorted(names, key=lambda name: (int(name) if numbers else 0, name))
+    classes = sorted(set(names), key=lambda name: (int(name) if numbers else 0, name))
+    place = {name: i for i, name in enumerate(classes)}
+    return [place[name] for name in names], classes
 
 
 def _csv(path: Path, where: str) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:

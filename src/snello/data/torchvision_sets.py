@@ -31,17 +31,12 @@ class Spec:
     """Its paths, or its array of pictures, and its labels."""
     num_classes: int = 0
     """Where it does not name its classes, these are numbers."""
-    with_loader: bool = False
-    """Whether it takes a `loader`, which is given to it to get at the paths."""
     by_hand: str = ""
     """Why it cannot be fetched by torchvision."""
 
 
-def _itself(path: Any) -> Any:
-    return path
-
-
 def _loaded(made: Any) -> tuple[list[Any], list[int]]:
+    """Of a set that takes a `loader`, which is told to return the paths."""
     pairs = [made[i] for i in range(len(made))]
     return [path for path, _ in pairs], [label for _, label in pairs]
 
@@ -81,42 +76,29 @@ _TRAIN_TEST = {"train": {"train": True}, "test": {"train": False}}
 _SPLITS = _split(train="train", val="val", test="test")
 _TWO = _split(train="train", test="test")
 _ALL: dict[str, dict[str, Any]] = {"all": {}}
+_GONE = "its address no longer answers; the docstring of torchvision.datasets.StanfordCars names the files"
 SETS = {
     "caltech101": Spec("Caltech101", "caltech101/101_ObjectCategories", _ALL, _caltech("101")),
     "caltech256": Spec("Caltech256", "caltech256/256_ObjectCategories", _ALL, _caltech("256")),
     "cifar10": Spec("CIFAR10", "cifar-10-batches-py", _TRAIN_TEST, _array),
     "cifar100": Spec("CIFAR100", "cifar-100-python", _TRAIN_TEST, _array),
-    "country211": Spec(
-        "Country211", "country211", _split(train="train", val="valid", test="test"), _loaded, with_loader=True
-    ),
-    "dtd": Spec("DTD", "dtd/dtd", _SPLITS, _loaded, with_loader=True),
-    "eurosat": Spec("EuroSAT", "eurosat/2750", _ALL, _loaded, with_loader=True),
+    "country211": Spec("Country211", "country211", _split(train="train", val="valid", test="test"), _loaded),
+    "dtd": Spec("DTD", "dtd/dtd", _SPLITS, _loaded),
+    "eurosat": Spec("EuroSAT", "eurosat/2750", _ALL, _loaded),
     "fashion_mnist": Spec("FashionMNIST", "FashionMNIST/raw", _TRAIN_TEST, _array),
-    "fgvc_aircraft": Spec("FGVCAircraft", "fgvc-aircraft-2013b", _SPLITS, _loaded, with_loader=True),
-    "flowers102": Spec("Flowers102", "flowers-102", _SPLITS, _loaded, num_classes=102, with_loader=True),
-    "food101": Spec("Food101", "food-101", _TWO, _loaded, with_loader=True),
+    "fgvc_aircraft": Spec("FGVCAircraft", "fgvc-aircraft-2013b", _SPLITS, _loaded),
+    "flowers102": Spec("Flowers102", "flowers-102", _SPLITS, _loaded, num_classes=102),
+    "food101": Spec("Food101", "food-101", _TWO, _loaded),
     "gtsrb": Spec("GTSRB", "gtsrb/GTSRB", _TWO, _samples, num_classes=43),
     "kmnist": Spec("KMNIST", "KMNIST/raw", _TRAIN_TEST, _array),
     "mnist": Spec("MNIST", "MNIST/raw", _TRAIN_TEST, _array),
     "oxford_iiit_pet": Spec("OxfordIIITPet", "oxford-iiit-pet", _split(train="trainval", test="test"), _pets),
-    "rendered_sst2": Spec("RenderedSST2", "rendered-sst2", _SPLITS, _loaded, with_loader=True),
-    "stanford_cars": Spec(
-        "StanfordCars",
-        "stanford_cars",
-        _TWO,
-        _loaded,
-        with_loader=True,
-        by_hand="its address no longer answers; the docstring of torchvision.datasets.StanfordCars names the files",
-    ),
+    "rendered_sst2": Spec("RenderedSST2", "rendered-sst2", _SPLITS, _loaded),
+    "stanford_cars": Spec("StanfordCars", "stanford_cars", _TWO, _loaded, by_hand=_GONE),
     "stl10": Spec("STL10", "stl10_binary", _TWO, _channels_first),
-    "sun397": Spec("SUN397", "SUN397", _ALL, _loaded, with_loader=True),
+    "sun397": Spec("SUN397", "SUN397", _ALL, _loaded),
     "svhn": Spec("SVHN", "train_32x32.mat", _TWO, _channels_first, num_classes=10),
 }
-
-
-def names() -> list[str]:
-    """Lists the names of the sets, sorted."""
-    return sorted(SETS)
 
 
 def spec_of(text: str) -> Spec | None:
@@ -133,9 +115,8 @@ class TorchvisionSet(Source):
         self.title = f"{spec.cls} in {printable(self._root)}"
         self.parts = () if "all" in spec.parts else tuple(spec.parts)
         if not (self._root / spec.files).exists():
-            raise DataError(
-                f"{self.where}: there is no {spec.files} in {printable(self._root)}; {self._how_to_fetch()}"
-            )
+            place = printable(self._root)
+            raise DataError(f"{self.where}: there is no {spec.files} in {place}; {self._how_to_fetch()}")
 
     @override
     def read(self, part: str | None, known: Sequence[str] | None = None) -> PictureSet:
@@ -154,7 +135,9 @@ class TorchvisionSet(Source):
     def _make(self, part: str) -> Any:
         from torchvision import datasets
 
-        options = dict(self._spec.parts[part]) | ({"loader": _itself} if self._spec.with_loader else {})
+        options = {**self._spec.parts[part]}
+        if self._spec.contents is _loaded:
+            options["loader"] = lambda path: path
         try:
             return getattr(datasets, self._spec.cls)(str(self._root), **options)
         except Exception as error:  # whatever its files make it raise
@@ -169,13 +152,8 @@ class TorchvisionSet(Source):
             return f"{self._spec.by_hand}; or name their folder with --data-root"
         root, calls = json.dumps(str(self._root)), []
         for options in self._spec.parts.values():
-            arguments = "".join(f", {name}={_literal(value)}" for name, value in options.items())
+            # In double quotes, for the shell's are single.
+            arguments = "".join(f", {name}={value!r}".replace("'", '"') for name, value in options.items())
             calls.append(f"{self._spec.cls}({root}{arguments}, download=True)")
-        code = f"from torchvision.datasets import {self._spec.cls}; {'; '.join(calls)}"
-        how = f"fetch it with python -c {shlex.quote(code)}"
-        return f"nothing is downloaded: {how}, or name its folder with --data-root"
-
-
-def _literal(value: str | bool) -> str:
-    """Writes a value as Python, in double quotes: the shell's are single."""
-    return str(value) if isinstance(value, bool) else json.dumps(value)
+        code = shlex.quote(f"from torchvision.datasets import {self._spec.cls}; {'; '.join(calls)}")
+        return f"nothing is downloaded: fetch it with python -c {code}, or name its folder with --data-root"

@@ -27,8 +27,6 @@ from snello.runs.folder import RunFolder
 class Format:
     """How a format is written and used; paths in code are as the user would type them."""
 
-    library: str
-    """That loads it, as the hub calls it."""
     is_folder: bool
     write: Callable[[Trained, Path], None]
     line: Callable[[Trained, str], str]
@@ -36,12 +34,11 @@ class Format:
 
 
 FORMATS = {
-    "timm": Format("timm", False, timm_file.write, timm_file.line, timm_file.code),
-    "transformers": Format(
-        "transformers", True, transformers_folder.write, transformers_folder.line, transformers_folder.code
-    ),
-    "onnx": Format("onnx", False, onnx_file.write, onnx_file.line, onnx_file.code),
+    "timm": Format(False, timm_file.write, timm_file.line, timm_file.code),
+    "transformers": Format(True, transformers_folder.write, transformers_folder.line, transformers_folder.code),
+    "onnx": Format(False, onnx_file.write, onnx_file.line, onnx_file.code),
 }
+"""By the name of the library that loads them, as the hub calls it."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +59,7 @@ def export(config: ExportConfig, fetch: Fetch | None = None) -> Exported:
     A file of timm or ONNX says in its metadata under METADATA, as JSON: model, num_classes, classes, image_size,
     resize, mean, std, interpolation and crop_pct.
 
-    Args:
-        config: of the export.
-        fetch: for a run of `snello join` without --server-half: gets the server's half for the run folder.
+    For a run of `snello join` without --server-half, `fetch` gets the server's half for the run folder.
 
     Raises:
         CheckpointError: where the folder holds no finished epoch, a file cannot be read or written, or the halves do
@@ -86,7 +81,7 @@ def export(config: ExportConfig, fetch: Fetch | None = None) -> Exported:
     trained = read(config, fetch)
     with staging(out, is_folder=form.is_folder) as folder:
         form.write(trained, folder if form.is_folder else folder / out.name)
-        text = card(trained, form.library, out.name, form.code(trained, "." if form.is_folder else out.name))
+        text = card(trained, config.format, out.name, form.code(trained, "." if form.is_folder else out.name))
         (folder / beside.name).write_text(text, encoding="utf-8")
     return Exported(out, beside, form.line(trained, str(out)))
 

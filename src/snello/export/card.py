@@ -24,14 +24,7 @@ SETTINGS = (
 
 
 def card(trained: Trained, library: str, name: str, code: list[str]) -> str:
-    """The text of README.md, as the Hugging Face hub reads it.
-
-    Args:
-        trained: the model.
-        library: that loads it, as the hub calls it.
-        name: of what was exported.
-        code: blocks of Python that use it, run in its folder.
-    """
+    """The text of README.md, as the Hugging Face hub reads it; `code` is blocks of Python, run in its folder."""
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(trained, library), sort_keys=False)}---",
         f"# {_quoted(trained.name)} fine-tuned on {len(trained.classes)} classes",
@@ -55,15 +48,10 @@ def card(trained: Trained, library: str, name: str, code: list[str]) -> str:
 
 
 def _front_matter(trained: Trained, library: str) -> dict[str, Any]:
-    method = trained.settings.method_name
-    base = base_model(trained)
-    return {
-        "library_name": library,
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "snello", *method.split("+")],
-        "metrics": ["accuracy"],
-        **({} if base is None else {"base_model": base}),
-    }
+    task, base = "image-classification", base_model(trained)
+    tags = [task, "snello", *trained.settings.method_name.split("+")]
+    values = {"library_name": library, "pipeline_tag": task, "tags": tags, "metrics": ["accuracy"]}
+    return values if base is None else values | {"base_model": base}
 
 
 def base_model(trained: Trained) -> str | None:
@@ -80,9 +68,8 @@ def base_model(trained: Trained) -> str | None:
 def _what(trained: Trained) -> str:
     settings, pre = trained.settings, trained.preprocessing
     library = "transformers" if trained.is_transformers else "timm"
-    weights = {"pretrained": "its pretrained weights", "none": "random weights"}.get(
-        settings.weights, "weights of the user's own"
-    )
+    known = {"pretrained": "its pretrained weights", "none": "random weights"}
+    weights = known.get(settings.weights, "weights of the user's own")
     made = _versions(trained).get("snello", version("snello"))
     return (
         f"A Vision Transformer for image classification: {_quoted(trained.name)} of {library}, fine-tuned from "
@@ -92,7 +79,6 @@ def _what(trained: Trained) -> str:
 
 
 def _method(trained: Trained) -> str:
-    """The method in words."""
     settings = trained.settings
     names = {
         "alast": "ALaST (adaptive compute budgets, arXiv:2408.08670)",
@@ -172,11 +158,10 @@ def _traffic(summary: Summary | None) -> list[str]:
     """What crossed the cut, where there was one."""
     if summary is None or summary.traffic is None:
         return []
-    traffic = summary.traffic
-    up, down, plain = traffic.uplink_bytes, traffic.downlink_bytes, traffic.uncompressed_bytes
+    up, down = summary.traffic.uplink_bytes, summary.traffic.downlink_bytes
     text = (
-        f"Trained across a cut after block {traffic.cut}: {up / 1e6:.2f} MB up and {down / 1e6:.2f} MB down, "
-        f"{plain / (up + down):.1f}x less than uncompressed."
+        f"Trained across a cut after block {summary.traffic.cut}: {up / 1e6:.2f} MB up and {down / 1e6:.2f} MB down, "
+        f"{summary.traffic.uncompressed_bytes / (up + down):.1f}x less than uncompressed."
     )
     return ["## Traffic of training", text]
 

@@ -9,10 +9,8 @@ from torch import Tensor
 from snello.config import ExportConfig, FinetuneConfig
 from snello.errors import CheckpointError, ConfigError, ModelError
 from snello.files import load_tensors
+from snello.models.weights import misfits, some
 from snello.runs.folder import RunFolder
-
-NAMED = 3
-"""Weights that an error names; it counts the others."""
 
 State = Mapping[str, Tensor]
 Shapes = Mapping[str, torch.Size]
@@ -73,35 +71,18 @@ def _server_half(config: ExportConfig, fetch: Fetch | None) -> tuple[State, str]
 
 
 def _join(one: State, other: State, client: Shapes, server: Shapes, where: str, elsewhere: str) -> dict[str, Tensor]:
-    """Both halves as one.
-
-    Raises:
-        CheckpointError: where a half lacks something, or has what is not its own, saying which.
-    """
+    """Both halves as one; a CheckpointError where one lacks something, or has what is not its own, saying which."""
     if both := sorted(one.keys() & other.keys()):
-        raise CheckpointError(f"{where} and {elsewhere} both have {_some(both)}")
+        raise CheckpointError(f"{where} and {elsewhere} both have {some(both)}")
     for state, own, name in ((one, client, where), (other, server, elsewhere)):
         if missing := [key for key in own if key not in state]:
-            raise CheckpointError(f"{name} lacks {_some(missing)}")
+            raise CheckpointError(f"{name} lacks {some(missing)}")
         if unknown := [repr(key) for key in sorted(state.keys() - own.keys())]:
-            raise CheckpointError(f"{name} has {_some(unknown)}, which the run's settings do not put there")
+            raise CheckpointError(f"{name} has {some(unknown)}, which the run's settings do not put there")
         _require_fit(state, own, name)
     return {**one, **other}
 
 
 def _require_fit(state: State, own: Shapes, where: str) -> None:
-    """Raises a CheckpointError unless names and shapes are those of the model."""
-    wrong = [f"{key} is missing" for key in own if key not in state]
-    wrong += [f"{key!r} is unknown" for key in sorted(state.keys() - own.keys())]
-    wrong += [
-        f"{key} is {tuple(state[key].shape)}, the model's is {tuple(shape)}"
-        for key, shape in own.items()
-        if key in state and state[key].shape != shape
-    ]
-    if wrong:
-        raise CheckpointError(f"{where} does not fit the model: {_some(wrong)}")
-
-
-def _some(names: list[str]) -> str:
-    more = f" (+{len(names) - NAMED} more)" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    if wrong := misfits(state, own):
+        raise CheckpointError(f"{where} does not fit the model: {some(wrong)}")

@@ -72,8 +72,7 @@ def line(trained: Trained, path: str) -> str:
 
 def code(trained: Trained, path: str) -> list[str]:
     """Lines of Python that classify a picture with onnxruntime, NumPy and Pillow alone."""
-    return [
-        f"""import json
+    text = f"""import json
 
 import numpy as np
 import onnxruntime
@@ -90,7 +89,7 @@ pixels = np.asarray(image.crop((left, top, left + side, top + side)), np.float32
 pixels = (pixels - np.float32(about["mean"])) / np.float32(about["std"])
 (logits,) = session.run(["logits"], {{"images": pixels.transpose(2, 0, 1)[None]}})
 print(about["classes"][int(logits.argmax(1)[0])])"""
-    ]
+    return [text]
 
 
 class _Logits(nn.Module):
@@ -110,18 +109,16 @@ def _check(path: Path, model: nn.Module, batches: list[Tensor]) -> None:
 
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        for images in batches:
-            logits = torch.from_numpy(np.asarray(session.run(["logits"], {"images": images.numpy()})[0]))
-            apart = float((logits - model(images)).abs().max())
-            if not apart <= TOLERANCE:  # nor NaN
-                raise ModelError(
-                    f"the ONNX file does not compute what the model does: on a batch of {len(images)} the logits are "
-                    f"up to {apart:.2g} apart, more than {TOLERANCE:g}; nothing was written"
-                )
-    except ModelError:
-        raise
+        found = [np.asarray(session.run(["logits"], {"images": images.numpy()})[0]) for images in batches]
     except Exception as error:  # onnxruntime's own, which have no common class
         raise ModelError(f"onnxruntime cannot run the ONNX file: {one_line(error)}; nothing was written") from error
+    for images, logits in zip(batches, found, strict=True):
+        apart = float((torch.from_numpy(logits) - model(images)).abs().max())
+        if not apart <= TOLERANCE:  # nor NaN
+            raise ModelError(
+                f"the ONNX file does not compute what the model does: on a batch of {len(images)} the logits are "
+                f"up to {apart:.2g} apart, more than {TOLERANCE:g}; nothing was written"
+            )
 
 
 @contextmanager

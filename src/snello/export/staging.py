@@ -12,11 +12,7 @@ from snello.errors import CheckpointError, ConfigError
 
 
 def require_free(out: Path, beside: list[Path]) -> None:
-    """Refuses to write where something is, or where there is no folder.
-
-    Raises:
-        ConfigError: naming --out.
-    """
+    """Refuses, with a ConfigError that names --out, to write where something is, or where there is no folder."""
     for path in (out, *beside):
         if path.exists():
             what = "" if path == out else f": {path}"
@@ -44,15 +40,11 @@ def staging(out: Path, *, is_folder: bool) -> Iterator[Path]:
         else:
             for file in sorted(temporary.iterdir(), key=lambda file: file.name == out.name):  # it comes last
                 file.replace(out.with_name(file.name))
-            temporary.rmdir()
     except (OSError, SafetensorError) as error:
+        text = f"could not save {out}: {error} (nothing was written); free space or choose another --out"
+        raise CheckpointError(text) from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"could not save {out}: {error} (nothing was written); free space or choose another --out"
-        ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _finish(file: Path) -> None:

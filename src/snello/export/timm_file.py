@@ -11,8 +11,13 @@ from snello.export.trained import METADATA, Trained
 
 def write(trained: Trained, path: Path) -> None:
     """Writes the file; its metadata says under METADATA what `Trained.about` does."""
+    save_weights(trained, path, {METADATA: json.dumps(trained.about())})
+
+
+def save_weights(trained: Trained, path: Path, metadata: dict[str, str]) -> None:
+    """Writes the weights, in the names of the model, with metadata."""
     values = {name: value.detach().contiguous() for name, value in trained.state.items()}
-    save_file(values, path, metadata={"format": "pt", METADATA: json.dumps(trained.about())})
+    save_file(values, path, metadata={"format": "pt", **metadata})
 
 
 def line(trained: Trained, path: str) -> str:
@@ -22,8 +27,7 @@ def line(trained: Trained, path: str) -> str:
 
 def code(trained: Trained, path: str) -> list[str]:
     """Lines of Python that classify a picture with the file."""
-    return [
-        f"""import json
+    text = f"""import json
 
 import {imports(trained)}
 from PIL import Image
@@ -36,7 +40,7 @@ transform = {transform(trained)}
 image = Image.open("picture.jpg").convert("RGB")
 logits = model(transform(image).unsqueeze(0))
 print(classes[int(logits.argmax(1))])"""
-    ]
+    return [text]
 
 
 def imports(trained: Trained, library: str = "timm") -> str:

@@ -1,7 +1,7 @@
 """A run's model, read: what every format is written from."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +68,9 @@ class Trained:
 
     def about(self) -> dict[str, Any]:
         """Model, classes and preprocessing, as JSON can hold them."""
-        pre = self.preprocessing
-        return {
-            "model": self.name,
-            "num_classes": len(self.classes),
-            "classes": self.classes,
-            "image_size": pre.size,
-            "resize": self.resize,
-            "mean": list(pre.mean),
-            "std": list(pre.std),
-            "interpolation": pre.interpolation,
-            "crop_pct": pre.crop_pct,
-        }
+        values = {"model": self.name, "num_classes": len(self.classes), "classes": self.classes}
+        pre = asdict(self.preprocessing)
+        return values | {"image_size": pre.pop("size"), "resize": self.resize, **pre}
 
 
 def read(config: ExportConfig, fetch: Fetch | None) -> Trained:

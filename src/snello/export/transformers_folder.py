@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from snello.export import timm_file
 from snello.export.trained import Trained
@@ -31,36 +30,31 @@ def write(trained: Trained, folder: Path) -> None:
             model.save_pretrained(folder)
         _write_json(folder / "preprocessor_config.json", image_processor(trained))
     else:
-        save_file(
-            {name: value.detach().contiguous() for name, value in trained.state.items()},
-            folder / FILE,
-            metadata={"format": "pt"},
-        )
+        timm_file.save_weights(trained, folder / FILE, {})
         _write_json(folder / "config.json", timm_config(trained))
 
 
 def line(trained: Trained, path: str) -> str:
     """The line of Python that loads the folder with transformers."""
-    return f"import {_imports(trained)}; model = transformers.{_LOAD.format(repr(path))}.eval()"
+    model = f"transformers.AutoModelForImageClassification.from_pretrained({path!r}).eval()"
+    return f"import {_imports(trained)}; model = {model}"
 
 
 def code(trained: Trained, path: str) -> list[str]:
     """Lines of Python that classify a picture with transformers and, where that is possible, with timm."""
     own = "import snello  # registers the model with timm\n" if _imports(trained) != "transformers" else ""
-    texts = [
-        f"""{own}from PIL import Image
+    with_transformers = f"""{own}from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 folder = {path!r}  # or the name on the hub
 processor = AutoImageProcessor.from_pretrained(folder)
-model = {_LOAD.format("folder")}.eval()
+model = AutoModelForImageClassification.from_pretrained(folder).eval()
 image = Image.open("picture.jpg").convert("RGB")
 logits = model(**processor(image, return_tensors="pt")).logits
 print(model.config.id2label[int(logits.argmax(1))])"""
-    ]
-    if not trained.is_transformers:
-        texts.append(
-            f"""import {timm_file.imports(trained)}
+    if trained.is_transformers:
+        return [with_transformers]
+    with_timm = f"""import {timm_file.imports(trained)}
 from PIL import Image
 
 model = timm.create_model({"local-dir:" + path!r}, pretrained=True).eval()  # or hf-hub: and the name on the hub
@@ -68,11 +62,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 image = Image.open("picture.jpg").convert("RGB")
 logits = model(transform(image).unsqueeze(0))
 print(model.pretrained_cfg["label_names"][int(logits.argmax(1))])"""
-        )
-    return texts
-
-
-_LOAD = "AutoModelForImageClassification.from_pretrained({})"
+    return [with_transformers, with_timm]
 
 
 def _imports(trained: Trained) -> str:
@@ -85,17 +75,11 @@ def image_processor(trained: Trained) -> dict[str, Any]:
     return {
         "image_processor_type": "BitImageProcessor",  # the one with a shorter side and a crop in every release
         "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": trained.resize},
-        "resample": RESAMPLE[pre.interpolation],
-        "do_center_crop": True,
-        "crop_size": {"height": pre.size, "width": pre.size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(pre.mean),
-        "image_std": list(pre.std),
-    }
+        "do_resize": True, "size": {"shortest_edge": trained.resize}, "resample": RESAMPLE[pre.interpolation],
+        "do_center_crop": True, "crop_size": {"height": pre.size, "width": pre.size},
+        "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": list(pre.mean), "image_std": list(pre.std),
+    }  # fmt: skip
 
 
 def timm_config(trained: Trained) -> dict[str, Any]:
@@ -106,26 +90,18 @@ def timm_config(trained: Trained) -> dict[str, Any]:
     known = model.pretrained_cfg
     return {
         "architecture": timm_file.architecture(trained),
-        "num_classes": len(trained.classes),
-        "num_features": model.num_features,
-        "global_pool": model.global_pool,
+        "num_classes": len(trained.classes), "num_features": model.num_features, "global_pool": model.global_pool,
         "label_names": trained.classes,
         "model_args": {"img_size": pre.size},
         "pretrained_cfg": {
             "custom_load": False,
-            "input_size": [3, pre.size, pre.size],
-            "fixed_input_size": True,
-            "interpolation": pre.interpolation,
-            "crop_pct": timm_file.crop_pct(trained),
-            "crop_mode": "center",
-            "mean": list(pre.mean),
-            "std": list(pre.std),
-            "num_classes": len(trained.classes),
-            "pool_size": None,
-            "first_conv": known["first_conv"],
-            "classifier": known["classifier"],
+            "input_size": [3, pre.size, pre.size], "fixed_input_size": True, "interpolation": pre.interpolation,
+            "crop_pct": timm_file.crop_pct(trained), "crop_mode": "center",
+            "mean": list(pre.mean), "std": list(pre.std),
+            "num_classes": len(trained.classes), "pool_size": None,
+            "first_conv": known["first_conv"], "classifier": known["classifier"],
         },
-    }
+    }  # fmt: skip
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

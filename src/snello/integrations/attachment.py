@@ -18,11 +18,7 @@ DEFAULTS: dict[str, Any] = {"seed": 0, **{field.name: field.default for field in
 
 
 class Attachment:
-    """ALaST's options, and ALaST itself from the start of a host's training to its end.
-
-    Args:
-        options: of `ALaST`, and its `seed`.
-        log: what `metrics` returns: `blocks` (all), `mean` (mean and lowest budget) or `none`.
+    """ALaST's options, its `seed` among them, and ALaST itself from the start of a host's training to its end.
 
     Raises:
         ConfigError: for an option that ALaST does not have, or a value out of range.
@@ -56,17 +52,11 @@ class Attachment:
         self._lr = max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
 
     def step(self, optimizer: torch.optim.Optimizer, done: int, total: float) -> None:
-        """ALaST's step, before the first forward of an optimizer step.
-
-        Args:
-            optimizer: of the host, or its wrapper around one.
-            done: optimizer steps before this one.
-            total: optimizer steps of the whole training.
-        """
+        """ALaST's step, before the first forward of the optimizer step that comes after `done` of `total`."""
         self.attached.step(self._lr, optimizer, progress=done / total, process_group=_processes())
 
     def metrics(self) -> dict[str, float]:
-        """Budgets and the blocks that train (1.0) or are frozen (0.0), as a logger takes them."""
+        """Budgets and the blocks that train (1.0) or are frozen (0.0), all or as `log` says, as a logger takes them."""
         if self.log == "none":
             return {}
         budgets, trained = self.attached.budgets, self.attached.trained
@@ -77,11 +67,7 @@ class Attachment:
         return values
 
     def state(self, together: bool) -> dict[str, Any]:
-        """All that a resumed training needs, as numbers, texts, lists and dictionaries.
-
-        Args:
-            together: whether all processes ask for it; one alone may where no forward was since the last step.
-        """
+        """All that resuming needs, as JSON holds it; one process alone only if no forward was since the last step."""
         alast = self.attached.state_dict(_processes() if together else None)
         return {"settings": self._settings(), "lr": self._lr, "alast": alast}
 

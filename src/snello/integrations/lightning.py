@@ -149,8 +149,7 @@ def _find(pl_module: LightningModule, name: str | None) -> ViT:
     if found:
         raise ModelError(f"the LightningModule has several Vision Transformers ({', '.join(found)}): {name_it}")
     if not refused:
-        raise ModelError(
-            f"the LightningModule has no modules among its attributes, so no Vision Transformer: {name_it}"
-        )
+        what = "no modules among its attributes, so no Vision Transformer"
+        raise ModelError(f"the LightningModule has {what}: {name_it}")
     largest = max(refused, key=lambda child: sum(p.numel() for p in children[child].parameters()))
     raise ModelError(f"{largest} of the LightningModule, its largest module: {refused[largest]}; or {name_it}")

@@ -17,6 +17,7 @@ from snello.config.effect import effective
 from snello.errors import SnelloError
 from snello.measure.process import OutOfMemoryError, Process, make_request
 from snello.measure.step import Costs
+from snello.runs.summary import Summary
 
 WARMUP, STEPS = 2, 9
 
@@ -72,37 +73,20 @@ def compared_with(method: str) -> list[str]:
 
 def not_measured(method: str) -> dict[str, Any]:
     """`Comparison.summary` of a run that is not, or not yet, compared."""
-    names = [field.name for field in fields(TimedCosts)]
     prefixes = ["", *(f"{other}_" for other in compared_with(method))]
-    return dict.fromkeys([f"{prefix}{name}" for prefix in prefixes for name in names]) | dict.fromkeys(
-        ["compared_batch_size", "full_fits"]
-    )
+    names = [f"{prefix}{field.name}" for prefix in prefixes for field in fields(TimedCosts)]
+    return dict.fromkeys([*names, "compared_batch_size", "full_fits"])
 
 
 def compare(
-    config: FinetuneConfig,
-    summary: dict[str, Any],
-    state: dict[str, Any],
-    progress: Progress = lambda text, done, total: None,
+    config: FinetuneConfig, summary: Summary, state: dict[str, Any], progress: Progress = lambda text, done, total: None
 ) -> Comparison:
-    """Measures the run's method and full fine-tuning.
-
-    Args:
-        config: the run's.
-        summary: the run's; device, precision and attention path are taken from it.
-        state: the method's at the end of the run: its budgets are what is measured.
-        progress: called after every step that is taken.
+    """Measures the run's method, with the budgets in its last `state`, and full fine-tuning.
 
     Raises:
         SnelloError: where a measuring process fails for another reason than memory.
     """
-    request = make_request(
-        config,
-        num_classes=summary["num_classes"],
-        device=summary["device"],
-        precision=summary["precision"],
-        attention=summary["attention"],
-    )
+    request = make_request(config, summary.num_classes, summary.device, summary.precision, summary.attention)
     others = compared_with(config.method_name)
     try:
         return _compare(request | {"state": state}, others, progress)

@@ -5,20 +5,22 @@ byte, and what cannot fit is never run. The rest is measured: each method once, 
 is estimated when its turn comes, for on a large model that takes as long as measuring, and counts against the time.
 """
 
-import dataclasses
 import importlib.util
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
 
 from snello.config import AlastConfig, FinetuneConfig, PlanConfig
+from snello.config.effect import changed
 from snello.config.units import parse_bytes
-from snello.devices import Precision, resolve_device, resolve_precision
+from snello.config.values import flag
+from snello.devices import resolve_device, resolve_precision
 from snello.errors import ConfigError
 from snello.measure.process import OutOfMemoryError, Process, available_memory, make_request
 from snello.measure.step import Memory, TrainingStep, resident_memory
@@ -57,7 +59,6 @@ class PlanRow:
     config: FinetuneConfig
     step_time_s: float
     memory: Memory
-    """Counted in a step."""
     peak_bytes: int
     """Measured: of the device, or of the process beyond what it had before the model."""
     process_bytes: int
@@ -77,20 +78,15 @@ class PlanRow:
 
     def row(self) -> dict[str, Any]:
         """As values that JSON can hold."""
-        config = self.config
+        method, lowest_first = _kind(self.config)
+        measured = ("pictures_per_second", "step_time_s", "need_bytes", "peak_bytes", "process_bytes")
         return {
-            "method": config.method_name,
-            "lowest_first": config.alast.draw == "lowest-first",
-            "batch_size": config.batch_size,
-            "precision": config.precision,
-            "grad_checkpointing": config.grad_checkpointing,
-            "pictures_per_second": self.pictures_per_second,
-            "step_time_s": self.step_time_s,
-            "need_bytes": self.need_bytes,
-            "peak_bytes": self.peak_bytes,
-            "process_bytes": self.process_bytes,
+            "method": method,
+            "lowest_first": lowest_first,
+            **{name: getattr(self.config, name) for name in ("batch_size", "precision", "grad_checkpointing")},
+            **{name: getattr(self, name) for name in measured},
             **asdict(self.memory),
-            "command": command(config),
+            "command": command(self.config),
         }
 
 
@@ -136,17 +132,13 @@ def make_plan(config: PlanConfig, say: Callable[[str], None] = lambda text: None
         SnelloError: where a measuring process fails for another reason than memory.
     """
     device = resolve_device(config.device)
-    memory = _free(device) if config.memory == "auto" else parse_bytes(config.memory, "--memory")
+    try:
+        memory = available_memory(device) if config.memory == "auto" else parse_bytes(config.memory, "--memory")
+    except OSError:
+        raise ConfigError("--memory auto is for Linux and CUDA devices: give an amount as 4GB") from None
     planner = _Planner(config, device, memory, say)
     planner.search()
     return planner.plan()
-
-
-def _free(device: torch.device) -> int:
-    try:
-        return available_memory(device)
-    except OSError:
-        raise ConfigError("--memory auto is for Linux and CUDA devices: give an amount as 4GB") from None
 
 
 @dataclass
@@ -183,28 +175,19 @@ class _Planner:
         self.base = resident_memory(device) if device.type == "cpu" else 0
         self.sizes = sorted(set(config.batch_sizes))
         self.start_seconds = 0.0  # of the last measuring process, until it could take a step
-        auto = resolve_precision("auto", device)
-        precisions = dict.fromkeys([resolve_precision(name, device) for name in config.precisions] or [auto, "fp32"])
+        precisions = dict.fromkeys(resolve_precision(name, device) for name in config.precisions)
         with torch.device("meta"):
             self._vit = ViT(create_model(config.model, "none", config.num_classes, config.image_size))
         self._attention: dict[str, AttentionPath] = {}
+        usual = FinetuneConfig(
+            model=config.model, image_size=config.image_size, device=config.device, batch_size=self.sizes[0]
+        )
         self.variants = [
-            _Variant(self._smallest(method, alast, precision), 2 * number)
+            _Variant(replace(usual, method=method, alast=alast, precision=precision), 2 * number)
             for number, precision in enumerate(precisions)
             for method, alast in VARIANTS
             if method in methods_of(config)
         ]
-
-    def _smallest(self, method: str, alast: AlastConfig, precision: Precision) -> FinetuneConfig:
-        return FinetuneConfig(
-            model=self.config.model,
-            image_size=self.config.image_size,
-            method=method,
-            alast=alast,
-            precision=precision,
-            device=self.config.device,
-            batch_size=self.sizes[0],
-        )
 
     def search(self) -> None:
         """Estimates a variant when its turn comes and takes real steps of what may fit, until the time is up."""
@@ -251,22 +234,16 @@ class _Planner:
         return found
 
     def _estimate(self, config: FinetuneConfig, sizes: list[int]) -> list[Memory]:
-        step = TrainingStep(
-            config,
-            num_classes=self.config.num_classes,
-            batch_size=config.batch_size,
-            device=self.device,
-            precision=config.precision,  # type: ignore[arg-type]
-            attention=self._faster(config.precision),  # type: ignore[arg-type]
-            without_data=True,
-        )
+        options: dict[str, Any] = {"num_classes": self.config.num_classes, "batch_size": config.batch_size}
+        options |= {"device": self.device, "precision": config.precision, "attention": self._faster(config.precision)}
+        step = TrainingStep(config, without_data=True, **options)
         found = []
         for size in sizes:
             step.set_batch_size(size)
             found.append(step.memory(self._require_time))
         return found
 
-    def _faster(self, precision: Precision) -> AttentionPath:
+    def _faster(self, precision: Any) -> AttentionPath:  # resolved, not `auto`
         if precision not in self._attention:
             self._attention[precision] = faster_attention(self._vit, self.sizes[0], self.device, precision)
         return self._attention[precision]
@@ -293,14 +270,9 @@ class _Planner:
     def _measure(self, config: FinetuneConfig, seconds: float) -> PlanRow:
         """Takes real steps in a process that has so many seconds and little more than the memory."""
         started = time.monotonic()
-        request = make_request(
-            config,
-            num_classes=self.config.num_classes,
-            device=str(self.device),
-            precision=config.precision,
-            attention=self._faster(config.precision),  # type: ignore[arg-type]
-            memory_limit=self.memory + self.memory // 4 + SLACK,
-        )
+        device, attention = str(self.device), self._faster(config.precision)
+        request = make_request(config, self.config.num_classes, device, config.precision, attention)
+        request["memory_limit"] = self.memory + self.memory // 4 + SLACK
         with Process(request, seconds) as process:
             self.start_seconds = time.monotonic() - started
             process.ask("step")
@@ -315,7 +287,8 @@ class _Planner:
     def plan(self) -> Plan:
         """Ranks what was found to fit."""
         measured = [row for variant in self.variants for row in variant.measured]
-        rows = sorted(self._fitting(measured), key=lambda row: -row.pictures_per_second)
+        rows = [row for row in measured if row.need_bytes <= self.memory]
+        rows.sort(key=lambda row: -row.pictures_per_second)
         too_large = [one for variant in self.variants for one in variant.too_large]
         refused = [one for variant in self.variants for one in variant.refused]
         left_out = sum(variant.left_out for variant in self.variants)
@@ -335,9 +308,6 @@ class _Planner:
             refused=len(refused) + len(measured) - len(rows),
             left_out=left_out,
         )
-
-    def _fitting(self, rows: list[PlanRow]) -> list[PlanRow]:
-        return [row for row in rows if row.need_bytes <= self.memory]
 
     def _not_ranked(self, rows: list[PlanRow]) -> list[NotRanked]:
         ranked, left_out = {_kind(row.config) for row in rows}, dict[tuple[str, bool], int]()
@@ -386,17 +356,11 @@ def methods_of(config: PlanConfig) -> list[str]:
 
 def command(config: FinetuneConfig) -> str:
     """The command line that means `config`."""
-    return shlex.join(["snello", "finetune", *_flags(config, FinetuneConfig(), "--")])
-
-
-def _flags(config: Any, default: Any, prefix: str) -> Iterator[str]:
-    """What sets `config` apart from `default`."""
-    for name, value in vars(config).items():
-        usual, dashed = getattr(default, name), name.replace("_", "-")
-        if dataclasses.is_dataclass(value):
-            yield from _flags(value, usual, f"{prefix}{dashed}.")
-        elif value != usual or name == "method":
-            if isinstance(value, bool):
-                yield f"{prefix}{dashed}" if value else f"{prefix}no-{dashed}"
-            else:
-                yield from (f"{prefix}{dashed}", str(value))
+    words = ["snello", "finetune"]
+    for name in changed(config):
+        value, (group, dot, own) = attrgetter(name)(config), name.rpartition(".")
+        if isinstance(value, bool):
+            words.append(flag(name if value else f"{group}{dot}no_{own}"))
+        else:
+            words += [flag(name), str(value)]
+    return shlex.join(words)

@@ -37,20 +37,11 @@ class OutOfMemoryError(Exception):
 
 
 def make_request(
-    config: FinetuneConfig,
-    *,
-    num_classes: int,
-    device: str,
-    precision: str,
-    attention: str,
-    memory_limit: int | None = None,
+    config: FinetuneConfig, num_classes: int, device: str, precision: str, attention: str
 ) -> dict[str, Any]:
-    """What a measuring process is asked first: all that its step is made of.
+    """What a measuring process is asked first: all that the step of a run with `config` is made of.
 
-    Args:
-        config: of a run; names model, method and batch size.
-        num_classes: classes of the head.
-        memory_limit: bytes that the process may take on a CPU; default: what is available when it starts.
+    Its `memory_limit` is the bytes that the process may take on a CPU; None: what is available when it starts.
     """
     own = {"method": config.method_name, "data": None, "out": None, "config": None, "resume": False}
     return {
@@ -62,29 +53,20 @@ def make_request(
         "attention": attention,
         "state": None,
         "threads": torch.get_num_threads(),
-        "memory_limit": memory_limit,
+        "memory_limit": None,
     }
 
 
 class Process:
     """A measuring process, asked one question at a time, and killed at the end of the `with` block.
 
-    Args:
-        request: from `make_request`.
-        seconds: the process is killed after this long; None sets no limit.
-
-    Raises:
-        OutOfMemoryError, TimeoutError, SnelloError: as `ask` does.
+    It is made from a `make_request`, is killed after so many seconds, and raises what `ask` does.
     """
 
     def __init__(self, request: dict[str, Any], seconds: float | None = None) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "snello.measure.process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # the terminal's Ctrl-C is for the parent, which ends this process
-        )
+        command, pipe = [sys.executable, "-m", "snello.measure.process"], subprocess.PIPE
+        # In a session of its own: the terminal's Ctrl-C is for the parent, which ends this process.
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
         self._is_late = False
         self._timer = threading.Timer(seconds or 0.0, self._kill_late)
         self._timer.daemon = True
@@ -140,8 +122,7 @@ def _serve() -> None:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends without a word where the parent is gone
     set_environment()
-    line = sys.stdin.readline()
-    if not line:
+    if not (line := sys.stdin.readline()):
         return
     request = json.loads(line)
     torch.set_num_threads(request["threads"])
@@ -155,13 +136,8 @@ def _serve() -> None:
         options = {"device": device, "precision": request["precision"], "attention": request["attention"]}
         _load_libraries(config, options)
         before = resident_memory(device)
-        step = TrainingStep(
-            config,
-            num_classes=request["num_classes"],
-            batch_size=request["batch_size"],
-            state=request["state"],
-            **options,
-        )
+        own = {name: request[name] for name in ("num_classes", "batch_size", "state")}
+        step = TrainingStep(config, **own, **options)
         _answer({"ready": True})
         for command in sys.stdin:
             if command.strip() == "step":
@@ -198,11 +174,7 @@ def _is_memory(error: BaseException) -> bool:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free now on a CUDA device, or in a Linux machine.
-
-    Raises:
-        OSError: where that cannot be told.
-    """
+    """Bytes that are free now on a CUDA device, or in a Linux machine; an OSError where that cannot be told."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     lines = Path("/proc/meminfo").read_text().splitlines()

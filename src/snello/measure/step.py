@@ -75,12 +75,8 @@ class Memory:
 class TrainingStep:
     """A model, a method and an optimizer that take the same step again and again on one random batch.
 
-    Args:
-        config: names model and method; ALaST's budgets stay where `state` puts them.
-        num_classes: classes of the head.
-        batch_size: pictures in the batch.
-        state: of the method, from a run; None starts at the beginning.
-        without_data: allocates nothing and computes nothing: only `memory` can be asked.
+    ALaST's budgets stay where the `state` of a run put them, else at their start. A step `without_data` allocates and
+    computes nothing: only `memory` can be asked.
     """
 
     def __init__(
@@ -159,9 +155,12 @@ class TrainingStep:
         for _ in range(draws):
             self.begin()
             trainable.append(sum(p.numel() for p in self.model.parameters() if p.requires_grad))
-            saved.append(self._saved_bytes())
+            saved.append(saved_bytes(self.loss, storages_of(self.model.parameters())))
             self.set_attention("explicit")  # the counter does not know every fused kernel; the products are the same
-            flops.append(self._flops())
+            with FlopCounterMode(display=False) as counter:
+                torch.autograd.backward(self.loss())
+            self.optimizer.zero_grad(set_to_none=True)
+            flops.append(counter.get_total_flops())
             self.set_attention(path)
         return Costs(
             flops_per_sample=statistics.mean(flops) / self.batch_size,
@@ -176,8 +175,7 @@ class TrainingStep:
     def memory(self, check: Callable[[], None] = lambda: None) -> Memory:
         """Takes a step, with the optimizer's where there is data, and says where its memory goes.
 
-        Args:
-            check: called at every operation; what it raises ends the step.
+        At every operation `check` is called, which may raise.
         """
         gradients, moments = self.trained_bytes
         state = self.method.state_dict()
@@ -210,15 +208,6 @@ class TrainingStep:
             moments = max(moments, adamw_bytes(trained))
             ever.update((id(p), p) for p in trained)
         return gradients, moments if self._releases else adamw_bytes(ever.values())
-
-    def _flops(self) -> int:
-        with FlopCounterMode(display=False) as counter:
-            torch.autograd.backward(self.loss())
-        self.optimizer.zero_grad(set_to_none=True)
-        return int(counter.get_total_flops())
-
-    def _saved_bytes(self) -> int:
-        return saved_bytes(self.loss, storages_of(self.model.parameters()))
 
 
 def _pretend(model: torch.nn.Module, device: torch.device, mode: FakeTensorMode) -> None:
@@ -276,15 +265,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in given and storage._cdata not in self._alive:
-                    self._enter(storage)
+                    self._alive.add(storage._cdata)
+                    self._now += storage.nbytes()
+                    weakref.finalize(storage, self._leave, storage._cdata, storage.nbytes())
         self.peak = max(self.peak, self._now)
         return made
-
-    def _enter(self, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        self._alive.add(storage._cdata)
-        self._now += size
-        weakref.finalize(storage, self._leave, storage._cdata, size)
 
     def _leave(self, key: int, size: int) -> None:
         self._alive.discard(key)
@@ -298,16 +283,12 @@ def adamw_bytes(parameters: Iterable[torch.nn.Parameter]) -> int:
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most the device has held (CUDA), or the largest resident size of this process so far."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    return _process_memory("VmHWM:")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process_memory("VmHWM:")
 
 
 def resident_memory(device: torch.device) -> int:
     """Bytes held now, as `peak_memory` counts them."""
-    if device.type == "cuda":
-        return int(torch.cuda.memory_allocated(device))
-    return _process_memory("VmRSS:")
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _process_memory("VmRSS:")
 
 
 def _process_memory(key: str) -> int:

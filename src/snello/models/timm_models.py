@@ -13,7 +13,7 @@ import snello.assets.micro  # noqa: F401  registers the micro ViT with timm
 from snello.errors import ModelError
 from snello.models.hub import hub, hub_is_out_of_reach, one_line
 from snello.models.preprocessing import Preprocessing
-from snello.models.weights import load_fitting, weights_file
+from snello.models.weights import misfits, require_size, some, weights_file
 from snello.vit import SUPPORTED, ViT
 
 
@@ -21,27 +21,21 @@ def create(name: str, weights: str, num_classes: int, image_size: int | None) ->
     """See `snello.models.create_model`."""
     _check_name(name)
     with torch.device("meta"):  # refuse before anything is downloaded
-        _check_size(ViT(_build(name)), name, image_size)
+        require_size(name, image_size, ViT(_build(name)).patch_size)
     options = {"num_classes": num_classes} | ({} if image_size is None else {"img_size": image_size})
-    if weights == "none":
-        return _build(name, **options)
     if weights == "pretrained":
         return _build_pretrained(name, options)
     model = _build(name, **options)
-    _load_weights(model, Path(weights))
+    if weights != "none":
+        _load_weights(model, Path(weights))
     return model
 
 
 def preprocessing(model: nn.Module, image_size: int | None) -> Preprocessing:
     """How `model` wants its pictures, from its own timm config."""
-    config = timm.data.resolve_model_data_config(model)
-    return Preprocessing(
-        size=image_size or config["input_size"][-1],
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
-    )
+    own = timm.data.resolve_model_data_config(model)
+    size, mean, std = image_size or own["input_size"][-1], tuple(own["mean"]), tuple(own["std"])
+    return Preprocessing(size, mean, std, own["interpolation"], own["crop_pct"])
 
 
 def _check_name(name: str) -> None:
@@ -55,12 +49,6 @@ def _check_name(name: str) -> None:
     if tag and name not in timm.list_pretrained(f"{architecture}*"):
         tags = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
         raise ModelError(f"unknown pretrained tag in {name!r}; known: {tags}")
-
-
-def _check_size(vit: ViT, name: str, image_size: int | None) -> None:
-    patch = vit.patch_size
-    if image_size is not None and (image_size < patch or image_size % patch):
-        raise ModelError(f"--image-size for {name} must be a multiple of its patch size {patch}, got {image_size}")
 
 
 def _build(name: str, **options: object) -> nn.Module:
@@ -97,4 +85,12 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             raise TypeError("not all of its values are tensors")
     except Exception as error:  # safetensors, pickle and zip each raise their own
         raise ModelError(f"the weights file {file} cannot be read: {one_line(error)}") from error
-    load_fitting(model, state, ("head", "head_dist"), file)
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    for name in {*own, *state}:
+        fits = name in state and own.get(name) == state[name].shape
+        if not fits and name.partition(".")[0] in ("head", "head_dist"):  # starts at random
+            own.pop(name, None)
+            state.pop(name, None)
+    if problems := misfits(state, own):
+        raise ModelError(f"the weights file {file} does not fit the model: {some(problems, '; ')}")
+    model.load_state_dict(state, strict=False)

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import nn
 from snello.errors import ModelError
 from snello.models.hub import hub, hub_is_out_of_reach, one_line
 from snello.models.preprocessing import Preprocessing
-from snello.models.weights import weights_file
+from snello.models.weights import require_size, some, weights_file
 from snello.vit import SUPPORTED
 
 try:
@@ -43,13 +43,9 @@ def create(
         raise ModelError(f"the name of a model is missing in {name!r}: give hf:NAME, or a folder")
     offline = not Path(source).is_dir() and hub_is_out_of_reach()
     with quiet(offline):
-        if architecture is None:
-            config = _config(name, source)
-            _require_supported(config, name, image_size)
-            wanted = Preprocessing(**_wishes(source, config))
-        else:
-            config, wanted = _from_architecture(name, architecture)
-            _require_supported(config, name, image_size)
+        config, wanted = (_config(name, source), None) if architecture is None else _rebuilt(name, architecture)
+        _require_supported(config, name, image_size)
+        wanted = wanted or _wishes(source, config)
         size = image_size or wanted.size
         config.num_labels = num_classes
         if weights == "none":
@@ -59,9 +55,8 @@ def create(
             model = _resized(_pretrained(name, source, config), size)
         else:
             model = _resized(_with_weights(config, Path(weights)), size)
-    model.snello_preprocessing = Preprocessing(size, wanted.mean, wanted.std, wanted.interpolation, wanted.crop_pct)
-    made: nn.Module = model
-    return made
+    model.snello_preprocessing = replace(wanted, size=size)
+    return model  # type: ignore[no-any-return]
 
 
 def architecture_of(model: Any) -> dict[str, Any]:
@@ -72,7 +67,7 @@ def architecture_of(model: Any) -> dict[str, Any]:
     return values | {"architectures": [type(model).__name__], PREPROCESSING: pre | own}
 
 
-def _from_architecture(name: str, architecture: Mapping[str, Any]) -> tuple[Any, Preprocessing]:
+def _rebuilt(name: str, architecture: Mapping[str, Any]) -> tuple[Any, Preprocessing]:
     values = dict(architecture)
     try:
         pre = values.pop(PREPROCESSING)
@@ -87,18 +82,16 @@ def _config(name: str, source: str) -> Any:
         return transformers.AutoConfig.from_pretrained(source)
     except Exception as error:  # the hub, its cache, the network, JSON: each raises its own
         if Path(source).is_dir():
-            text = f"the folder {source} holds no model of transformers ({one_line(error)})"
-        else:
-            text = (
-                f"model {name} could not be loaded ({_reason(error)}); offline? on a machine with a connection run "
-                f"`hf download {source} --local-dir FOLDER`, copy the folder and give it: --model FOLDER"
-            )
-        raise ModelError(text) from error
+            raise ModelError(f"the folder {source} holds no model of transformers ({one_line(error)})") from error
+        raise _not_loaded(f"model {name}", source, error) from error
 
 
-def _reason(error: Exception) -> str:
-    out = hub_is_out_of_reach()
-    return "the hub cannot be reached, and it is not in its cache" if out else one_line(error)
+def _not_loaded(what: str, source: str, error: Exception) -> ModelError:
+    reason = "the hub cannot be reached, and it is not in its cache" if hub_is_out_of_reach() else one_line(error)
+    return ModelError(
+        f"{what} could not be loaded ({reason}); offline? on a machine with a connection run "
+        f"`hf download {source} --local-dir FOLDER`, copy the folder and give it: --model FOLDER"
+    )
 
 
 def _require_supported(config: Any, name: str, image_size: int | None) -> None:
@@ -107,29 +100,25 @@ def _require_supported(config: Any, name: str, image_size: int | None) -> None:
         raise ModelError(f"model {name} is timm's: --model {architecture} --weights FOLDER, or timm's pretrained ones")
     if config.model_type not in POSITIONS:
         raise ModelError(f"model {name} is a {config.model_type}, which is not supported; supported: {SUPPORTED}")
-    patch = config.patch_size if isinstance(config.patch_size, int) else max(config.patch_size)
-    if image_size is not None and (image_size < patch or image_size % patch):
-        raise ModelError(f"--image-size for {name} must be a multiple of its patch size {patch}, got {image_size}")
+    require_size(name, image_size, _patch(config))
 
 
-def _wishes(source: str, config: Any) -> dict[str, Any]:
-    """The fields of Preprocessing, from the image processor's file beside the model, else the usual ones."""
+def _patch(config: Any) -> int:
+    return int(config.patch_size if isinstance(config.patch_size, int) else max(config.patch_size))
+
+
+def _wishes(source: str, config: Any) -> Preprocessing:
+    """What the image processor's file beside the model says, else the usual."""
     values: dict[str, Any] = {}
     with contextlib.suppress(Exception):  # many folders have none
         values, _ = ImageProcessingMixin.get_image_processor_dict(source)
     own = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
     resized = _side(values.get("size")) or own
     cropped = (_side(values.get("crop_size")) if values.get("do_center_crop") else None) or resized
-    patch = config.patch_size if isinstance(config.patch_size, int) else max(config.patch_size)
-    if cropped % patch:
+    if cropped % _patch(config):
         cropped = resized = own
-    return {
-        "size": cropped,
-        "mean": tuple(values.get("image_mean", (0.5, 0.5, 0.5))),
-        "std": tuple(values.get("image_std", (0.5, 0.5, 0.5))),
-        "interpolation": RESAMPLING.get(values.get("resample", 3), "bicubic"),
-        "crop_pct": cropped / resized,
-    }
+    mean, std = (tuple(values.get(name, (0.5, 0.5, 0.5))) for name in ("image_mean", "image_std"))
+    return Preprocessing(cropped, mean, std, RESAMPLING.get(values.get("resample", 3), "bicubic"), cropped / resized)
 
 
 def _side(size: Any) -> int | None:
@@ -149,10 +138,7 @@ def _pretrained(name: str, source: str, config: Any) -> Any:
     except Exception as error:  # the hub, its cache, the network, the files: each raises its own
         if Path(source).is_dir():
             raise ModelError(f"the weights in {source} could not be loaded ({one_line(error)})") from error
-        raise ModelError(
-            f"the pretrained weights of {name} could not be loaded ({_reason(error)}); offline? on a machine with a "
-            f"connection run `hf download {source} --local-dir FOLDER`, copy the folder and give it: --model FOLDER"
-        ) from error
+        raise _not_loaded(f"the pretrained weights of {name}", source, error) from error
 
 
 def _with_weights(config: Any, path: Path) -> Any:
@@ -171,18 +157,12 @@ def _loaded(config: Any, source: str | None, where: str, **options: Any) -> Any:
     with torch.device("meta"):
         kind = type(transformers.AutoModelForImageClassification.from_config(config))
     model, loaded = kind.from_pretrained(
-        source,
-        config=config,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **options,
+        source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **options
     )
     changed = [*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])]
     lost = sorted(key for key in changed if not key.split(".")[0].endswith("classifier") and not key.endswith(UNUSED))
     if lost:
-        more = f" (+{len(lost) - 3} more)" if len(lost) > 3 else ""
-        raise ModelError(f"the weights in {where} do not fit the model: no {', '.join(lost[:3])} of its size{more}")
+        raise ModelError(f"the weights in {where} do not fit the model: no {some(lost)} of its size")
     return model
 
 
@@ -192,9 +172,8 @@ def _resized(model: Any, size: int) -> Any:
     if config.image_size == size:
         return model
     state, prefix = model.state_dict(), POSITIONS[config.model_type]
-    patch = config.patch_size if isinstance(config.patch_size, int) else max(config.patch_size)
     for name in [name for name in state if name.endswith("embeddings.position_embeddings")]:
-        state[name] = resample_abs_pos_embed(state[name], [size // patch] * 2, num_prefix_tokens=prefix)
+        state[name] = resample_abs_pos_embed(state[name], [size // _patch(config)] * 2, num_prefix_tokens=prefix)
     config.image_size = size
     made = type(model)(config)
     made.load_state_dict(state)

@@ -40,30 +40,21 @@ def budgets_figure(rows: Rows) -> "Figure":
     for block in range(depth):
         colour = colormaps["viridis"](block / max(1, depth - 1))
         top.plot(steps, [row["budgets"][block] for row in rows], color=colour, label=f"block {block}")
-    top.set_ylabel("budget (share of patch tokens kept)")
+    top.set(ylabel="budget (share of patch tokens kept)", title="ALaST: budgets and trained blocks")
     top.legend(fontsize="x-small", ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    top.set_title("ALaST: budgets and trained blocks")
     trained = [[float(block in row["trained"]) for row in rows] for block in range(depth)]
-    bottom.imshow(
-        trained,
-        aspect="auto",
-        origin="lower",
-        interpolation="nearest",
-        cmap="Greens",
-        vmin=0,
-        vmax=1.4,
-        extent=(steps[0] - 0.5, steps[-1] + 0.5, -0.5, depth - 0.5),
-    )
-    bottom.set_yticks(range(depth))
-    bottom.set_ylabel("block (green: trained)")
-    bottom.set_xlabel("step")
+    extent = (steps[0] - 0.5, steps[-1] + 0.5, -0.5, depth - 0.5)
+    options = {"aspect": "auto", "origin": "lower", "interpolation": "nearest"}
+    bottom.imshow(trained, cmap="Greens", vmin=0, vmax=1.4, extent=extent, **options)
+    bottom.set(xlabel="step", ylabel="block (green: trained)", yticks=range(depth))
     return figure
 
 
 def traffic_figure(steps: Rows, evaluations: Rows) -> "Figure":
     """Draws the accuracy of the evaluations against epochs, megabytes and seconds."""
     per_epoch = sum(row["epoch"] == 0 for row in steps)
-    compute = [0.0, *accumulate(row["client_seconds"] + server_time(row)[1] for row in steps)]
+    server = [server_time(row.get("wait_seconds"), row.get("server_seconds")) for row in steps]
+    compute = [0.0, *accumulate(row["client_seconds"] + took for row, (_, took) in zip(steps, server, strict=True))]
     link = [0.0, *accumulate(row.get("link_seconds", 0.0) for row in steps)]
     at = [row["step"] for row in evaluations]
     accuracy = [100 * row["accuracy"] for row in evaluations]
@@ -73,7 +64,7 @@ def traffic_figure(steps: Rows, evaluations: Rows) -> "Figure":
     by_epoch.set(xlabel="epochs", ylabel="held-out accuracy, %")
     by_bytes.plot([row["training_bytes"] / 1e6 for row in evaluations], accuracy, "o-")
     by_bytes.set_xlabel("training traffic, MB")
-    by_time.plot([compute[step] for step in at], accuracy, "o-", label=f"client and {server_time(steps[0])[0]}")
+    by_time.plot([compute[step] for step in at], accuracy, "o-", label=f"client and {server[0][0]}")
     if link[-1]:
         by_time.plot([compute[step] + link[step] for step in at], accuracy, "s--", label="and the link")
     by_time.set_xlabel("seconds")

@@ -12,6 +12,7 @@ from rich.table import Table
 from snello.config import CodecsConfig
 from snello.measure.comparison import Comparison, Progress, compared_with
 from snello.measure.plan import Plan, command, method_label
+from snello.runs.summary import Summary, Traffic
 
 COST_ROWS = (
     ("step time, ms", "step_time_s", ".1f", 1e-3),
@@ -27,22 +28,22 @@ COST_ROWS = (
 )
 
 
-def print_result(console: Console, summary: dict[str, Any], num_skipped: int) -> None:
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_result(console: Console, summary: Summary, num_skipped: int) -> None:
     """Prints accuracy and length of a run in one line, and in another which classes are recognised least."""
     skipped = f", {num_skipped} bad pictures left out" if num_skipped else ""
-    rows = summary["per_class"] or []
-    balanced = f", balanced {summary['balanced_accuracy']:.2%}" if rows else ""
-    console.print(
-        f"accuracy {summary['accuracy']:.2%}{balanced} (epoch {summary['best_epoch']} of {summary['epochs']}; "
-        f"last epoch {summary['last_accuracy']:.2%}), {summary['steps']} steps in "
-        f"{summary['train_time_s']:.0f} s{skipped}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    rows = summary.per_class or []
+    balanced = f", balanced {summary.balanced_accuracy:.2%}" if rows else ""
+    epochs = f"epoch {summary.best_epoch} of {summary.epochs}; last epoch {summary.last_accuracy:.2%}"
+    took = f"{summary.steps} steps in {summary.train_time_s:.0f} s"
+    _say(console, f"accuracy {summary.accuracy:.2%}{balanced} ({epochs}), {took}{skipped}")
     found = sorted((row for row in rows if row["pictures"]), key=lambda row: float(row["accuracy"]))
     least = ", ".join(f"{row['class']} {row['accuracy']:.1%} of {row['pictures']}" for row in found[:3])
     if found and found[0]["accuracy"] < 1:
-        console.print(f"least accurate: {least} (all in summary.json)", highlight=False, markup=False, soft_wrap=True)
+        _say(console, f"least accurate: {least} (all in summary.json)")
 
 
 def print_per_class(rows: list[dict[str, Any]]) -> None:
@@ -56,18 +57,10 @@ def print_per_class(rows: list[dict[str, Any]]) -> None:
 @contextmanager
 def measuring(console: Console, method: str, folder: Path) -> Iterator[Progress]:
     """Says what is measured after a run whose model is in `folder`, and draws a bar until that is done."""
-    console.print(
-        f"the model is saved in {folder}; measuring the cost of a step: {method} against "
-        f"{_names(compared_with(method))} (Ctrl-C skips this)",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    columns = (
-        progress.TextColumn("measuring, {task.description}"),
-        progress.BarColumn(bar_width=20),
-        progress.MofNCompleteColumn(),
-    )
+    against = f"measuring the cost of a step: {method} against {_names(compared_with(method))}"
+    _say(console, f"the model is saved in {folder}; {against} (Ctrl-C skips this)")
+    what = progress.TextColumn("measuring, {task.description}")
+    columns = (what, progress.BarColumn(bar_width=20), progress.MofNCompleteColumn())
     with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("")
         yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
@@ -80,8 +73,7 @@ def _names(methods: Iterable[str]) -> str:
 def print_costs(console: Console, costs: Comparison) -> None:
     """Prints the table of a method against others, all measured on this machine."""
     others = costs.others
-    title = f"{costs.method} vs {_names(others)}, measured here, batch {costs.compared_batch_size}"
-    table = Table(title=title)
+    table = Table(title=f"{costs.method} vs {_names(others)}, measured here, batch {costs.compared_batch_size}")
     table.add_column("")
     for heading in (costs.method, *others, *(f"{method} / {costs.method}" for method in others)):
         table.add_column(heading, justify="right")
@@ -93,17 +85,16 @@ def print_costs(console: Console, costs: Comparison) -> None:
         table.add_row(name, f"{own / unit:{style}}", *cells, *ratios)
     console.print(table)
     if not costs.full_fits:
-        console.print(
-            f"full fine-tuning does not fit into memory at the run's batch of {costs.batch_size}; {costs.method} does",
-            highlight=False,
-        )
+        at = f"the run's batch of {costs.batch_size}"
+        _say(console, f"full fine-tuning does not fit into memory at {at}; {costs.method} does")
 
 
-def server_time(row: dict[str, Any]) -> tuple[str, float]:
-    """Names and gives the seconds that the server half took, or waiting for it and for the network."""
-    if "wait_seconds" in row:
-        return "waiting for the server", row["wait_seconds"]
-    return "server", row["server_seconds"]
+def server_time(wait_seconds: float | None, server_seconds: float | None) -> tuple[str, float]:
+    """Names and gives the seconds of waiting for the server and the network or, in one process, of the server half."""
+    if wait_seconds is not None:
+        return "waiting for the server", wait_seconds
+    assert server_seconds is not None, "one of both is noted at every step"
+    return "server", server_seconds
 
 
 def print_plan(plan: Plan) -> None:
@@ -153,35 +144,28 @@ def print_codecs(config: CodecsConfig, rows: list[dict[str, Any]]) -> None:
     )
 
 
-def print_traffic(console: Console, summary: dict[str, Any]) -> None:
+def print_traffic(console: Console, traffic: Traffic) -> None:
     """Prints what crossed the cut, against no compression and against uploading the pictures."""
-    training = summary["uplink_bytes"] + summary["downlink_bytes"]
-    table = Table(title=f"across the cut after block {summary['cut']}, codec {summary['codec']}")
+    assert traffic.jpeg_bytes is not None, "of a run that has just ended"
+    training = traffic.uplink_bytes + traffic.downlink_bytes
+    table = Table(title=f"across the cut after block {traffic.cut}, codec {traffic.codec}")
     for heading in ("", "MB", "of uncompressed"):
         table.add_column(heading, justify="right" if heading else "left")
     rows = (
-        ("up", summary["uplink_bytes"]),
-        ("down", summary["downlink_bytes"]),
+        ("up", traffic.uplink_bytes),
+        ("down", traffic.downlink_bytes),
         ("training, both ways", training),
-        ("training uncompressed, fp32", summary["uncompressed_bytes"]),
-        ("uploading the pictures once", summary["jpeg_bytes"]),
-        ("evaluation", summary["eval_bytes"]),
+        ("training uncompressed, fp32", traffic.uncompressed_bytes),
+        ("uploading the pictures once", traffic.jpeg_bytes),
+        ("evaluation", traffic.eval_bytes),
     )
     for name, size in rows:
-        table.add_row(name, f"{size / 1e6:.2f}", f"{size / summary['uncompressed_bytes']:.2%}")
+        table.add_row(name, f"{size / 1e6:.2f}", f"{size / traffic.uncompressed_bytes:.2%}")
     console.print(table)
-    less = summary["uncompressed_bytes"] / training
-    against = training / summary["jpeg_bytes"]
-    side = (
-        f"{against:.1f}x what the pictures' files take"
-        if against >= 1
-        else f"{1 / against:.1f}x less than the pictures' files"
-    )
-    where, seconds = server_time(summary)
-    link = f", the link would take {summary['link_seconds']:.1f} s" if "link_seconds" in summary else ""
-    console.print(
-        f"{less:.1f}x less traffic than uncompressed, {side}; client {summary['client_seconds']:.1f} s, {where} "
-        f"{seconds:.1f} s{link}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    less = f"{traffic.uncompressed_bytes / training:.1f}x less traffic than uncompressed"
+    against = training / traffic.jpeg_bytes
+    files = "what the pictures' files take" if against >= 1 else "less than the pictures' files"
+    where, seconds = server_time(traffic.wait_seconds, traffic.server_seconds)
+    took = f"client {traffic.client_seconds:.1f} s, {where} {seconds:.1f} s"
+    link = "" if traffic.link_seconds is None else f", the link would take {traffic.link_seconds:.1f} s"
+    _say(console, f"{less}, {max(against, 1 / against):.1f}x {files}; {took}{link}")

@@ -58,10 +58,11 @@ def join(
         finally:
             session.close()
     run = session.trainer.run
-    terminal.print_result(console, summary.to_dict(), session.trainer.splits.num_skipped)
+    terminal.print_result(console, summary, session.trainer.splits.num_skipped)
     if summary.method == "alast":
         pictures.plot_budgets(run)
-    terminal.print_traffic(console, summary.to_dict())
+    assert summary.traffic is not None
+    terminal.print_traffic(console, summary.traffic)
     pictures.plot_traffic(run)
     console.print(f"run folder: {run.path}", highlight=False, soft_wrap=True)
     return summary
