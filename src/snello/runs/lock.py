@@ -12,6 +12,17 @@ except ImportError:  # Windows: folders are not locked there
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
+_held: set[IO[str]] = set()
+
+
+def _close_held() -> None:
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+if fcntl is not None:  # a process that loads pictures may outlive a run that was killed, and would keep it locked
+    os.register_at_fork(after_in_child=_close_held)
 
 
 class Lock:
@@ -45,10 +56,12 @@ class Lock:
             file.write(str(os.getpid()))
             file.flush()
             self._file = file
+            _held.add(file)
 
     def release(self) -> None:
         """Gives the lock back; does nothing without it."""
         if self._file is not None:
             Path(self._file.name).unlink(missing_ok=True)
             self._file.close()
+            _held.discard(self._file)
             self._file = None
