@@ -16,17 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 __all__ = [
-    "AuthenticationError",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "ModelError",
-    "NetworkError",
-    "ProtocolError",
-    "SnelloError",
-    "SnelloWarning",
-    "TrainingError",
-]
+    "AuthenticationError", "CheckpointError", "ConfigError", "DataError", "ModelError", "NetworkError", "ProtocolError",
+    "SnelloError", "SnelloWarning", "TrainingError",
+]  # fmt: skip
 
 
 class SnelloError(Exception):

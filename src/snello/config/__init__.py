@@ -24,22 +24,7 @@ from snello.config.recipe import AugmentConfig, Recipe, SplitConfig
 from snello.config.use import CheckDataConfig, CodecsConfig, EvaluateConfig, ExportConfig, PlanConfig, PredictConfig
 
 __all__ = [
-    "AlastConfig",
-    "AugmentConfig",
-    "CertsConfig",
-    "CheckDataConfig",
-    "CodecsConfig",
-    "ColumnsConfig",
-    "DoctorConfig",
-    "EvaluateConfig",
-    "ExportConfig",
-    "FinetuneConfig",
-    "JoinConfig",
-    "LoraConfig",
-    "PicturesConfig",
-    "PlanConfig",
-    "PredictConfig",
-    "Recipe",
-    "ServeConfig",
-    "SplitConfig",
-]
+    "AlastConfig", "AugmentConfig", "CertsConfig", "CheckDataConfig", "CodecsConfig", "ColumnsConfig", "DoctorConfig",
+    "EvaluateConfig", "ExportConfig", "FinetuneConfig", "JoinConfig", "LoraConfig", "PicturesConfig", "PlanConfig",
+    "PredictConfig", "Recipe", "ServeConfig", "SplitConfig",
+]  # fmt: skip

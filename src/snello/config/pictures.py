@@ -58,10 +58,8 @@ class PicturesConfig:
             require(name in TRACKERS, "--track", f"some of {', '.join(TRACKERS)}", name)
 
 
-def source_text(data: str | Path | None) -> str | None:
+def source_text(data: str | None) -> str | None:
     """The text of a source of pictures; `photos/` and `photos` are one, as a run that is resumed must know."""
-    if "://" in str(data):  # an address, to be refused as it was typed
-        return str(data)
-    if data is None or str(data).startswith("hf:"):
-        return None if data is None else str(data).rstrip("/")
-    return str(data) if "://" in str(data) else str(Path(data))
+    if data is None or "://" in data:  # an address is refused as it was typed
+        return data
+    return data.rstrip("/") if data.startswith("hf:") else str(Path(data))

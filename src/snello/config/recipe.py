@@ -162,14 +162,12 @@ class Recipe:
         if self.split.cut and "lora" in self.method:
             raise ConfigError(f"--method {self.method} does not go with --split.cut: LoRA trains an uncut model")
         if self.split.cut and self.alast.flops is not None:  # what full fine-tuning of a half costs is no target
-            raise ConfigError(
-                "--alast.flops does not go with --split.cut: the other half and the codec change the cost"
-            )
+            reason = "the other half and the codec change the cost"
+            raise ConfigError(f"--alast.flops does not go with --split.cut: {reason}")
         rule = self.alast.rule  # what crosses is named by where it stood; the default does, so torch is not needed here
         if self.split.cut and rule != AlastConfig.rule and not find(RULES[rule]).has_places:
-            raise ConfigError(
-                f"--alast.rule {rule} does not go with --split.cut: its tokens have no place of their own"
-            )
+            reason = "its tokens have no place of their own"
+            raise ConfigError(f"--alast.rule {rule} does not go with --split.cut: {reason}")
 
     @property
     def method_name(self) -> str:

@@ -1,6 +1,7 @@
 """Configs as plain values and back: what YAML files, JSON messages and run folders hold."""
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -16,27 +17,15 @@ T = TypeVar("T")
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain values that YAML and JSON can hold; paths become strings."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    result: dict[str, Any] = plain(dataclasses.asdict(config))
-    return result
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return values
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config", *, checked: bool = True) -> T:
     """The config of class `cls` that `values` describe; keys that are left out keep their default.
 
-    Args:
-        cls: dataclass of the config.
-        values: by name, as YAML or JSON hold them.
-        where: they stand, for messages.
-        checked: whether the config is checked as a whole; without, only the types of `values` are. Flags may still
-            complete what the file leaves open, and what tyro makes of both is checked.
+    Unless `checked`, only the types of `values` are: flags may still complete what a file leaves open, and what tyro
+    makes of both is checked as a whole.
 
     Raises:
         ConfigError: for an unknown key, a value of the wrong type, or one out of range, naming `where` it stands.

@@ -40,32 +40,12 @@ from snello.runs.resolved import VERSION, Machine, Resolved
 from snello.vit import ViT
 
 # Settings that may differ when a run is resumed: they change where or how it runs, not what it computes.
-FREE = frozenset(
-    (
-        "config",
-        "data_root",
-        "out",
-        "resume",
-        "compare",
-        "track",
-        "workers",
-        "checkpoint_steps",
-        "check_pictures",
-        # of a server
-        "listen",
-        "certs",
-        "auth",
-        "insecure_loopback",
-        "insecure_plaintext_for_everyone_on_the_network_to_read",
-        "max_sessions",
-        "max_memory",
-        "idle_seconds",
-        "release_weights",
-        "accept_weights",
-        "metrics_port",
-        "log_format",
-    )
-)
+FREE = frozenset((
+    "config", "data_root", "out", "resume", "compare", "track", "workers", "checkpoint_steps", "check_pictures",
+    # of a server
+    "listen", "certs", "auth", "insecure_loopback", "insecure_plaintext_for_everyone_on_the_network_to_read",
+    "max_sessions", "max_memory", "idle_seconds", "release_weights", "accept_weights", "metrics_port", "log_format",
+))  # fmt: skip
 C = TypeVar("C")
 R = TypeVar("R", bound=Machine)
 
@@ -90,11 +70,8 @@ class RunFolder:
         self.plot_file = path / "budgets.png"
         self.traffic_file = path / "traffic.png"
         self.adapter_folder = path / "adapter"
-        self.exports = {
-            "timm": path / "export.safetensors",
-            "transformers": path / "export",
-            "onnx": path / "export.onnx",
-        }
+        names = {"timm": "export.safetensors", "transformers": "export", "onnx": "export.onnx"}
+        self.exports = {form: path / name for form, name in names.items()}
         """By their formats."""
 
     def exported_weights(self) -> Path | None:
