@@ -139,9 +139,7 @@ class RunFolder:
     def _require_empty(self) -> None:
         """Nothing may be in it but what a run leaves that was killed before it began."""
         leftovers = (".config.yaml.tmp", LOCK)
-        if self.path.exists() and not (
-            self.path.is_dir() and all(path.name in leftovers for path in self.path.iterdir())
-        ):
+        if self.path.is_file() or any(path.name not in leftovers for path in self.path.glob("*")):
             raise ConfigError(f"--out {self.path} is not empty: add --resume to resume its run, or name another")
 
     def lock(self) -> None:
@@ -184,11 +182,7 @@ class RunFolder:
         return from_dict(cls, effective(cls, values, where), where), made
 
     def model(self, weights: str = "none") -> ViT:
-        """The run's model, made again as it was trained; its weights are yet to be loaded.
-
-        Args:
-            weights: as for `create_model`: where they are in the names of the model's library.
-        """
+        """The run's model, made again as it was trained; its weights are to be loaded, or `weights` as --weights."""
         config, resolved = self.read()
         vit = ViT(create_model(config.model, weights, len(resolved.classes), config.image_size, resolved.architecture))
         vit.set_attention_paths([resolved.attention] * vit.depth)  # type: ignore[list-item]
@@ -226,10 +220,8 @@ class RunFolder:
             with self.metrics_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            text = (
-                f"could not write {self.metrics_file}: {error.strerror or error}; free space, then resume with --resume"
-            )
-            raise CheckpointError(text) from error
+            text = f"could not write {self.metrics_file}: {error.strerror or error}"
+            raise CheckpointError(f"{text}; free space, then resume with --resume") from error
 
     def rows(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
         """The rows of metrics.jsonl, all or of one kind (`step`, `eval`), without a line cut off by a crash."""
