@@ -58,8 +58,11 @@ class PicturesConfig:
             require(name in TRACKERS, "--track", f"some of {', '.join(TRACKERS)}", name)
 
 
-def source_text(data: str | None) -> str | None:
+def source_text(data: str | Path | None) -> str | None:
     """The text of a source of pictures; `photos/` and `photos` are one, as a run that is resumed must know."""
-    if data is None or "://" in data:  # an address is refused as it was typed
-        return data
-    return data.rstrip("/") if data.startswith("hf:") else str(Path(data))
+    if data is None:
+        return None
+    text = str(data)
+    if "://" in text:  # an address, to be refused as it was typed
+        return text
+    return text.rstrip("/") if text.startswith("hf:") else str(Path(text))
