@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from snello import __version__
 from snello import config as configs
 from snello.config import JoinConfig, Recipe
 from snello.config.effect import effective
@@ -161,9 +162,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if verb == "--version":
-        from importlib.metadata import version
-
-        print(f"snello {version('snello')}")
+        print(f"snello {__version__}")
         return 0
     try:
         if verb not in VERBS:

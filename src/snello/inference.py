@@ -137,11 +137,7 @@ def _pictures_of(config: EvaluateConfig, predictor: Predictor) -> tuple[PictureS
 
 
 def _at_home(predictor: Predictor) -> FinetuneConfig:
-    """The run's settings with its pictures where they are now: its paths may have been relative to another folder.
-
-    Raises:
-        DataError: where they are not there any more.
-    """
+    """The run's settings with its pictures where they are now: its paths may have been relative to another folder."""
     made, resolved = predictor.config, predictor.resolved
     if resolved.data_root is not None:
         made = replace(made, data_root=Path(resolved.data_root))

@@ -105,8 +105,7 @@ class Recipe:
     epochs: int = 5
     """Passes over the training pictures."""
     batch_size: int = 64
-    """Pictures in one forward and backward pass of one process; a step has as many as this times --accumulate times the
-    processes that torchrun started."""
+    """Pictures in one pass of one process; a step has this times --accumulate times the processes of torchrun."""
     accumulate: int = 1
     """Forward and backward passes (micro-steps) per optimizer step."""
     lr: float = 5e-4

@@ -17,11 +17,7 @@ _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
 
 
 def parse_bytes(text: str, name: str) -> int:
-    """Bytes that a text such as `500MB` (10^6) or `1.5GiB` (2^30) means.
-
-    Raises:
-        ConfigError: where it means none.
-    """
+    """Bytes that a text such as `500MB` (10^6) or `1.5GiB` (2^30) means; a ConfigError where it means none."""
     rule = "an amount as 500MB or 2GiB"
     amount = _amount(text, BYTES, name, rule)
     if not 1 <= amount < 2**63:
@@ -65,11 +61,7 @@ class Link:
 
     @classmethod
     def parse(cls, text: str, name: str) -> "Link":
-        """The link that a text such as `10mbit/20ms` means: rate, and time of a round trip (0 if left out).
-
-        Raises:
-            ConfigError: where it means none.
-        """
+        """The link that a text such as `10mbit/20ms` means, 0 ms if left out; a ConfigError where it means none."""
         rate, slash, round_trip = text.partition("/")
         rule = "a link as 10mbit/20ms (rate in kbit, mbit or gbit per second, time of a round trip in us, ms or s)"
         bits = _amount(rate, BITS_PER_SECOND, name, rule)

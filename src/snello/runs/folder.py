@@ -243,11 +243,7 @@ class RunFolder:
 
 
 def require_same_config(saved: Recipe, config: Recipe, path: Path) -> None:
-    """Refuses to resume a run with other settings than it was started with.
-
-    Raises:
-        ConfigError: naming every setting that differs.
-    """
+    """Refuses to resume a run with other settings than it has, in a ConfigError that names all that differ."""
     old, new = (flat(to_dict(made) | {"method": made.method_name}) for made in (saved, config))
     changed = [name for name in old if name.split(".")[0] not in FREE and old[name] != new[name]]
     if changed:

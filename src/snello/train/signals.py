@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM: the step under way ends, a checkpoint is saved, and the run says how it goes on."""
+"""Ctrl-C and SIGTERM: the step under way ends, a checkpoint is saved, and the run says how it goes on.
+
+Outside the main thread signals cannot be caught: there nothing here acts.
+"""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -18,9 +21,8 @@ class Interrupted(Exception):
 def stopping(asked: list[int], *, patient: bool = False) -> Iterator[None]:
     """Fills a list when Ctrl-C or SIGTERM asks to stop; a second Ctrl-C stops at once.
 
-    Outside the main thread signals cannot be caught: there it stays empty. A `patient` block takes no notice of a
-    second one, not even when it has ended: torchrun passes on to its processes the Ctrl-C that the terminal has already
-    sent them, and kills those that do not end in 30 s.
+    A `patient` block takes no notice of a second one, not even when it has ended: torchrun passes on to its processes
+    the Ctrl-C that the terminal has already sent them, and kills those that do not end in 30 s.
     """
     asked.clear()
 
@@ -39,10 +41,7 @@ def stopping(asked: list[int], *, patient: bool = False) -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Lets SIGTERM interrupt a block as Ctrl-C does, by KeyboardInterrupt; what comes after the first is ignored.
-
-    Outside the main thread signals cannot be caught: there nothing changes.
-    """
+    """Lets SIGTERM interrupt a block as Ctrl-C does, by KeyboardInterrupt; what comes after the first is ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         for each in ASKING:  # torchrun sends again what the terminal has already sent
@@ -55,7 +54,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[dict[int, Any]]:
-    """Handles the signals in a block; yields what handles them after it, nothing outside the main thread."""
+    """Handles the signals in a block; yields what handles them after it."""
     try:
         after: dict[int, Any] = {number: signal.signal(number, handler) for number in ASKING}
     except ValueError:
