@@ -17,55 +17,37 @@ from typing import Any, TypeVar
 
 import tyro
 
-from snello.config import (
-    CertsConfig,
-    CheckDataConfig,
-    CodecsConfig,
-    DoctorConfig,
-    EvaluateConfig,
-    ExportConfig,
-    FinetuneConfig,
-    JoinConfig,
-    PlanConfig,
-    PredictConfig,
-    Recipe,
-    ServeConfig,
-)
+from snello import __version__
+from snello import config as configs
+from snello.config import JoinConfig, Recipe
 from snello.config.effect import effective
 from snello.config.values import flag, from_dict, read_yaml
 from snello.environment import num_processes, set_environment
 from snello.errors import ConfigError, SnelloError, printable
+from snello.train.signals import Interrupted
 
 T = TypeVar("T")
+Verb = Callable[[Any], int | None]
+"""Does what its config says and returns the exit code, 0 where it says none."""
 
-USAGE = 2
-INTERRUPTED = 130
 
-
-def finetune(args: Sequence[str]) -> int:
+def finetune(config: configs.FinetuneConfig) -> None:
     """Fine-tune a Vision Transformer on labelled pictures."""
-    config = _parse(FinetuneConfig, args, "finetune")
     from snello.finetuning import finetune as run
-    from snello.train.signals import Interrupted
 
     _prepare(config)
-    try:
-        run(config)
-    except Interrupted as interrupted:
-        return _interrupted(str(interrupted))
-    return 0
+    run(config)
 
 
-def evaluate(args: Sequence[str]) -> int:
+def evaluate(config: configs.EvaluateConfig) -> None:
     """Measure the accuracy of a run's model."""
-    config = _parse(EvaluateConfig, args, "evaluate")
     from snello.inference import evaluate as run
     from snello.report.terminal import print_per_class
 
     result = run(config)
     if config.format == "json":
         print(json.dumps(result))
-        return 0
+        return
     for note in result["notes"]:
         print(note, file=sys.stderr)
     skipped = f", {result['skipped']} bad ones left out" if result["skipped"] else ""
@@ -75,29 +57,16 @@ def evaluate(args: Sequence[str]) -> int:
     )
     if config.per_class:
         print_per_class(result["per_class"])
-    return 0
 
 
-def check_data(args: Sequence[str]) -> int:
-    """Read every picture once, and list what is broken."""
-    config = _parse(CheckDataConfig, args, "check-data")
-    from snello.data.examining import check_data as run
-    from snello.data.examining import print_findings
-
-    findings = run(config)
-    _print(config.format, findings.to_dict, lambda: print_findings(findings))
-    return 1 if findings.broken else 0
-
-
-def predict(args: Sequence[str]) -> int:
+def predict(config: configs.PredictConfig) -> None:
     """Say what is on pictures, with the model of a run."""
-    config = _parse(PredictConfig, args, "predict")
     from snello.inference import predict as run
 
     rows = run(config)
     if config.format == "json":
         print(json.dumps(list(rows), indent=2))
-        return 0
+        return
     for row in rows:
         if "notes" in row:
             print("\n".join(row["notes"]), file=sys.stderr)
@@ -106,100 +75,81 @@ def predict(args: Sequence[str]) -> int:
         else:
             classes = ", ".join(f"{c['class']} {c['probability']:.1%}" for c in row["classes"])
             print(printable(f"{row['path']}: {classes}"))
-    return 0
 
 
-def plan(args: Sequence[str]) -> int:
+def check_data(config: configs.CheckDataConfig) -> int:
+    """Read every picture once, and list what is broken."""
+    from snello.data.examining import check_data as run
+    from snello.data.examining import print_findings
+
+    findings = run(config)
+    _print(config.format, findings.to_dict(), lambda: print_findings(findings))
+    return 1 if findings.broken else 0
+
+
+def export(config: configs.ExportConfig) -> None:
+    """Write a run's model for other software: timm, transformers, ONNX."""
+    from snello.export import export as run
+    from snello.split.client.model import fetch_server_half
+
+    done = run(config, fetch_server_half)
+    print(f"{done.path}\n{done.card}\n{done.line}")
+
+
+def plan(config: configs.PlanConfig) -> None:
     """Say what fits into a memory, the fastest first, with the command."""
-    config = _parse(PlanConfig, args, "plan")
     from snello.measure.plan import make_plan
     from snello.report.terminal import print_plan
 
     found = make_plan(config, lambda text: print(text, file=sys.stderr))
-    _print(config.format, found.to_dict, lambda: print_plan(found))
-    return 0
+    _print(config.format, found.to_dict(), lambda: print_plan(found))
 
 
-def codecs(args: Sequence[str]) -> int:
+def codecs(config: configs.CodecsConfig) -> None:
     """List what may stand at a cut, with options, sources and exact bytes."""
-    config = _parse(CodecsConfig, args, "codecs")
     from snello.report.terminal import print_codecs
     from snello.split.catalog import list_codecs
 
     rows = list_codecs(config)
-    _print(config.format, lambda: rows, lambda: print_codecs(config, rows))
-    return 0
+    _print(config.format, rows, lambda: print_codecs(config, rows))
 
 
-def serve(args: Sequence[str]) -> int:
+def certs(config: configs.CertsConfig) -> None:
+    """Make certificates and tokens for a server and its clients."""
+    from snello.split.security.certs import make_certs
+
+    print("\n".join(make_certs(config)))
+
+
+def serve(config: configs.ServeConfig) -> None:
     """Be the server of split learning: clients keep their pictures."""
-    config = _parse(ServeConfig, args, "serve")
     from snello.split.server.command import serve as run
 
     _prepare(config)
     run(config)
-    return 0
 
 
-def join(args: Sequence[str]) -> int:
+def join(config: JoinConfig) -> None:
     """Train with a server, on pictures that stay here."""
-    config = _parse(JoinConfig, args, "join")
     from snello.split.client.join import join as run
-    from snello.train.signals import Interrupted
 
-    try:
-        run(config, on_settings=_prepare)
-    except Interrupted as interrupted:
-        return _interrupted(str(interrupted))
-    return 0
+    run(config, on_settings=_prepare)
 
 
-def certs(args: Sequence[str]) -> int:
-    """Make certificates and tokens for a server and its clients."""
-    config = _parse(CertsConfig, args, "certs")
-    from snello.split.security.certs import make_certs
-
-    print("\n".join(make_certs(config)))
-    return 0
-
-
-def doctor(args: Sequence[str]) -> int:
+def doctor(config: configs.DoctorConfig) -> int:
     """Say what is wrong between here and a server."""
-    config = _parse(DoctorConfig, args, "doctor")
     from rich.console import Console
 
     from snello.split.client.endpoints import make_endpoint, probe
     from snello.split.security.doctor import examine, print_findings, to_rows
 
     findings = examine(config, lambda: probe(make_endpoint(config.address, config.certs, config.name)))
-    _print(config.format, lambda: to_rows(findings), lambda: print_findings(findings, Console()))
+    _print(config.format, to_rows(findings), lambda: print_findings(findings, Console()))
     return 0 if all(finding.ok for finding in findings) else 1
 
 
-def export(args: Sequence[str]) -> int:
-    """Write a run's model for other software: timm, transformers, ONNX."""
-    config = _parse(ExportConfig, args, "export")
-    from snello.export import export as run
-    from snello.split.client.model import fetch_server_half
-
-    done = run(config, fetch_server_half)
-    print(f"{done.path}\n{done.card}\n{done.line}")
-    return 0
-
-
-VERBS: dict[str, Callable[[Sequence[str]], int]] = {
-    "finetune": finetune,
-    "evaluate": evaluate,
-    "predict": predict,
-    "check-data": check_data,
-    "export": export,
-    "plan": plan,
-    "codecs": codecs,
-    "certs": certs,
-    "serve": serve,
-    "join": join,
-    "doctor": doctor,
-}
+_VERBS: tuple[Verb, ...] = (finetune, evaluate, predict, check_data, export, plan, codecs, certs, serve, join, doctor)
+VERBS = {verb.__name__.replace("_", "-"): verb for verb in _VERBS}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -212,28 +162,23 @@ def main(args: Sequence[str] | None = None) -> int:
         print(_help())
         return 0
     if verb == "--version":
-        from importlib.metadata import version
-
-        print(f"snello {version('snello')}")
+        print(f"snello {__version__}")
         return 0
     try:
         if verb not in VERBS:
             raise ConfigError(f"unknown verb {verb!r}; known: {', '.join(VERBS)}")
         set_environment()
-        return VERBS[verb](rest)
+        run = VERBS[verb]
+        return run(_parse(run.__annotations__["config"], rest, verb)) or 0
     except SnelloError as error:
         _say(f"error: {error.for_command_line}")
-        return USAGE
-    except KeyboardInterrupt:
-        return _interrupted("interrupted")
+        return 2
+    except (Interrupted, KeyboardInterrupt) as interrupted:
+        _say(str(interrupted) or "interrupted")
+        return 130
     except BrokenPipeError:  # who reads the output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else flushing at exit would fail again
         return 0
-
-
-def _interrupted(text: str) -> int:
-    _say(text)
-    return INTERRUPTED
 
 
 def _prepare(recipe: Recipe) -> None:
@@ -244,9 +189,9 @@ def _prepare(recipe: Recipe) -> None:
         return_large_blocks()
 
 
-def _print(form: str, values: Callable[[], object], as_text: Callable[[], None]) -> None:
+def _print(form: str, values: object, as_text: Callable[[], None]) -> None:
     """Prints a result: `values` as JSON, or else as text."""
-    print(json.dumps(values(), indent=2)) if form == "json" else as_text()
+    print(json.dumps(values, indent=2)) if form == "json" else as_text()
 
 
 def _say(text: str) -> None:

@@ -16,17 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 __all__ = [
-    "AuthenticationError",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "ModelError",
-    "NetworkError",
-    "ProtocolError",
-    "SnelloError",
-    "SnelloWarning",
-    "TrainingError",
-]
+    "AuthenticationError", "CheckpointError", "ConfigError", "DataError", "ModelError", "NetworkError", "ProtocolError",
+    "SnelloError", "SnelloWarning", "TrainingError",
+]  # fmt: skip
 
 
 class SnelloError(Exception):
@@ -69,9 +61,7 @@ class TrainingError(SnelloError):
 class ProtocolError(SnelloError):
     """What came over the wire is not what the other side may send; nothing was done with it.
 
-    Args:
-        text: what was wrong.
-        code: a value of `snello.split.wire.refusals.Code`: what the refusal is called that answers it.
+    `code` is a value of `snello.split.wire.refusals.Code`: what the refusal is called that answers it.
     """
 
     def __init__(self, text: str, code: Literal["malformed", "version", "too-large"] = "malformed") -> None:

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from snello.config import FinetuneConfig
 from snello.data import splits_of
-from snello.errors import DataError
+from snello.environment import num_processes
+from snello.errors import ConfigError, DataError
 from snello.measure import comparison
 from snello.report import pictures, terminal
 from snello.runs.folder import RunFolder
@@ -18,7 +19,7 @@ from snello.split.learner import make_split_learner
 from snello.train.display import warnings_on
 from snello.train.loop import Trainer
 from snello.train.place import LocalPlace, make_whole_learner
-from snello.train.ranks import Ranks, connect, require_alone
+from snello.train.ranks import Ranks, connect
 from snello.train.signals import interruptible
 
 
@@ -30,7 +31,8 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Summary:
             finite, with the last good checkpoint kept.
         Interrupted: after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
-    require_alone(config)
+    if config.split.cut and num_processes() > 1:
+        raise ConfigError("--split.cut: a cut model trains in one process: start it without torchrun")
     ranks = connect(config.device)
     console = (console or Console(stderr=True)) if ranks.is_main else Console(quiet=True)
     run, summary, state = _train(config, ranks, console)

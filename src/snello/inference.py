@@ -1,6 +1,7 @@
 """Using a model: accuracy on labelled pictures, and classes with probabilities for others."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,17 +50,13 @@ class Predictor:
             in_halves = config.split.cut and resolved.server is None  # measured as in training: in evaluation's format
             self.model = self._over_the_cut(vit, run) if in_halves else vit.model
         self.model.eval()
-        self.preprocessing = resolved.pictures
+        self.preprocessing = pre = resolved.pictures
         self.normalize = Normalize(self.preprocessing, self.device)
-        self.transform = eval_transform(
-            self.preprocessing.size, self.preprocessing.interpolation, self.preprocessing.crop_pct
-        )
+        self.transform = eval_transform(pre.size, pre.interpolation, pre.crop_pct)
 
     def close(self) -> None:
         """Ends the connection to the server, where the run has its other half there."""
-        close = getattr(self.model, "close", None)
-        if close is not None:
-            close()
+        getattr(self.model, "close", lambda: None)()
 
     def _over_the_cut(self, vit: ViT, run: RunFolder) -> nn.Module:
         config = replace(self.config, split=replace(self.config.split, max_bytes=None))
@@ -104,13 +101,10 @@ def _load(run: RunFolder, weights: Path) -> ViT:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Accuracy and loss of a run's model on its held-out pictures, or on those in `config.data`."""
-    predictor = Predictor(config.run, config.device)
-    try:
+    with closing(Predictor(config.run, config.device)) as predictor:
         pictures, num_skipped, notes = _pictures_of(config, predictor)
         loader = eval_loader(pictures, predictor.transform, batch_size=config.batch_size, workers=config.workers)
         result = predictor.score(batches(loader))
-    finally:
-        predictor.close()
     return {
         "accuracy": result.accuracy,
         "balanced_accuracy": result.balanced_accuracy,
@@ -143,20 +137,15 @@ def _pictures_of(config: EvaluateConfig, predictor: Predictor) -> tuple[PictureS
 
 
 def _at_home(predictor: Predictor) -> FinetuneConfig:
-    """The run's settings with its pictures where they are now: its paths may have been relative to another folder.
-
-    Raises:
-        DataError: where they are not there any more.
-    """
+    """The run's settings with its pictures where they are now: its paths may have been relative to another folder."""
     made, resolved = predictor.config, predictor.resolved
     if resolved.data_root is not None:
         made = replace(made, data_root=Path(resolved.data_root))
     if resolved.data is None:
         return made
     if not Path(resolved.data).exists():
-        raise DataError(
-            f"the run's pictures are not in {resolved.data} any more: give a source of pictures with --data"
-        )
+        gone = f"the run's pictures are not in {resolved.data} any more"
+        raise DataError(f"{gone}: give a source of pictures with --data")
     return replace(made, data=resolved.data)
 
 
@@ -171,13 +160,10 @@ def predict(config: PredictConfig) -> Iterator[dict[str, Any]]:
         DataError: for a path that does not exist, or a picture that cannot be read.
     """
     paths, notes = find_pictures(config.paths)
-    predictor = Predictor(config.run, config.device)
-    try:
+    with closing(Predictor(config.run, config.device)) as predictor:
         yield from _predictions(config, predictor, paths)
-        if notes:
-            yield {"notes": list(notes)}
-    finally:
-        predictor.close()
+    if notes:
+        yield {"notes": list(notes)}
 
 
 def _predictions(config: PredictConfig, predictor: Predictor, paths: list[Path]) -> Iterator[dict[str, Any]]:

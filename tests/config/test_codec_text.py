@@ -6,7 +6,7 @@ import pytest
 
 from snello.codecs import build
 from snello.codecs.base import Codec
-from snello.config.codec_text import Part, parse, parse_codec
+from snello.config.codec_text import Part, parse_codec
 from snello.config.registry import AUTO, CODECS
 from snello.errors import ConfigError
 
@@ -42,11 +42,11 @@ ADC = Part("adc", (), (("samples", 1), ("tokens", 0.4)))
     ],
 )
 def test_valid_texts_parse_and_survive_a_round_trip(text, parts):
-    parsed = parse(text, CODECS)
+    parsed = parse_codec(text)
     assert parsed == parts
     kinds = [[type(value) for value in (*part.positional, *dict(part.named).values())] for part in parts]
     assert [[type(value) for value in (*part.positional, *dict(part.named).values())] for part in parsed] == kinds
-    assert parse("+".join(map(str, parsed)), CODECS) == parsed
+    assert parse_codec("+".join(map(str, parsed))) == parsed
 
 
 def test_a_part_prints_as_it_is_typed():
@@ -103,7 +103,7 @@ def test_auto_is_the_recommended_chain(text):
 )
 def test_errors_carry_a_caret_at_the_place(text, problem, marked):
     with pytest.raises(ConfigError) as error:
-        parse(text, CODECS, "--split.codec")
+        parse_codec(text, "--split.codec")
     message = str(error.value)
     assert message.startswith(f"--split.codec {text!r}: ") and problem in message
     assert message.partition(" at the caret: ")[2] == marked
@@ -117,7 +117,7 @@ def test_what_python_cannot_read_is_refused_in_one_line(text):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(ConfigError) as error:
-            parse(text, CODECS)
+            parse_codec(text)
     assert "^" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -128,18 +128,18 @@ def test_what_python_cannot_read_is_refused_in_one_line(text):
 )
 def test_a_long_text_is_refused_by_its_length(text):
     with pytest.raises(ConfigError, match=r"^codec must have at most 500 characters, got 10\d{4}$"):
-        parse(text, CODECS)
+        parse_codec(text)
 
 
 @pytest.mark.parametrize("text", ["int8(" * 100, "(" * 250 + ")" * 250, "-" * 500, "int8(" * 80 + ")" * 80])
 def test_a_deeply_nested_text_is_refused_in_one_line(text):
     with pytest.raises(ConfigError) as error:
-        parse(text, CODECS)
+        parse_codec(text)
     assert "^" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_long_chain_is_read():
-    assert parse("+".join(["int8"] * 100), CODECS) == [Part("int8")] * 100
+    assert parse_codec("+".join(["int8"] * 100)) == [Part("int8")] * 100
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -6,8 +6,7 @@ a run with a wrong setting fails before anything is loaded.
 registry.py    names of methods, token rules, codecs, ..., and where they are found
 methods.py     ALaST, LoRA
 pictures.py    where pictures come from, and how they are loaded
-recipe.py      what a run computes
-finetune.py    `snello finetune`
+recipe.py      what a run computes; `snello finetune`
 network.py     `snello serve`, `join`, `certs`, `doctor`
 use.py         the other verbs
 effect.py      settings without effect
@@ -16,30 +15,14 @@ units.py       amounts, addresses and links as text
 values.py      configs as plain values and back
 """
 
-from snello.config.finetune import FinetuneConfig
 from snello.config.methods import AlastConfig, LoraConfig
 from snello.config.network import CertsConfig, DoctorConfig, JoinConfig, ServeConfig
 from snello.config.pictures import ColumnsConfig, PicturesConfig
-from snello.config.recipe import AugmentConfig, Recipe, SplitConfig
+from snello.config.recipe import AugmentConfig, FinetuneConfig, Recipe, SplitConfig
 from snello.config.use import CheckDataConfig, CodecsConfig, EvaluateConfig, ExportConfig, PlanConfig, PredictConfig
 
 __all__ = [
-    "AlastConfig",
-    "AugmentConfig",
-    "CertsConfig",
-    "CheckDataConfig",
-    "CodecsConfig",
-    "ColumnsConfig",
-    "DoctorConfig",
-    "EvaluateConfig",
-    "ExportConfig",
-    "FinetuneConfig",
-    "JoinConfig",
-    "LoraConfig",
-    "PicturesConfig",
-    "PlanConfig",
-    "PredictConfig",
-    "Recipe",
-    "ServeConfig",
-    "SplitConfig",
-]
+    "AlastConfig", "AugmentConfig", "CertsConfig", "CheckDataConfig", "CodecsConfig", "ColumnsConfig", "DoctorConfig",
+    "EvaluateConfig", "ExportConfig", "FinetuneConfig", "JoinConfig", "LoraConfig", "PicturesConfig", "PlanConfig",
+    "PredictConfig", "Recipe", "ServeConfig", "SplitConfig",
+]  # fmt: skip

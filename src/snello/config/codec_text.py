@@ -6,7 +6,6 @@ The text is read as Python reads it, and calls with numbers and words, joined by
 import ast
 import re
 import warnings
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from snello.config.registry import AUTO, CODECS
@@ -31,17 +30,15 @@ class Part:
         return self.name + (f"({', '.join(arguments)})" if arguments else "")
 
 
-def parse(text: str, known: Collection[str], flag: str = "codec") -> list[Part]:
-    """The codecs that `text` chains, in order; values without a name come before those with one.
-
-    Args:
-        text: of at most MAX_LENGTH characters.
-        known: names of codecs.
-        flag: what the user typed the text after, for messages.
+def parse_codec(text: str, flag: str = "codec") -> list[Part]:
+    """The codecs that `text` chains, in order; `auto` is the recommended chain.
 
     Raises:
-        ConfigError: where the text does not parse, with a caret at the place, or a name is not known.
+        ConfigError: where the text does not parse or names an unknown codec, with a caret at the place; it begins with
+            `flag`.
     """
+    if text.strip() == "auto":
+        text = AUTO
     if len(text) > MAX_LENGTH:
         raise ConfigError(f"{flag} must have at most {MAX_LENGTH} characters, got {len(text)}")
     line = re.sub(r"\s", " ", text)
@@ -54,21 +51,12 @@ def parse(text: str, known: Collection[str], flag: str = "codec") -> list[Part]:
             warnings.simplefilter("ignore", SyntaxWarning)  # a refusal is all that the user sees
             warnings.simplefilter("ignore", DeprecationWarning)
             tree = ast.parse(line[begin:] or "+", mode="eval").body
-        return [_part(node, known) for node in _terms(tree)]
+        return [_part(node) for node in _terms(tree)]
     except (SyntaxError, RecursionError, MemoryError) as error:
         offset = getattr(error, "offset", None) or len(text) + 1  # Python has none for the end
         at = min(begin + offset - 1, len(text))
         problem = getattr(error, "msg", "nested too deeply")
         raise ConfigError(f"{flag} {text!r}: {problem} at the caret: {text[:at]}^{text[at:]}") from None
-
-
-def parse_codec(text: str, flag: str = "codec") -> list[Part]:
-    """The parts of a codec's text; `auto` is the recommended chain.
-
-    Raises:
-        ConfigError: where the text does not parse or names an unknown codec.
-    """
-    return parse(AUTO if text.strip() == "auto" else text, CODECS, flag)
 
 
 def _terms(node: ast.expr) -> list[ast.expr]:
@@ -80,12 +68,12 @@ def _terms(node: ast.expr) -> list[ast.expr]:
     return [node, *reversed(terms)]
 
 
-def _part(node: ast.expr, known: Collection[str]) -> Part:
+def _part(node: ast.expr) -> Part:
     call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     if not isinstance(call.func, ast.Name):
         raise _error("expected the name of a codec", node.col_offset)
-    if call.func.id not in known:
-        raise _error(f"unknown codec {call.func.id!r}; known: {', '.join(known)}; it stands", node.col_offset)
+    if call.func.id not in CODECS:
+        raise _error(f"unknown codec {call.func.id!r}; known: {', '.join(CODECS)}; it stands", node.col_offset)
     named: dict[str, Value] = {}
     for keyword in call.keywords:
         if keyword.arg is None or keyword.arg in named:

@@ -46,11 +46,7 @@ def idle(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def require_effect(config: Any) -> None:
-    """Refuses settings that have no effect.
-
-    Raises:
-        ConfigError: naming the first.
-    """
+    """Raises a ConfigError that names the first setting without effect, if there is one."""
     for name, reason in idle(config):
         raise ConfigError(f"{flag(name)} has no effect {reason}")
 

@@ -38,8 +38,7 @@ class AlastConfig:
     train_embeddings: bool = True
     """Train the patch, position and prefix embeddings too."""
     flops: float | None = None
-    """What a step that drops tokens costs, as a share of full fine-tuning's FLOPs, in (0, 1]: all budgets are scaled by
-    a common factor to meet it."""
+    """FLOPs of a step that drops tokens, as a share of full fine-tuning's, in (0, 1]; scales all budgets alike."""
     full_tail: float = 0.0
     """Last share of the training steps that drops no tokens, in [0, 1]."""
     token_multiple: int = 1
@@ -89,8 +88,7 @@ class LoraConfig:
     dropout: float = 0.0
     """Dropout on the adapters' input, in [0, 1)."""
     target_modules: tuple[str, ...] = ("attention",)
-    """Which linear layers of the blocks get adapters: `attention`, `mlp`, `all`, or names as in the block (`attn.qkv`,
-    `fc1`, `q_proj`)."""
+    """Which linear layers of the blocks get adapters: `attention`, `mlp`, `all`, or names as `attn.qkv` or `q_proj`."""
     start: Path | None = None
     """Start from the adapters in this folder, as a run leaves them in adapter/."""
 

@@ -62,8 +62,8 @@ class ServeConfig(Recipe):
         require(self.num_classes is None or self.num_classes >= 1, "--num-classes", "at least 1", self.num_classes)
         require(self.max_sessions >= 1, "--max-sessions", "at least 1", self.max_sessions)
         require(self.idle_seconds > 0, "--idle-seconds", "above 0", self.idle_seconds)
-        ports = self.metrics_port is None or 0 <= self.metrics_port < 2**16
-        require(ports, "--metrics-port", "in 0..65535", self.metrics_port)
+        port = self.metrics_port
+        require(port is None or 0 <= port < 2**16, "--metrics-port", "in 0..65535", port)
         parse_bytes(self.max_memory, "--max-memory")
         parse_address(self.listen, "--listen", any_port=True)
 

@@ -60,8 +60,9 @@ class PicturesConfig:
 
 def source_text(data: str | Path | None) -> str | None:
     """The text of a source of pictures; `photos/` and `photos` are one, as a run that is resumed must know."""
-    if "://" in str(data):  # an address, to be refused as it was typed
-        return str(data)
-    if data is None or str(data).startswith("hf:"):
-        return None if data is None else str(data).rstrip("/")
-    return str(data) if "://" in str(data) else str(Path(data))
+    if data is None:
+        return None
+    text = str(data)
+    if "://" in text:  # an address, to be refused as it was typed
+        return text
+    return text.rstrip("/") if text.startswith("hf:") else str(Path(text))

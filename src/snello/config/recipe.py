@@ -1,4 +1,4 @@
-"""What a run computes: model, method, cut and optimization."""
+"""What a run computes: model, method, cut and optimization; with its pictures, `snello finetune`."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ from typing import Literal
 from snello.config.codec_text import parse_codec
 from snello.config.effect import Need, require_effect
 from snello.config.methods import AlastConfig, LoraConfig
+from snello.config.pictures import PICTURES_NEEDS, PicturesConfig
 from snello.config.registry import AUTO, METHOD_CHOICES, RULES, MethodChoice, find
 from snello.config.units import Link, parse_bytes
 from snello.config.values import flag
@@ -104,8 +105,7 @@ class Recipe:
     epochs: int = 5
     """Passes over the training pictures."""
     batch_size: int = 64
-    """Pictures in one forward and backward pass of one process; a step has as many as this times --accumulate times the
-    processes that torchrun started."""
+    """Pictures in one pass of one process; a step has this times --accumulate times the processes of torchrun."""
     accumulate: int = 1
     """Forward and backward passes (micro-steps) per optimizer step."""
     lr: float = 5e-4
@@ -159,19 +159,32 @@ class Recipe:
         require(self.image_size is None or self.image_size >= 1, "--image-size", "at least 1", self.image_size)
         require(self.method in METHOD_CHOICES, "--method", f"one of {', '.join(METHOD_CHOICES)}", self.method)
         require_effect(self)
-        if self.split.cut and "lora" in self.method:
-            raise ConfigError(f"--method {self.method} does not go with --split.cut: LoRA trains an uncut model")
-        if self.split.cut and self.alast.flops is not None:  # what full fine-tuning of a half costs is no target
-            raise ConfigError(
-                "--alast.flops does not go with --split.cut: the other half and the codec change the cost"
-            )
-        rule = self.alast.rule  # what crosses is named by where it stood; the default does, so torch is not needed here
-        if self.split.cut and rule != AlastConfig.rule and not find(RULES[rule]).has_places:
-            raise ConfigError(
-                f"--alast.rule {rule} does not go with --split.cut: its tokens have no place of their own"
-            )
+        if not self.split.cut:
+            return
+        refused, rule = "does not go with --split.cut", self.alast.rule
+        if "lora" in self.method:
+            raise ConfigError(f"--method {self.method} {refused}: LoRA trains an uncut model")
+        if self.alast.flops is not None:  # what full fine-tuning of a half costs is no target
+            raise ConfigError(f"--alast.flops {refused}: the other half and the codec change the cost")
+        # What crosses is named by where it stood; the default does, so torch is not needed here.
+        if rule != AlastConfig.rule and not find(RULES[rule]).has_places:
+            raise ConfigError(f"--alast.rule {rule} {refused}: its tokens have no place of their own")
 
     @property
     def method_name(self) -> str:
         """The method that trains: `method`, or what `auto` means here."""
         return self.method if self.method != "auto" else "full" if self.split.cut else "alast"
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(PicturesConfig, Recipe):
+    """Fine-tune a Vision Transformer on labelled pictures."""
+
+    compare: bool = True
+    """After training, measure step time, FLOPs and memory against full fine-tuning on this machine."""
+
+    NEEDS = RECIPE_NEEDS + PICTURES_NEEDS
+
+    def __post_init__(self) -> None:
+        Recipe.__post_init__(self)
+        PicturesConfig.__post_init__(self)

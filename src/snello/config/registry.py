@@ -1,9 +1,12 @@
 """Names that settings may have, and where what they mean is found; no torch, so that flags are checked at once."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-TRACKERS = ("tensorboard", "wandb", "mlflow")
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+TRACKERS = get_args(TrackerName)
+ExportFormat = Literal["timm", "transformers", "onnx"]
+EXPORTS = get_args(ExportFormat)
 METHODS = {
     "alast": "snello.methods.alast:AlastMethod",
     "full": "snello.methods.fixed:Full",
@@ -12,11 +15,7 @@ METHODS = {
     "lora": "snello.methods.lora:Lora",
     "alast+lora": "snello.methods.lora:AlastLora",
 }
-RULES = {
-    "drop": "snello.vit.rules.drop:Drop",
-    "merge": "snello.vit.rules.merge:Merge",
-}
-EXPORTS = ("timm", "transformers", "onnx")
+RULES = {"drop": "snello.vit.rules.drop:Drop", "merge": "snello.vit.rules.merge:Merge"}
 CODECS = {
     "none": "snello.codecs.floats:Float32",
     "bf16": "snello.codecs.floats:BFloat16",
@@ -36,19 +35,14 @@ CODECS = {
 AUTO = "adc(samples=1, tokens=0.4)+int4"
 
 METHOD_CHOICES = ("auto", *METHODS)
-
 if TYPE_CHECKING:  # a type checker cannot read names out of a tuple
     MethodName: TypeAlias = str
     MethodChoice: TypeAlias = str
     RuleName: TypeAlias = str
-    TrackerName: TypeAlias = str
-    ExportFormat: TypeAlias = str
 else:
     MethodName = Literal[tuple(METHODS)]
     MethodChoice = Literal[METHOD_CHOICES]
     RuleName = Literal[tuple(RULES)]
-    TrackerName = Literal[TRACKERS]
-    ExportFormat = Literal[EXPORTS]
 
 
 def find(where: str) -> Any:

@@ -1,9 +1,10 @@
 """Amounts and addresses that the command line gives as text, and what a network link would add. No torch."""
 
-import ipaddress
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from snello.errors import ConfigError
 
@@ -16,11 +17,7 @@ _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
 
 
 def parse_bytes(text: str, name: str) -> int:
-    """Bytes that a text such as `500MB` (10^6) or `1.5GiB` (2^30) means.
-
-    Raises:
-        ConfigError: where it means none.
-    """
+    """Bytes that a text such as `500MB` (10^6) or `1.5GiB` (2^30) means; a ConfigError where it means none."""
     rule = "an amount as 500MB or 2GiB"
     amount = _amount(text, BYTES, name, rule)
     if not 1 <= amount < 2**63:
@@ -31,36 +28,28 @@ def parse_bytes(text: str, name: str) -> int:
 def parse_address(text: str, name: str, *, any_port: bool = False) -> tuple[str, int]:
     """Host and port that a text such as `server.example:7443` or `[::1]:7443` means.
 
-    Args:
-        text: a name or an IPv4 address, or an IPv6 address in brackets, and a port.
-        name: what the user typed it after, for messages.
-        any_port: whether port 0 may be given, which lets the system choose where one listens.
+    With `any_port` port 0 may be given, which lets the system choose where one listens; messages begin with `name`.
 
     Raises:
         ConfigError: where it means none.
     """
-    match = _ADDRESS.fullmatch(text)
-    if match and (not match[1] or _is_ip6(match[1])) and int(not any_port) <= int(match[3]) < 2**16:
+    match, lowest = _ADDRESS.fullmatch(text), 0 if any_port else 1
+    if match and (not match[1] or isinstance(_ip(match[1]), IPv6Address)) and lowest <= int(match[3]) < 2**16:
         return match[1] or match[2], int(match[3])
     ports = "" if any_port else " with a port in 1..65535"
     raise ConfigError(f"{name} must be host:port, as server.example:7443 or [::1]:7443{ports}, got {text!r}")
 
 
-def _is_ip6(text: str) -> bool:
-    try:
-        return ipaddress.ip_address(text).version == 6
-    except ValueError:
-        return False
-
-
 def is_loopback(host: str) -> bool:
     """Whether a name or address can only mean this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    address = _ip(host)
+    return host == "localhost" or (address is not None and address.is_loopback)
+
+
+def _ip(text: str) -> IPv4Address | IPv6Address | None:
+    with suppress(ValueError):
+        return ip_address(text)
+    return None
 
 
 @dataclass(frozen=True)
@@ -72,17 +61,11 @@ class Link:
 
     @classmethod
     def parse(cls, text: str, name: str) -> "Link":
-        """The link that a text such as `10mbit/20ms` means: rate, and time of a round trip (0 if left out).
-
-        Raises:
-            ConfigError: where it means none.
-        """
+        """The link that a text such as `10mbit/20ms` means, 0 ms if left out; a ConfigError where it means none."""
         rate, slash, round_trip = text.partition("/")
         rule = "a link as 10mbit/20ms (rate in kbit, mbit or gbit per second, time of a round trip in us, ms or s)"
-        return cls(
-            float(_amount(rate, BITS_PER_SECOND, name, rule)),
-            float(_amount(round_trip, SECONDS, name, rule)) if slash else 0.0,
-        )
+        bits = _amount(rate, BITS_PER_SECOND, name, rule)
+        return cls(float(bits), float(_amount(round_trip, SECONDS, name, rule)) if slash else 0.0)
 
     def seconds(self, num_bytes: int, round_trips: int) -> float:
         """Time that so many bytes in so many round trips take, one after the other."""

@@ -68,8 +68,7 @@ class PlanConfig:
     """Say what fits into a memory, the fastest first, each with its command."""
 
     memory: str
-    """The memory there is, as 4GB (10^9) or 4GiB (2^30), of the GPU, or on a CPU of the process; `auto` is what is
-    free now."""
+    """Memory of the GPU, or on a CPU of the process, as 4GB (10^9) or 4GiB (2^30); `auto` is what is free now."""
     model: str = "vit_micro_patch4_32"
     """Name of a Vision Transformer, as for `snello finetune`."""
     num_classes: int = 10

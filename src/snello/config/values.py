@@ -1,6 +1,8 @@
 """Configs as plain values and back: what YAML files, JSON messages and run folders hold."""
 
+import contextlib
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -16,36 +18,21 @@ T = TypeVar("T")
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain values that YAML and JSON can hold; paths become strings."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    result: dict[str, Any] = plain(dataclasses.asdict(config))
-    return result
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return values
 
 
-def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config", *, checked: bool = True) -> T:
-    """The config of class `cls` that `values` describe; keys that are left out keep their default.
+def from_dict(
+    cls: type[T], values: Mapping[str, Any], where: str = "config", *, checked: bool = True, base: T | None = None
+) -> T:
+    """The config of class `cls` that `values` describe; keys that are left out are as in `base`, or else by default.
 
-    Args:
-        cls: dataclass of the config.
-        values: by name, as YAML or JSON hold them.
-        where: they stand, for messages.
-        checked: whether the config is checked as a whole; without, only the types of `values` are. Flags may still
-            complete what the file leaves open, and what tyro makes of both is checked.
+    Unless `checked`, only the types of `values` are: flags may still complete what a file leaves open, and what tyro
+    makes of both is checked as a whole.
 
     Raises:
         ConfigError: for an unknown key, a value of the wrong type, or one out of range, naming `where` it stands.
     """
-    return _laid_over(cls, values, where, checked, None)
-
-
-def _laid_over(cls: type[T], values: Mapping[str, Any], where: str, checked: bool, base: T | None) -> T:
-    """`values` over those of `base`, or else over the defaults of `cls`."""
     hints = typing.get_type_hints(cls)
     unknown = [str(key) for key in values if key not in hints]
     if unknown:
@@ -76,26 +63,20 @@ def _convert(value: Any, hint: Any, where: str, checked: bool, base: Any) -> Any
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where} must be a mapping of settings, got {value!r}")
-        return _laid_over(typing.cast(type, hint), value, where, checked, base)
+        return from_dict(typing.cast(type, hint), value, where, checked=checked, base=base)
     if typing.get_origin(hint) is Literal:
         if value not in hint.__args__:
             raise ConfigError(f"{where} must be one of {', '.join(hint.__args__)}, got {value!r}")
         return value
     if typing.get_origin(hint) is tuple and isinstance(value, str):
         value = (value,)  # `name: one` for a list of one
-    wrong = ConfigError(f"{where} must be of type {hint.__name__}, got {value!r}")
-    if value is None:
-        raise wrong
-    if hint is bool or isinstance(value, bool):
-        if type(value) is not hint:
-            raise wrong
-        return value
-    if (hint is int and isinstance(value, float)) or (hint is str and not isinstance(value, (str, int, float))):
-        raise wrong
-    try:
-        return hint(value)
-    except (TypeError, ValueError, OverflowError):
-        raise wrong from None
+    fits = value is not None and isinstance(value, bool) == (hint is bool)  # bool() and int() would take anything
+    fits &= not (hint is int and isinstance(value, float))
+    fits &= hint is not str or isinstance(value, (str, int, float))
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if fits:
+            return hint(value)
+    raise ConfigError(f"{where} must be of type {hint.__name__}, got {value!r}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -40,32 +40,12 @@ from snello.runs.resolved import VERSION, Machine, Resolved
 from snello.vit import ViT
 
 # Settings that may differ when a run is resumed: they change where or how it runs, not what it computes.
-FREE = frozenset(
-    (
-        "config",
-        "data_root",
-        "out",
-        "resume",
-        "compare",
-        "track",
-        "workers",
-        "checkpoint_steps",
-        "check_pictures",
-        # of a server
-        "listen",
-        "certs",
-        "auth",
-        "insecure_loopback",
-        "insecure_plaintext_for_everyone_on_the_network_to_read",
-        "max_sessions",
-        "max_memory",
-        "idle_seconds",
-        "release_weights",
-        "accept_weights",
-        "metrics_port",
-        "log_format",
-    )
-)
+FREE = frozenset((
+    "config", "data_root", "out", "resume", "compare", "track", "workers", "checkpoint_steps", "check_pictures",
+    # of a server
+    "listen", "certs", "auth", "insecure_loopback", "insecure_plaintext_for_everyone_on_the_network_to_read",
+    "max_sessions", "max_memory", "idle_seconds", "release_weights", "accept_weights", "metrics_port", "log_format",
+))  # fmt: skip
 C = TypeVar("C")
 R = TypeVar("R", bound=Machine)
 
@@ -90,11 +70,8 @@ class RunFolder:
         self.plot_file = path / "budgets.png"
         self.traffic_file = path / "traffic.png"
         self.adapter_folder = path / "adapter"
-        self.exports = {
-            "timm": path / "export.safetensors",
-            "transformers": path / "export",
-            "onnx": path / "export.onnx",
-        }
+        names = {"timm": "export.safetensors", "transformers": "export", "onnx": "export.onnx"}
+        self.exports = {form: path / name for form, name in names.items()}
         """By their formats."""
 
     def exported_weights(self) -> Path | None:
@@ -162,9 +139,7 @@ class RunFolder:
     def _require_empty(self) -> None:
         """Nothing may be in it but what a run leaves that was killed before it began."""
         leftovers = (".config.yaml.tmp", LOCK)
-        if self.path.exists() and not (
-            self.path.is_dir() and all(path.name in leftovers for path in self.path.iterdir())
-        ):
+        if self.path.is_file() or any(path.name not in leftovers for path in self.path.glob("*")):
             raise ConfigError(f"--out {self.path} is not empty: add --resume to resume its run, or name another")
 
     def lock(self) -> None:
@@ -207,11 +182,7 @@ class RunFolder:
         return from_dict(cls, effective(cls, values, where), where), made
 
     def model(self, weights: str = "none") -> ViT:
-        """The run's model, made again as it was trained; its weights are yet to be loaded.
-
-        Args:
-            weights: as for `create_model`: where they are in the names of the model's library.
-        """
+        """The run's model, made again as it was trained; its weights are to be loaded, or `weights` as --weights."""
         config, resolved = self.read()
         vit = ViT(create_model(config.model, weights, len(resolved.classes), config.image_size, resolved.architecture))
         vit.set_attention_paths([resolved.attention] * vit.depth)  # type: ignore[list-item]
@@ -249,10 +220,8 @@ class RunFolder:
             with self.metrics_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            text = (
-                f"could not write {self.metrics_file}: {error.strerror or error}; free space, then resume with --resume"
-            )
-            raise CheckpointError(text) from error
+            text = f"could not write {self.metrics_file}: {error.strerror or error}"
+            raise CheckpointError(f"{text}; free space, then resume with --resume") from error
 
     def rows(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
         """The rows of metrics.jsonl, all or of one kind (`step`, `eval`), without a line cut off by a crash."""
@@ -274,11 +243,7 @@ class RunFolder:
 
 
 def require_same_config(saved: Recipe, config: Recipe, path: Path) -> None:
-    """Refuses to resume a run with other settings than it was started with.
-
-    Raises:
-        ConfigError: naming every setting that differs.
-    """
+    """Refuses to resume a run with other settings than it has, in a ConfigError that names all that differ."""
     old, new = (flat(to_dict(made) | {"method": made.method_name}) for made in (saved, config))
     changed = [name for name in old if name.split(".")[0] not in FREE and old[name] != new[name]]
     if changed:

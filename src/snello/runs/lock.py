@@ -32,11 +32,7 @@ class Lock:
         self._file: IO[str] | None = None
 
     def acquire(self, folder: Path) -> None:
-        """Takes the lock.
-
-        Raises:
-            ConfigError: where another process has it, with its number.
-        """
+        """Takes the lock; a ConfigError where another process has it, with its number."""
         while fcntl is not None and self._file is None:
             path = folder / NAME
             file = path.open("a+", encoding="ascii")
@@ -46,9 +42,8 @@ class Lock:
                 file.seek(0)
                 owner = file.read().strip() or "unknown"
                 file.close()
-                raise ConfigError(
-                    f"--out {folder} is in use by process {owner}: wait for its end, or name another folder"
-                ) from None
+                advice = "wait for its end, or name another folder"
+                raise ConfigError(f"--out {folder} is in use by process {owner}: {advice}") from None
             if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 file.close()  # its owner took it away between our opening and our locking
                 continue

@@ -1,7 +1,6 @@
 """What came out of a run: `summary.json`, written and read here alone."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -78,26 +77,6 @@ class Summary:
         traffic = {} if self.traffic is None else asdict(self.traffic)
         return values | {name: value for name, value in traffic.items() if value is not None} | self.costs
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Summary":
-        """What `to_dict` gave.
-
-        Raises:
-            KeyError: where something is missing.
-            ValueError: where it is of another version.
-        """
-        if values.get("version", VERSION) != VERSION:
-            raise ValueError(f"version {values['version']}, this snello reads {VERSION}")
-        own = [f.name for f in fields(cls) if f.name not in ("traffic", "costs", "version")]
-        crossed = [f.name for f in fields(Traffic)]
-        cut = {name: values[name] for name in crossed if name in values}
-        known = {*own, *crossed, "version"}
-        return cls(
-            **{name: values[name] for name in own},
-            traffic=Traffic(**cut) if "uplink_bytes" in values else None,
-            costs={name: value for name, value in values.items() if name not in known},
-        )
-
     def write(self, file: Path) -> None:
         """Writes summary.json, whole or not at all."""
         save_json(file, self.to_dict())
@@ -111,7 +90,15 @@ class Summary:
         """
         if not file.is_file():
             return None
+        own = [f.name for f in fields(cls) if f.name not in ("traffic", "costs", "version")]
+        crossed = [f.name for f in fields(Traffic)]
         try:
-            return cls.from_dict(json.loads(file.read_text(encoding="utf-8")))
+            values = json.loads(file.read_text(encoding="utf-8"))
+            version = values.pop("version", VERSION)
+            if version != VERSION:
+                raise ValueError(f"version {version}, this snello reads {VERSION}")
+            summary = {name: values.pop(name) for name in own}
+            cut = {name: values.pop(name) for name in crossed if name in values}
+            return cls(**summary, traffic=Traffic(**cut) if "uplink_bytes" in cut else None, costs=values)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"could not read {file}: {error}") from error

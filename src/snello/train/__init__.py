@@ -1,6 +1,7 @@
 """Training: one loop for every method, and what it is made of.
 
 loop.py      `Trainer`: steps, evaluations, checkpoints
+place.py     where a run lives: its folder and checkpoints, model and learner
 learner.py   what the loop drives: how a micro-step makes gradients, and how they become an update
 schedule.py  which pictures, steps and learning rates a run has
 optim.py     parameter groups, learning rates

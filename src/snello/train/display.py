@@ -14,20 +14,11 @@ from snello.errors import SnelloWarning
 @contextmanager
 def progress_bar(console: Console, *, total: int, completed: int) -> Iterator[Callable[[int, str], None]]:
     """A bar of `total` steps of which `completed` are done; yields what sets their number and the text beside it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[said]}"),
-        TimeRemainingColumn(),
-    )
+    title, said = TextColumn("{task.description}"), TextColumn("{task.fields[said]}")
+    columns = (title, BarColumn(bar_width=20), MofNCompleteColumn(), said, TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=total, completed=completed, said="")
-
-        def show(done: int, said: str) -> None:
-            bar.update(task, completed=done, said=said)
-
-        yield show
+        yield lambda done, said: bar.update(task, completed=done, said=said)
 
 
 @contextmanager

@@ -68,13 +68,7 @@ class Learner(ABC):
 
     @abstractmethod
     def begin(self, step: int, progress: float, num_micro: int) -> None:
-        """Begins an optimizer step, before the first of its micro-steps.
-
-        Args:
-            step: number of the step, from 0.
-            progress: share of the run that is done, in [0, 1).
-            num_micro: micro-steps in the step.
-        """
+        """Begins the optimizer step `step`, from 0 on; `progress` is the share of the run that is done, in [0, 1)."""
 
     @abstractmethod
     def backward(self, work: MicroStep) -> Tensor:
@@ -135,16 +129,12 @@ class WholeLearner(Learner):
     """A model in one piece, on Accelerate, the same in every process of the run."""
 
     def __init__(self, vit: ViT, config: FinetuneConfig, accelerator: Accelerator) -> None:
-        self.config, self.accelerator = config, accelerator
+        self.config, self.accelerator, device = config, accelerator, accelerator.device
         self.method: Method = make_method(vit, config)
         if accelerator.num_processes > 1:
             self.method.process_group = torch.distributed.group.WORLD
         optimizer = make_optimizer(
-            vit,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            layer_decay=config.layer_decay,
-            device=accelerator.device,
+            vit, lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay, device=device
         )
         self._model, self._optimizer = accelerator.prepare(vit.model, optimizer)
         self.modules = {"model": accelerator.unwrap_model(self._model)}

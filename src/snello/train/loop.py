@@ -8,7 +8,6 @@ the learning rate of the step. So a checkpoint holds weights, optimizer state, t
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,6 @@ from snello.vit.attention import faster_attention
 class Trainer:
     """One run: model, method, data and where it stands. With several processes, each of them has one.
 
-    Args:
-        config: the settings.
-        splits: the pictures.
-        place: where model, learner and checkpoints are.
-        console: where the run reports to.
-        ranks: the processes of the run.
-
     Raises:
         SnelloError: for input that cannot be used; nothing has been written.
     """
@@ -75,9 +67,11 @@ class Trainer:
         self.trackers = Trackers(config.track if ranks.is_main else (), self.run, flat(to_dict(config)))
         self.progress = Progress()
         self._stream: Iterator[MicroStep] | None = None
+        self._loading: dict[str, Any] = {"share": ranks.share, "workers": config.workers}
+        self._loading["pin_memory"] = self.device.type == "cuda"
         self._eval_loader: DataLoader[tuple[Tensor, int]] | None = None
         self._stop: list[int] = []
-        self._display: Callable[[float, float], None] = lambda loss, seconds: None
+        self._show: Callable[[int, str], None] = lambda done, text: None
         if saved:
             self._require_same_pictures(saved)
         setup = Setup(
@@ -127,12 +121,19 @@ class Trainer:
         if self.progress.finished:
             self._print("the run was already complete")
             return
-        with stopping(self._stop, patient=self.ranks.size > 1), self._progress_bar():
-            while not self.progress.finished:
-                self.advance(1)
-                if self.ranks.any(bool(self._stop)) and not self.progress.finished:
-                    self._save_to_stop()
-                    raise self.interrupted()
+        with stopping(self._stop, patient=self.ranks.size > 1):
+            self._print_start()
+            with progress_bar(self.console, total=self.total_steps, completed=self.progress.step) as self._show:
+                while not self.progress.finished:
+                    self.advance(1)
+                    if self.ranks.any(bool(self._stop)):
+                        break
+            if not self.progress.finished:
+                try:
+                    self._save()
+                except GoBack as back:  # to what both sides have saved
+                    self._go_back(back)
+                raise self.interrupted()
 
     def interrupted(self) -> Interrupted:
         """The exception for a run that was asked to stop."""
@@ -172,7 +173,8 @@ class Trainer:
             started = time.perf_counter()
             try:
                 loss = self._step()
-                self._display(loss, time.perf_counter() - started)
+                rate = self.schedule.batch_size * self.config.accumulate / (time.perf_counter() - started)
+                self._show(self.progress.step, f"loss {loss:.4f}  {rate:.0f} pictures/s{self.learner.status()}")
                 self._after_step()
                 losses.append(loss)
             except GoBack as back:
@@ -181,16 +183,13 @@ class Trainer:
 
     def evaluate(self) -> Score:
         """Accuracy and mean loss on the held-out pictures."""
-        held_out = self.ranks.all_of(self._held_out)
+        if self._eval_loader is None:
+            pre, size = self.preprocessing, self.config.batch_size
+            transform = eval_transform(pre.size, pre.interpolation, pre.crop_pct)
+            self._eval_loader = eval_loader(self.splits.val, transform, batch_size=size, **self._loading)
+        held_out, num_classes = self.ranks.all_of(batches(self._eval_loader)), len(self.splits.train.classes)
         with autocast(self.device, self.precision):
-            return score(
-                self.learner.evaluator,
-                held_out,
-                len(self.splits.train.classes),
-                self.normalize,
-                self.device,
-                self.ranks.total,
-            )
+            return score(self.learner.evaluator, held_out, num_classes, self.normalize, self.device, self.ranks.total)
 
     def _summary(self) -> Summary:
         """The run's result, without costs."""
@@ -231,8 +230,6 @@ class Trainer:
         seconds = {name: round(sum(row[name] for row in rows), 3) for name in timed if rows and name in rows[0]}
         return Traffic(**crossed, **seconds, jpeg_bytes=self.splits.train.file_bytes(), **self.place.traffic())
 
-    # ------------------------------------------------------------------------------------------------- one step
-
     def _step(self) -> float:
         """One optimizer step; returns its mean loss."""
         config, step = self.config, self.progress.step
@@ -241,29 +238,28 @@ class Trainer:
         started = time.perf_counter()
         num_micro = self.schedule.num_micro(step)
         self.learner.begin(step, self.schedule.progress(step), num_micro)
-        total = torch.zeros((), device=self.device)
-        for _ in range(num_micro):
-            with self.ranks.together():
-                work = next(self._stream)
-            total += self._backward(work)
-        total = self.ranks.total(total)
-        norms = self.learner.clip(config.clip_norm)
-        self._require_finite(total, list(norms.values()))
-        lr = self.schedule.lr(step, config.lr, config.warmup)
+        total, lr = torch.zeros((), device=self.device), self.schedule.lr(step, config.lr, config.warmup)
         try:
+            for _ in range(num_micro):
+                with self.ranks.together():
+                    work = next(self._stream)
+                total += self._backward(work)
+            total = self.ranks.total(total)
+            norms = self.learner.clip(config.clip_norm)
+            # Before weights are touched. Under fp16 an overflowing gradient is the scaler's to handle.
+            finite = self.precision == "fp16" or all(norm.isfinite() for norm in norms.values())
+            if not total.isfinite() or not finite:
+                raise TrainingError(f"the {'gradient' if total.isfinite() else 'loss'} is not finite")
             self.learner.update(lr)
         except TrainingError as error:
-            raise self._stopped(str(error)) from error
+            file = self.place.checkpoint()
+            kept = "no checkpoint had been saved yet" if file is None else f"the last good checkpoint is {file}"
+            advice = "try a lower --lr, more --warmup, or --precision fp32"
+            raise TrainingError(f"{error} at step {step + 1}; {kept}; {advice}") from error
         self.progress.step = step + 1
-        row = {
-            "kind": "step",
-            "step": step + 1,
-            "epoch": self.schedule.epoch(step),
-            "loss": float(total),
-            "lr": lr,
-            **{name: float(norm) for name, norm in norms.items()},
-        }
-        self._log(row | self.learner.metrics() | {"seconds": round(time.perf_counter() - started, 4)})
+        row = {"kind": "step", "step": step + 1, "epoch": self.schedule.epoch(step), "loss": float(total), "lr": lr}
+        row |= {name: float(norm) for name, norm in norms.items()} | self.learner.metrics()
+        self._log(row | {"seconds": round(time.perf_counter() - started, 4)})
         return float(total)
 
     def _log(self, row: dict[str, Any]) -> None:
@@ -283,7 +279,17 @@ class Trainer:
 
     def _micro_steps(self, start: int) -> Iterator[MicroStep]:
         """The micro-steps of the run from the step `start` on, loaded as they are asked for."""
-        stream = self._training_batches(self.schedule.batches_of(start, 0).start)
+        pre, config = self.preprocessing, self.config
+        loader = train_loader(
+            self.splits.train,
+            train_transform(pre.size, pre.interpolation, config.augment),
+            batch_size=self.schedule.batch_size,
+            epochs=self.schedule.total_epochs,
+            seed=config.seed,
+            start=self.schedule.batches_of(start, 0).start,
+            **self._loading,
+        )
+        stream = batches(loader)
         for step in range(start, self.total_steps):
             for micro in range(self.schedule.num_micro(step)):
                 numbers = self.schedule.batches_of(step, micro)
@@ -292,23 +298,7 @@ class Trainer:
 
     def _backward(self, work: MicroStep) -> Tensor:
         torch.manual_seed(work.noise_seed(self.config.seed))
-        try:
-            return self.learner.backward(work)
-        except TrainingError as error:
-            raise self._stopped(str(error)) from error
-
-    def _require_finite(self, loss: Tensor, norms: list[Tensor]) -> None:
-        """Stops before weights are touched. Under fp16 an overflowing gradient is the scaler's to handle."""
-        bad = "loss" if not loss.isfinite() else "gradient" if not all(norm.isfinite() for norm in norms) else None
-        if bad == "loss" or (bad and self.precision != "fp16"):
-            raise self._stopped(f"the {bad} is not finite")
-
-    def _stopped(self, why: str) -> TrainingError:
-        file = self.place.checkpoint()
-        kept = "no checkpoint had been saved yet" if file is None else f"the last good checkpoint is {file}"
-        return TrainingError(
-            f"{why} at step {self.progress.step + 1}; {kept}; try a lower --lr, more --warmup, or --precision fp32"
-        )
+        return self.learner.backward(work)
 
     def _after_step(self) -> None:
         """At the end of an epoch evaluates, and saves a checkpoint whenever one is due."""
@@ -344,16 +334,8 @@ class Trainer:
         self._print(f"epoch {at.epochs}: accuracy {at.last_accuracy:.2%}, loss {result.loss:.4f}{sent}")
         self.place.end_evaluation(at)
 
-    # ------------------------------------------------------------------------------------- saving and resuming
-
     def _save(self) -> None:
         self.place.save(self.learner, self.progress, self._state())
-
-    def _save_to_stop(self) -> None:
-        try:
-            self._save()
-        except GoBack as back:  # to what both sides have saved
-            self._go_back(back)
 
     def _state(self) -> State:
         """The state of all ranks: it is collective."""
@@ -390,65 +372,23 @@ class Trainer:
             if getattr(saved, name) != getattr(now, name):
                 self._print(f"resuming with other {name} than the run began with: results may differ in rounding")
 
-    # --------------------------------------------------------------------------------------------- data, display
-
-    def _training_batches(self, start: int) -> Iterator[Batch]:
-        pre = self.preprocessing
-        loader = train_loader(
-            self.splits.train,
-            train_transform(pre.size, pre.interpolation, self.config.augment),
-            batch_size=self.schedule.batch_size,
-            epochs=self.schedule.total_epochs,
-            seed=self.config.seed,
-            start=start,
-            share=self.ranks.share,
-            workers=self.config.workers,
-            pin_memory=self.device.type == "cuda",
-        )
-        return batches(loader)
-
-    @property
-    def _held_out(self) -> Iterator[Batch]:
-        if self._eval_loader is None:
-            pre = self.preprocessing
-            self._eval_loader = eval_loader(
-                self.splits.val,
-                eval_transform(pre.size, pre.interpolation, pre.crop_pct),
-                batch_size=self.config.batch_size,
-                share=self.ranks.share,
-                workers=self.config.workers,
-                pin_memory=self.device.type == "cuda",
-            )
-        return batches(self._eval_loader)
-
-    def _where(self) -> str:
-        if self.ranks.size == 1:
-            return str(self.device)
-        step = self.schedule.batch_size * self.config.accumulate
-        return f"{self.ranks.size} processes ({self.device.type}), {step} pictures a step together"
-
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    @contextmanager
-    def _progress_bar(self) -> Iterator[None]:
+    def _print_start(self) -> None:
+        """What trains on what."""
+        where = str(self.device)
+        if self.ranks.size > 1:
+            step = self.schedule.batch_size * self.config.accumulate
+            where = f"{self.ranks.size} processes ({self.device.type}), {step} pictures a step together"
         self._print(
-            f"{self.config.model}, {self.config.method_name}, {self.precision} on {self._where()}: "
+            f"{self.config.model}, {self.config.method_name}, {self.precision} on {where}: "
             f"{len(self.splits.train)} pictures to train, {len(self.splits.val)} held out, "
             f"{len(self.splits.train.classes)} classes ({self.splits.source}); {self.learner.describe()}"
         )
         for line in (*self.splits.notes, imbalance(self.splits.train)):
             if line:
                 self._print(line)
-        with progress_bar(self.console, total=self.total_steps, completed=self.progress.step) as bar:
-
-            def show(loss: float, seconds: float) -> None:
-                rate = self.schedule.batch_size * self.config.accumulate / seconds
-                bar(self.progress.step, f"loss {loss:.4f}  {rate:.0f} pictures/s{self.learner.status()}")
-
-            before, self._display = self._display, show
-            yield
-            self._display = before
 
 
 def _absolute(source: str | Path | None) -> str | None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -26,20 +27,13 @@ def make_optimizer(
     groups: dict[tuple[int, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in vit.model.named_parameters():
         groups.setdefault((vit.layer_of(name), vit.decays(name, parameter)), []).append(parameter)
-    rows = [
-        {
-            "params": parameters,
-            "weight_decay": weight_decay if decays else 0.0,
-            "scale": layer_decay ** (vit.top_layer - layer),
-        }
-        for (layer, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
-    ]
-    added = list(others)
-    return torch.optim.AdamW(
-        rows + ([{"params": added, "weight_decay": 0.0, "scale": 1.0}] if added else []),
-        lr=lr,
-        fused=device.type in ("cpu", "cuda"),
-    )
+    rows: list[dict[str, Any]] = []
+    for layer, decays in sorted(groups):
+        scale = layer_decay ** (vit.top_layer - layer)
+        rows.append({"params": groups[layer, decays], "weight_decay": weight_decay if decays else 0.0, "scale": scale})
+    if added := list(others):
+        rows.append({"params": added, "weight_decay": 0.0, "scale": 1.0})
+    return torch.optim.AdamW(rows, lr=lr, fused=device.type in ("cpu", "cuda"))
 
 
 def lr_factor(step: int, total: int, warmup: float) -> float:

@@ -73,13 +73,7 @@ MakeLearner = Callable[[ViT, Setup], Learner]
 
 
 class Place(ABC):
-    """Where a run lives.
-
-    Args:
-        config: the settings of the run.
-        run: its folder.
-        saved: what was decided when the run began; None for a new one.
-    """
+    """Where a run lives; `saved` is what was decided when it began, None for a new one."""
 
     server: ServerAddress | None = None
     """Where the other half of the model is, if it is not here."""
@@ -97,12 +91,7 @@ class Place(ABC):
 
     @abstractmethod
     def begin(self, learner: Learner, resolved: Resolved, state: Callable[[], State]) -> State | None:
-        """Puts the run in its folder, or weights and optimizers back where it is resumed.
-
-        Args:
-            learner: as `make_learner` gave it.
-            resolved: what the run has decided.
-            state: the state now, whenever it is asked for.
+        """Puts a new run, whose `state` can be asked for, in its folder, or weights and optimizers of an old one back.
 
         Returns:
             The state to resume from; None at the start.
@@ -159,12 +148,7 @@ def make_whole_learner(vit: ViT, setup: Setup) -> Learner:
 
 
 class LocalPlace(Place):
-    """A run with all of its model in this process, or in several that torchrun started.
-
-    Args:
-        config: the settings of the run.
-        make_learner: for a whole model, or for one that is cut.
-        ranks: the processes of the run.
+    """A run with all of its model, whole or cut, in this process, or in several that torchrun started.
 
     Raises:
         SnelloError: where the run folder cannot be used; nothing has been written.

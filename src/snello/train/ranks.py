@@ -20,31 +20,17 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
 from torch import Tensor
 
-from snello.config import FinetuneConfig
 from snello.devices import Precision, resolve_device
+from snello.environment import num_processes
 from snello.errors import ConfigError, SnelloError
 
 T = TypeVar("T")
 
 # Set by `accelerate launch` for plugins that would change what is computed, or how, behind the loop's back.
 PLUGINS = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
-
-
-def world_size() -> int:
-    """As how many processes torchrun or `accelerate launch` started this."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def require_alone(config: FinetuneConfig) -> None:
-    """Refuses a cut where several processes were started.
-
-    Raises:
-        ConfigError: saying so.
-    """
-    if config.split.cut and world_size() > 1:
-        raise ConfigError("--split.cut: a cut model trains in one process: start it without torchrun")
 
 
 class Elsewhere(SnelloError):
@@ -85,9 +71,8 @@ class Ranks:
         if self.size == 1:
             return resolve_device(name)
         if name not in ("auto", "cpu", "cuda"):
-            raise ConfigError(
-                f"--device must be auto, cpu or cuda with several processes (each takes its own GPU), got {name}"
-            )
+            rule = "auto, cpu or cuda with several processes (each takes its own GPU)"
+            raise ConfigError(f"--device must be {rule}, got {name}")
         cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
         return resolve_device(f"cuda:{self.local_rank}" if cuda else "cpu")
 
@@ -125,7 +110,8 @@ class Ranks:
         if not self.any(error is not None):
             return
         texts: list[str | None] = [None] * self.size
-        dist.all_gather_object(texts, None if error is None else _said(error))
+        said = str(error) if isinstance(error, SnelloError) else f"{type(error).__name__}: {error}"
+        dist.all_gather_object(texts, None if error is None else said)
         if error is not None and (self.is_main or not isinstance(error, SnelloError)):
             raise error
         if self.is_main:
@@ -169,8 +155,6 @@ class Ranks:
             with self.together():
                 if self.is_first_here == turn:
                     made = [make()]
-            if self.size == 1:
-                break
         return made[0]
 
     def command(self, verb: Sequence[str]) -> str:
@@ -189,25 +173,17 @@ class Ranks:
 ALONE = Ranks()
 
 
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, SnelloError) else f"{type(error).__name__}: {error}"
-
-
 def connect(device: str) -> Ranks:
-    """The processes of the run, connected as long as this one lives.
-
-    Args:
-        device: the name that the user gave: without GPUs gloo does all the talking, with them NCCL that of tensors.
+    """The processes of the run, connected as long as this one lives; unless all is on the CPU, tensors go by NCCL.
 
     Raises:
         ConfigError: for a plugin of `accelerate launch` that is not supported.
     """
     for plugin in PLUGINS:
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("true", "1"):
-            raise ConfigError(
-                f"accelerate launch: {plugin} is not supported (docs/scale.md says why): use data parallelism"
-            )
-    if world_size() == 1:
+            why = "is not supported (docs/scale.md says why): use data parallelism"
+            raise ConfigError(f"accelerate launch: {plugin} {why}")
+    if num_processes() == 1:
         return ALONE
     if not dist.is_initialized():  # a program that calls snello may have done it, or an earlier run
         dist.init_process_group("cuda:nccl,cpu:gloo" if device != "cpu" and torch.cuda.is_available() else "gloo")
@@ -236,34 +212,15 @@ def wait_for_main() -> None:
 def make_accelerator(device: torch.device, precision: Precision, ranks: Ranks = ALONE) -> Accelerator:
     """An Accelerator on `device`; what an earlier run in this process set up is forgotten first."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    # The one way to name a device that it honours on every back end; what it would read from a launcher is left out.
-    settings: dict[str, str | None] = {"ACCELERATE_TORCH_DEVICE": str(device)}
-    settings["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = None  # backward() would divide by it once more
+    # The one way to name a device that it honours on every back end; what it would read from a launcher is overruled.
+    settings: dict[str, object] = {"ACCELERATE_TORCH_DEVICE": device}
+    settings["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = 1  # backward() would divide by it once more
     if ranks.size == 1:
-        settings["LOCAL_RANK"] = None
-    with _environment(settings):
+        settings["LOCAL_RANK"] = -1
+    with patch_environment(**settings):
         return Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
             cpu=device.type == "cpu",
             # A block that ALaST has frozen gets no gradient that DDP could wait for.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
-
-
-@contextmanager
-def _environment(settings: dict[str, str | None]) -> Iterator[None]:
-    """With these environment variables; None takes one away."""
-    before = {name: os.environ.get(name) for name in settings}
-    _set(settings)
-    try:
-        yield
-    finally:
-        _set(before)
-
-
-def _set(values: dict[str, str | None]) -> None:
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value

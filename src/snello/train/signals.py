@@ -1,9 +1,13 @@
-"""Ctrl-C and SIGTERM: the step under way ends, a checkpoint is saved, and the run says how it goes on."""
+"""Ctrl-C and SIGTERM: the step under way ends, a checkpoint is saved, and the run says how it goes on.
+
+Outside the main thread signals cannot be caught: there nothing here acts.
+"""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 ASKING = (signal.SIGINT, signal.SIGTERM)
 """The signals that ask a run to stop."""
@@ -17,12 +21,8 @@ class Interrupted(Exception):
 def stopping(asked: list[int], *, patient: bool = False) -> Iterator[None]:
     """Fills a list when Ctrl-C or SIGTERM asks to stop; a second Ctrl-C stops at once.
 
-    Outside the main thread signals cannot be caught: there it stays empty.
-
-    Args:
-        asked: what is filled; emptied first.
-        patient: takes no notice of a second one, not even when the block has ended. torchrun passes on to its processes
-            the Ctrl-C that the terminal has already sent them, and kills those that do not end in 30 s.
+    A `patient` block takes no notice of a second one, not even when it has ended: torchrun passes on to its processes
+    the Ctrl-C that the terminal has already sent them, and kills those that do not end in 30 s.
     """
     asked.clear()
 
@@ -31,35 +31,36 @@ def stopping(asked: list[int], *, patient: bool = False) -> Iterator[None]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    try:
-        before = {number: signal.signal(number, ask) for number in ASKING}
-    except ValueError:
-        before = {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if patient and asked else handler)
+    with _handled(ask) as after:
+        try:
+            yield
+        finally:
+            if patient and asked:
+                after.update(dict.fromkeys(after, signal.SIG_IGN))
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Lets SIGTERM interrupt a block as Ctrl-C does, by KeyboardInterrupt; what comes after the first is ignored.
-
-    Outside the main thread signals cannot be caught: there nothing changes.
-    """
+    """Lets SIGTERM interrupt a block as Ctrl-C does, by KeyboardInterrupt; what comes after the first is ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         for each in ASKING:  # torchrun sends again what the terminal has already sent
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    try:
-        before = {number: signal.signal(number, interrupt) for number in ASKING}
-    except ValueError:
-        before = {}
-    try:
+    with _handled(interrupt):
         yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[dict[int, Any]]:
+    """Handles the signals in a block; yields what handles them after it."""
+    try:
+        after: dict[int, Any] = {number: signal.signal(number, handler) for number in ASKING}
+    except ValueError:
+        after = {}
+    try:
+        yield after
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in after.items():
+            signal.signal(number, former)

@@ -24,28 +24,18 @@ PROJECT = "snello"
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """Says what to install where a tracker's package is missing.
-
-    Raises:
-        ConfigError: with the pip command.
-    """
+    """Raises a ConfigError with the pip command where a tracker's package is missing."""
     for name in names:
         if find_spec(name) is None:
             raise ConfigError(f"--track {name} needs a package that is not installed: pip install {name}")
 
 
 class Trackers:
-    """The trackers of a run; they open when the first row comes.
-
-    Args:
-        names: some of tensorboard, wandb, mlflow.
-        run: whose folder holds TensorBoard's files and tracking.json.
-        settings: shown beside the run, flat.
-    """
+    """The trackers of a run, which show its flat `settings` beside it; they open when the first row comes."""
 
     def __init__(self, names: Sequence[str], run: RunFolder, settings: dict[str, Any]) -> None:
         self.names, self.run, self.settings = tuple(names), run, settings
-        self._open: dict[str, Any] | None = None  # Accelerate has no types
+        self._open: dict[str, Any] = {}  # Accelerate has no types
 
     def log(self, row: dict[str, Any], num_samples: int = 0) -> None:
         """A row of metrics.jsonl; `num_samples` are the pictures of a step.
@@ -57,28 +47,24 @@ class Trackers:
         """
         if not self.names:
             return
-        if self._open is None:
+        if not self._open:
             self._open = {name: self._started(name, row["step"]) for name in self.names}
         values = scalars(row, num_samples)
         for name, tracker in list(self._open.items()):
             try:
                 tracker.log(values, step=row["step"])
             except Exception as error:  # whatever the package raises, it must not cost the run
-                self._leave_out(name, row["step"], error)
+                del self._open[name]
+                self.names = tuple(self._open)
+                text = f"--track {name} failed at step {row['step']}, the run goes on without it: {_line(error)}"
+                warnings.warn(text, SnelloWarning, stacklevel=2)
 
     def close(self) -> None:
         """Writes what is left. The next row opens them again: a run that goes back does its steps once more."""
-        for tracker in (self._open or {}).values():
+        for tracker in self._open.values():
             with contextlib.suppress(Exception):  # metrics.jsonl has all of it
                 tracker.finish()
-        self._open = None
-
-    def _leave_out(self, name: str, step: int, error: Exception) -> None:
-        assert self._open is not None
-        del self._open[name]
-        self.names = tuple(other for other in self.names if other != name)
-        text = f"--track {name} failed at step {step}, the run goes on without it: {_line(error)}"
-        warnings.warn(text, SnelloWarning, stacklevel=2)
+        self._open = {}
 
     def _started(self, name: str, step: int) -> Any:
         try:
