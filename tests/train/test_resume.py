@@ -21,7 +21,7 @@ from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
 from snello.errors import CheckpointError, ConfigError
 from snello.models import create_model
 from snello.runs.folder import RunFolder
-from snello.train import loop as training
+from snello.train import place
 from snello.train.loop import Trainer
 from snello.train.signals import stopping
 
@@ -99,7 +99,7 @@ def with_noise(*args, **kwargs) -> nn.Module:
 @pytest.mark.parametrize("method", ["full", "alast"])
 @pytest.mark.slow
 def test_noise_of_the_model_goes_on(small, tmp_path, monkeypatch, method):
-    monkeypatch.setattr(training, "create_model", with_noise)
+    monkeypatch.setattr(place, "create_model", with_noise)
     config = with_method(small, method=method, accumulate=3, checkpoint_steps=1)
     other = whole(config, tmp_path / "whole")
     cut_off(config, monkeypatch, Trainer, "_backward", 11)
@@ -167,7 +167,7 @@ def test_after_the_last_checkpoint(small, tmp_path, monkeypatch):
     """Trained to the end, but without a summary: resuming writes it and trains no further."""
     config = with_method(small, method="alast")
     other = whole(config, tmp_path / "whole")
-    cut_off(config, monkeypatch, Trainer, "summary", 1)
+    cut_off(config, monkeypatch, Trainer, "_summary", 1)
     monkeypatch.setattr(Trainer, "_step", None)
     finetune(resumed(config), QUIET)
     assert_same_run(config.out, other)
@@ -216,7 +216,7 @@ def test_killed_between_write_and_rename(small, tmp_path, name, call):
     other = whole(config, tmp_path / "whole")
     process = subprocess.run([sys.executable, "-c", DIES, name, str(call), "finetune", *flags(config)], timeout=300)
     assert process.returncode == -signal.SIGKILL
-    left = [path.name for path in config.out.glob(".*")]
+    left = [path.name for path in config.out.glob(".*") if path.name != ".lock"]
     assert left == [f".{name}.tmp"], "a killed process cleans nothing up"
     step = 6
     assert len(rows_of(config.out, "step")) == 7 > step
