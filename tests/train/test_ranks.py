@@ -200,7 +200,7 @@ def test_what_fails_on_one_rank_ends_both(two):
     """One says why, in the words of the rank that knows; the other says nothing."""
     one, other = (seen["error"] for seen in saw(two, "bad"))
     assert one[1].endswith(".png: cannot be read as a picture: not a known picture format (process 1 of 2)")
-    assert other[0] == "Elsewhere" and not RunFolder(two / "bad-run").checkpoint_file.exists()
+    assert other[0] == "OtherRankFailed" and not RunFolder(two / "bad-run").checkpoint_file.exists()
     for error in (seen["error"] for seen in saw(two, "nan")):
         assert error[0] == "TrainingError" and "is not finite at step" in error[1]
     one, other = (seen["error"] for seen in saw(two, "device"))
@@ -208,7 +208,7 @@ def test_what_fails_on_one_rank_ends_both(two):
         "ConfigError",
         "--device must be auto, cpu or cuda with several processes (each takes its own GPU), got cuda:0",
     ]
-    assert other[0] == "Elsewhere" and not (two / "device").exists()
+    assert other[0] == "OtherRankFailed" and not (two / "device").exists()
 
 
 @posix

@@ -160,7 +160,7 @@ def test_a_tracker_that_fails_on_the_way_is_left_out(small, monkeypatch, capfd):
 
     wandb.rows = Full()
     finetune(replace(small, track=("wandb", "tensorboard")), Console(stderr=True))
-    said = "warning: --track wandb failed at step 4, the run goes on without it: no connection\n"
+    said = "warning: --track wandb failed at step 4, the run continues without it: no connection\n"
     assert capfd.readouterr().err.count(said) == 1
     assert shown(small.out)["train/loss"] == expected(small.out, "step", "loss")
     assert len(wandb.rows) == 3

@@ -21,7 +21,7 @@ from snello.models.hub import one_line
 from snello.vit import logits_of
 
 BATCH = 2
-"""Of the pictures that the exporter traces with: it would take 0 and 1 for constants."""
+"""Pictures that the exporter traces with: it would take 0 and 1 for constants."""
 CHECKED = (1, 5)
 """Batches that are compared, neither of them the exporter's."""
 TOLERANCE = 1e-4

@@ -65,7 +65,7 @@ class ALaSTCallback(Callback):  # type: ignore[misc]
         self._resuming, self._loaded = True, checkpoint["callbacks"].get(self.state_key)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attaches ALaST, and goes on from the checkpoint."""
+        """Attaches ALaST, and resumes from the checkpoint."""
         _check_strategy(trainer.strategy)
         self._attachment.detach()
         self._attachment.attach(_find(pl_module, self._module))

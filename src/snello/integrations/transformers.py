@@ -8,7 +8,7 @@ The step for the next optimizer step is done at the end of the one before it, no
 pending when a checkpoint is saved, which only one process does, and which would have its own deltas alone.
 
 The Trainer saves a model under the names that the hub knows, and reads checkpoints under those of the code. Where they
-differ, as for ViT, it would go on with fresh blocks (huggingface/transformers#48805): while we are attached it saves
+differ, as for ViT, it would continue with fresh blocks (huggingface/transformers#48805): while we are attached it saves
 under the names of the code.
 """
 
@@ -71,7 +71,7 @@ class ALaSTCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attaches ALaST, and goes on from the checkpoint or draws the first blocks."""
+        """Attaches ALaST, and resumes from the checkpoint or draws the first blocks."""
         _check_parallelism(args)
         self.detach()  # where an error ended the training before
         kwargs["model"].train()  # the Trainer does it too, but only after ALaST's first step

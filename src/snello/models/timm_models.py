@@ -18,7 +18,7 @@ from snello.vit import SUPPORTED, ViT
 
 
 def create(name: str, weights: str, num_classes: int, image_size: int | None) -> nn.Module:
-    """See `snello.models.create_model`."""
+    """Creates a model as `snello.models.create_model` describes."""
     _check_name(name)
     with torch.device("meta"):  # refuse before anything is downloaded
         require_size(name, image_size, ViT(_build(name)).patch_size)

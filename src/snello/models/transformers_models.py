@@ -37,7 +37,7 @@ RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 def create(
     name: str, weights: str, num_classes: int, image_size: int | None, architecture: Mapping[str, Any] | None
 ) -> nn.Module:
-    """See `snello.models.create_model`."""
+    """Creates a model as `snello.models.create_model` describes."""
     source = name.removeprefix("hf:")
     if not source:
         raise ModelError(f"the name of a model is missing in {name!r}: give hf:NAME, or a folder")

@@ -124,7 +124,7 @@ class Targets:
 
     @classmethod
     def of(cls, labels: Tensor, groups: Tensor | None, num_rows: int, num_classes: int) -> "Targets":
-        """Of labels (B,) whose samples went into the rows `groups` (B,)."""
+        """Makes the targets of labels (B,) whose samples went into the rows `groups` (B,)."""
         if groups is None:
             return cls(labels, None)
         counts = torch.zeros(num_rows, num_classes, device=labels.device)

@@ -33,7 +33,7 @@ State = dict[str, Any]
 
 
 class GoBack(Exception):
-    """Steps have been lost elsewhere: `Place.go_back` says where the run goes on."""
+    """Steps have been lost elsewhere: `Place.go_back` says where the run continues."""
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Place(ABC):
         return self.run.checkpoint_file if self.run.checkpoint_file.exists() else None
 
     def go_back(self, error: GoBack, progress: Progress) -> State | None:
-        """Loads the checkpoint from which the run goes on; None where only the step under way is done again."""
+        """Loads the checkpoint from which the run continues; None where only the step under way is done again."""
         raise error
 
     def begin_evaluation(self) -> None:

@@ -33,7 +33,7 @@ T = TypeVar("T")
 PLUGINS = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
 
-class Elsewhere(SnelloError):
+class OtherRankFailed(SnelloError):
     """Another process of the run failed; the main one says why, so this one says nothing."""
 
 
@@ -95,7 +95,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails in this block on one rank ends all: the main one with what went wrong, others with `Elsewhere`.
+        """Ends all ranks where this block fails on one: the main one with what went wrong, the others silently.
 
         Nothing collective may stand in the block. An error that is no SnelloError also stays with the rank it is of.
         """
@@ -117,7 +117,7 @@ class Ranks:
         if self.is_main:
             rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
             raise SnelloError(f"{text} (process {rank} of {self.size})")
-        raise Elsewhere("another process failed")
+        raise OtherRankFailed("another process failed")
 
     def all_of(self, items: Iterable[T]) -> Iterator[T]:
         """This rank's items; where it fails to bring them, all ranks end. Go through it to its end."""

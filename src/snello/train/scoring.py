@@ -21,9 +21,9 @@ class Score:
     loss: float
     """Mean cross-entropy."""
     right: tuple[int, ...]
-    """Of each class, the pictures that were recognised."""
+    """Pictures of each class that were recognised."""
     pictures: tuple[int, ...]
-    """Of each class, the pictures that there were."""
+    """Pictures of each class."""
 
     @property
     def balanced_accuracy(self) -> float:
@@ -32,7 +32,7 @@ class Score:
         return sum(recalls) / len(recalls)
 
     def per_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:
-        """Of each class its name, pictures and accuracy (recall), which is None where it has no pictures."""
+        """Name, pictures and accuracy (recall) of each class; the accuracy is None where it has no pictures."""
         return [
             {"class": name, "pictures": num, "accuracy": right / num if num else None}
             for name, right, num in zip(classes, self.right, self.pictures, strict=True)

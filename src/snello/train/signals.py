@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step under way ends, a checkpoint is saved, and the run says how it goes on.
+"""Ctrl-C and SIGTERM: the step under way ends, a checkpoint is saved, and the run says how to resume it.
 
 Outside the main thread signals cannot be caught: there nothing here acts.
 """

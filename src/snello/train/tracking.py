@@ -56,7 +56,7 @@ class Trackers:
             except Exception as error:  # whatever the package raises, it must not cost the run
                 del self._open[name]
                 self.names = tuple(self._open)
-                text = f"--track {name} failed at step {row['step']}, the run goes on without it: {_line(error)}"
+                text = f"--track {name} failed at step {row['step']}, the run continues without it: {_line(error)}"
                 warnings.warn(text, SnelloWarning, stacklevel=2)
 
     def close(self) -> None:

@@ -127,7 +127,7 @@ class RemoteSession(Session):
 
     @override
     def set_state(self, side: Side, state: Mapping[str, Tensor]) -> None:
-        """See `Session`; Refused where the server takes no weights, or not these."""
+        """Continues with these weights; raises Refused where the server takes none, or not these."""
         if side == "server":
             self.place.request(weights_frame(Kind.SET_WEIGHTS, state))
         else:

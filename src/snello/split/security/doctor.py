@@ -309,7 +309,7 @@ def _admission(connection: ssl.SSLSocket, files: ClientFiles) -> Finding:
         return _refused("connection closed", files)
     if not _is_settings(received):
         return Finding("admission", False, "what answers is not a gRPC server", NOT_SNELLO)
-    return Finding("admission", True, f"the server goes on with client {files.name!r}")
+    return Finding("admission", True, f"the server admits client {files.name!r}")
 
 
 def _refused(reason: str, files: ClientFiles) -> Finding:

@@ -274,7 +274,7 @@ class InferenceSession:
             module.load_state_dict(files.load_tensors(run.weights_files[name])[0])
 
     def take(self, data: bytearray) -> Answer:
-        """See `Session`."""
+        """Answers a frame of evaluation or a request for weights; nothing moves."""
         frame = frames.read([data], self.max_body)
         if frame.kind == Kind.EVALUATION:
             answer = self.model.answer(frame, training=False)

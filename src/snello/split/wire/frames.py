@@ -57,7 +57,7 @@ class Kind(IntEnum):
     FINISH = 20  # up: the run is complete
     FINISHED = 21  # down: the server's count of what crossed the cut
     GET_WEIGHTS = 22  # up: asks for the server half's weights
-    SET_WEIGHTS = 23  # up: weights that the server half goes on with
+    SET_WEIGHTS = 23  # up: weights that the server's half continues with
     WEIGHTS = 24  # down: weights, or the word that they were taken
 
 

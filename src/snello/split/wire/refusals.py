@@ -39,16 +39,16 @@ ADVICE = {
     Code.UNKNOWN_SESSION: "put the server's --out folder back, or begin a new run with another --out",
     Code.NO_CHECKPOINT: "put the deleted checkpoints back, or begin a new run with another --out",
     Code.MALFORMED: "install the same version of snello on both sides; report it if they are",
-    Code.OUT_OF_TURN: "go on with --resume; report it if it comes back",
+    Code.OUT_OF_TURN: "resume it with --resume; report it if it comes back",
     Code.TOO_LARGE: "install the same version of snello on both sides; report it if they are",
     Code.TOO_SLOW: "use a faster link, a smaller --batch-size or a --split.codec that sends less",
-    Code.IDLE: "go on with --resume, or raise --idle-seconds of `snello serve`",
-    Code.SHUTDOWN: "go on with --resume when the server runs again",
-    Code.STORAGE: "who runs the server must free space in its --out folder; then go on with --resume",
+    Code.IDLE: "resume it with --resume, or raise --idle-seconds of `snello serve`",
+    Code.SHUTDOWN: "resume it with --resume when the server runs again",
+    Code.STORAGE: "who runs the server must free space in its --out folder; then resume it with --resume",
     Code.NOT_FINITE: "begin again with a lower --lr or more --warmup of `snello serve`, or with --precision fp32",
-    Code.TAKEN_OVER: "another process goes on with the same --out: stop one of them",
+    Code.TAKEN_OVER: "another process uses the same --out: stop one of them",
     Code.FORBIDDEN: "ask who runs the server",
-    Code.INTERNAL: "look into the server's log; go on with --resume",
+    Code.INTERNAL: "look into the server's log; resume it with --resume",
 }
 TRANSIENT = (Code.TOO_SLOW, Code.IDLE, Code.SHUTDOWN)
 """After these a client connects again by itself."""
