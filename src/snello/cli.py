@@ -158,7 +158,7 @@ def main(args: Sequence[str] | None = None) -> int:
     0, 1 where a check found something, 2 for input that cannot be used, 130 where the user interrupted.
     """
     verb, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
-    if verb in ("-h", "--help"):
+    if verb in ("-h", "--help", "help"):
         print(_help())
         return 0
     if verb == "--version":
@@ -268,9 +268,23 @@ def _default(cls: type[T], args: Sequence[str]) -> T | None:
             values = {f.name: values[f.name] for f in fields(JoinConfig) if f.name in values}
             values |= {name: value for name, value in server.items() if name != "session"}
         if resolved is not None:  # of a run
-            values = effective(cls, values | {"out": None}, str(file))  # its folder is not the new run's
+            values = values | {"out": None} if file is run else _of_a_new_run(values, resolved, file)
+            values = effective(cls, values, str(file))
         return from_dict(cls, values, str(file), checked=False)
     return None
+
+
+def _of_a_new_run(values: dict[str, Any], resolved: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The settings of a run for another one: not into its folder, and with its pictures from any folder."""
+    values = dict(values)
+    out = Path(values.get("out") or "")
+    if not out.parts or file.resolve().parent.parts[-len(out.parts) :] == out.parts:
+        values["out"] = None
+    for name in ("data", "data_root"):
+        known = resolved.get(name)
+        if known is not None and Path(known).exists() and not Path(values[name]).exists():
+            values[name] = known
+    return values
 
 
 if __name__ == "__main__":

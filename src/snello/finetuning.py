@@ -47,7 +47,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Summary:
         summary.write(run.summary_file)
         terminal.print_traffic(console, traffic)
         pictures.plot_traffic(run)
-    elif config.compare:
+    elif config.compare and summary.costs["step_time_s"] is None:
         gc.collect()  # the trainer's memory is the comparison's
         costs = _compare(config, run, summary, state, console)
         if costs is not None:
@@ -67,6 +67,7 @@ def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunF
     )
     found = (splits.train.classes, splits.num_skipped, list(splits.train.labels), list(splits.val.labels))
     ranks.require_same(found, DataError(f"--data: other pictures than in process 0 ({splits.source})"))
+    known = Summary.read(place.run.summary_file)  # of a run that was complete already
     with warnings_on(console):
         trainer = Trainer(config, splits, place, console, ranks)
         try:
@@ -76,7 +77,7 @@ def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunF
             trainer.close()
     state = trainer.learner.state_dict()["method"]
     if summary.traffic is None:
-        summary = replace(summary, costs=comparison.not_measured(config.method_name))
+        summary = replace(summary, costs=known.costs if known else comparison.not_measured(config.method_name))
         ranks.on_main(lambda: summary.write(place.run.summary_file))
     terminal.print_result(console, summary, splits.num_skipped)
     return place.run, summary, state

@@ -268,6 +268,24 @@ def test_config_of_a_run_is_a_config(small, tmp_path):
     assert elsewhere == dataclasses.replace(small, out=tmp_path / "b", config=run.config_file, seed=3)
 
 
+def test_config_of_a_run_finds_its_pictures_from_another_folder(small, tmp_path, monkeypatch):
+    """And a copy whose `out` was edited means it."""
+    from snello.runs.folder import RunFolder
+
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "other").mkdir()
+    run = RunFolder(tmp_path / "runs" / "a")
+    resolved = dataclasses.replace(RESOLVED, data=str(tmp_path / "photos"))
+    run.create(dataclasses.replace(small, data="photos", out=Path("runs/a")), resolved)
+    monkeypatch.chdir(tmp_path)
+    assert parse("--config", "runs/a/config.yaml").data == "photos"
+    monkeypatch.chdir(tmp_path / "other")
+    config = parse("--config", "../runs/a/config.yaml")
+    assert (config.data, config.out) == (str(tmp_path / "photos"), None)
+    values = yaml.safe_load(run.config_file.read_text()) | {"out": "runs/b"}
+    assert parse("--config", write(tmp_path / "c.yaml", yaml.safe_dump(values))).out == Path("runs/b")
+
+
 def test_resume_takes_the_settings_of_the_run(small):
     from snello.runs.folder import RunFolder
 

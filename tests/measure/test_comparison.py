@@ -24,6 +24,17 @@ SUMMARY = SimpleNamespace(num_classes=3, device="cpu", precision="fp32", attenti
 # ------------------------------------------------------------------------------------------------------- for real
 
 
+def test_a_complete_run_is_not_measured_again(small, monkeypatch):
+    config = replace(small, epochs=1, compare=True)
+    calls = []
+    one = dict.fromkeys(not_measured("full"), 1)
+    measured = SimpleNamespace(summary=lambda: one)
+    monkeypatch.setattr(comparison, "compare", lambda *args: calls.append(args) or measured)
+    monkeypatch.setattr("snello.report.terminal.print_costs", lambda console, costs: None)
+    first = finetune(config)
+    assert finetune(replace(config, resume=True)) == first and first.items() >= one.items() and len(calls) == 1
+
+
 @pytest.mark.slow
 def test_run_with_comparison(small, capsys):
     """From the training to the summary and the table that is printed."""

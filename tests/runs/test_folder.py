@@ -105,6 +105,8 @@ def test_a_second_process_is_told_whose_the_folder_is(small, capfd):
     rows = rows_of(small.out)
     assert cli.main(["finetune", *flags(replace(small, epochs=1)), "--resume"]) == 2
     assert f"is in use by process {holder.pid}" in capfd.readouterr().err and rows_of(small.out) == rows
+    assert cli.main(["finetune", *flags(replace(small, epochs=1))]) == 2
+    assert f"is in use by process {holder.pid}" in capfd.readouterr().err
     holder.kill()
     holder.wait()
     assert cli.main(["finetune", *flags(replace(small, epochs=1)), "--resume"]) == 0

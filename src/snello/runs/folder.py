@@ -99,6 +99,9 @@ class RunFolder:
         if config.resume and not run.config_file.is_file():
             raise ConfigError(f"--resume: {config.out} holds no run (no config.yaml); leave --resume out to start one")
         if not config.resume:
+            if (config.out / LOCK).exists():  # a run that has the folder says more than that it is not empty
+                run.lock()
+                run.release()
             run._require_empty()
         return run
 
@@ -166,7 +169,8 @@ class RunFolder:
             CheckpointError: where the folder holds no readable run.
         """
         if not self.config_file.is_file():
-            raise CheckpointError(f"{self.path} is not a run folder: there is no config.yaml in it")
+            why = "there is no config.yaml in it" if self.path.exists() else "it does not exist"
+            raise CheckpointError(f"{self.path} is not a run folder: {why}")
         values = read_yaml(self.config_file)
         resolved = values.pop("resolved", None)
         where = f"{self.config_file}: resolved"

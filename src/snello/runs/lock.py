@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from typing import IO
+from weakref import WeakSet
 
 from snello.errors import ConfigError
 
@@ -12,13 +13,12 @@ except ImportError:  # Windows: folders are not locked there
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
-_held: set[IO[str]] = set()
+_held: "WeakSet[IO[str]]" = WeakSet()
 
 
 def _close_held() -> None:
-    for file in _held:
+    for file in list(_held):
         file.close()
-    _held.clear()
 
 
 if fcntl is not None:  # a process that loads pictures may outlive a run that was killed, and would keep it locked
@@ -58,5 +58,4 @@ class Lock:
         if self._file is not None:
             Path(self._file.name).unlink(missing_ok=True)
             self._file.close()
-            _held.discard(self._file)
             self._file = None

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from snello.errors import SnelloWarning
 
@@ -14,8 +15,13 @@ from snello.errors import SnelloWarning
 @contextmanager
 def progress_bar(console: Console, *, total: int, completed: int) -> Iterator[Callable[[int, str], None]]:
     """A bar of `total` steps of which `completed` are done; yields what sets their number and the text beside it."""
-    title, said = TextColumn("{task.description}"), TextColumn("{task.fields[said]}")
-    columns = (title, BarColumn(bar_width=20), MofNCompleteColumn(), said, TimeRemainingColumn())
+    narrow, whole = Column(max_width=20), Column(no_wrap=True)  # where there is little room the bar gives way
+    columns = (
+        BarColumn(bar_width=None, table_column=narrow),
+        MofNCompleteColumn(table_column=whole),
+        TextColumn("{task.fields[said]}"),
+        TimeRemainingColumn(table_column=whole),
+    )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=total, completed=completed, said="")
         yield lambda done, said: bar.update(task, completed=done, said=said)

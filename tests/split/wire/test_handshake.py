@@ -18,7 +18,7 @@ from snello.split.wire.frames import VERSION, Kind, control, control_values, rea
 from snello.split.wire.handshake import Hello, RunShape, Terms, Welcome, hash_of, make_terms, parse, recipe_values
 from snello.split.wire.refusals import Code, Refused
 
-TERMS = Terms(VERSION, "test_vit", "0123456789abcdef", 3, "none", "server", 10, 48, "fp32")
+TERMS = Terms(VERSION, "test_vit", 3, "none", "server", 10, 48, "fp32", "0123456789abcdef")
 PLAN = RunShape(10, 6, "abc")
 SESSION = "0123456789abcdef" * 2
 HELLO = Hello("train", SESSION, TERMS, PLAN, 3, "f" * 32, [2, 3])
@@ -196,3 +196,14 @@ def test_what_a_client_is_told_of_the_settings():
     for f in fields(Recipe):
         if f.name not in own:
             assert getattr(back, f.name) == getattr(config, f.name), f.name
+
+
+def test_other_classes_are_named_before_a_fingerprint():
+    """The head's shape, so the fingerprint, differs too, but says nothing to a user."""
+    recipe = Recipe(model="test_vit", weights="none")
+    terms = [
+        make_terms(create_model("test_vit", "none", n), recipe, codec="none", num_classes=n, precision="fp32")
+        for n in (3, 4)
+    ]
+    with pytest.raises(Refused, match="num classes: the server has 3, the client 4"):
+        terms[0].require(terms[1])

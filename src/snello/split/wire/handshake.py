@@ -26,14 +26,14 @@ class Terms:
 
     protocol: int
     model: str
-    fingerprint: str
-    """A hash of the architecture: names and shapes of all weights."""
     cut: int
     codec: str
     labels: str
     num_classes: int
     image_size: int
     precision: str
+    fingerprint: str
+    """A hash of the architecture: names and shapes of all weights. The last: a difference above says more."""
 
     def require(self, other: "Terms") -> None:
         """Compares what a client has with what this server has.
@@ -139,13 +139,13 @@ def make_terms(model: nn.Module, recipe: Recipe, *, codec: str, num_classes: int
     return Terms(
         protocol=VERSION,
         model=recipe.model,
-        fingerprint=hashlib.sha256(weights.encode()).hexdigest()[:16],
         cut=recipe.split.cut,
         codec=codec,
         labels=recipe.split.labels,
         num_classes=num_classes,
         image_size=preprocessing(model, recipe.image_size).size,
         precision=precision,
+        fingerprint=hashlib.sha256(weights.encode()).hexdigest()[:16],
     )
 
 
