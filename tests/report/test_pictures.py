@@ -33,8 +33,9 @@ def test_an_epoch_that_traffic_cut_short_counts_as_its_part():
     times = {"client_seconds": 1.0, "server_seconds": 2.0}
     steps = [{"step": step + 1, "epoch": step // 7, **times} for step in range(10)]
     evaluations = [{"step": step, "epoch": 1, "accuracy": 0.5, "training_bytes": step} for step in (7, 10)]
-    (line,) = traffic_figure(steps, evaluations).axes[0].lines
-    assert list(line.get_xdata()) == [1, 10 / 7]
+    axes = traffic_figure(steps, evaluations).axes[0]
+    assert list(axes.lines[0].get_xdata()) == [1, 10 / 7]
+    assert all(tick == round(tick) for tick in axes.get_xticks())
 
 
 def test_a_run_without_budgets_has_no_picture_of_them(small):

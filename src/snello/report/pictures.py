@@ -62,6 +62,7 @@ def traffic_figure(steps: Rows, evaluations: Rows) -> "Figure":
     by_epoch, by_bytes, by_time = figure.subplots(1, 3, sharey=True)
     by_epoch.plot([step / per_epoch for step in at], accuracy, "o-")
     by_epoch.set(xlabel="epochs", ylabel="held-out accuracy, %")
+    by_epoch.xaxis.get_major_locator().set_params(integer=True)
     by_bytes.plot([row["training_bytes"] / 1e6 for row in evaluations], accuracy, "o-")
     by_bytes.set_xlabel("training traffic, MB")
     by_time.plot([compute[step] for step in at], accuracy, "o-", label=f"client and {server[0][0]}")
