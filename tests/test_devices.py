@@ -42,6 +42,7 @@ def grown(*args: str, **environment: str) -> int:
 @pytest.mark.skipif(
     sys.platform != "linux" or not _bf16_is_native(torch.device("cpu")), reason="needs oneDNN's products in bf16"
 )
+@pytest.mark.slow
 def test_kernels_for_ever_new_sizes_do_not_fill_the_memory(monkeypatch):
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         monkeypatch.delenv(name, raising=False)

@@ -21,6 +21,7 @@ def run(code: str, **environment: str) -> dict[str, str]:
     return values
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing():
     """No environment variable, and no setting of the C library's allocator."""
     # what snello imports has habits of its own: those are not ours to test
@@ -66,6 +67,7 @@ def test_too_late_for_grpc():
     assert KERNELS.keys() <= values.keys() and not GRPC.keys() & values.keys()
 
 
+@pytest.mark.slow
 def test_workers_are_forked_under_the_command_line():
     code = "from snello.data.loaders import _worker_context as context\nassert context() is None, context()"
     run("from snello import cli\ncli.main(['check-data'])\nimport grpc\n" + code)
@@ -79,6 +81,7 @@ def test_torchrun_is_told_to_be_quiet():
     assert "TORCH_CPP_LOG_LEVEL" not in run(code)
 
 
+@pytest.mark.slow
 def test_a_measuring_process_sets_its_own():
     code = "import contextlib, io, sys\nfrom snello.measure import process\nsys.stdin = io.StringIO('no request')\n"
     values = run(code + "with contextlib.suppress(ValueError): process._serve()")

@@ -59,6 +59,7 @@ def test_all_is_complete_and_star_import_works():
         snello.nothing  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_package_export_hides_no_function():
     """Whichever is asked for first."""
     code = (

@@ -502,6 +502,7 @@ def test_mix_never_changes():
     assert mix(0) == 0xE220A8397B1DCDAF >> 1
 
 
+@pytest.mark.slow
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
     keys = [(epoch, index) for epoch in range(3) for index in range(6)]
     dataset, other = training(), training(seed=1)
@@ -586,6 +587,7 @@ def test_train_loader_is_the_same_with_workers_and_after_a_cut():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.slow
 def test_eval_loader_keeps_the_order(workers):
     pictures = training(count=10).pictures
     state = torch.get_rng_state()

@@ -300,6 +300,7 @@ def test_only_regular_files_are_pictures(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+@pytest.mark.slow
 def test_a_pipe_is_refused_in_a_table_and_as_an_argument(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     put(tmp_path / "a.png", encoded("PNG"))

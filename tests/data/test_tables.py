@@ -40,6 +40,7 @@ def table(tmp_path: Path) -> Path:
     return write(tmp_path / "photos" / "photos.csv", "path,label", pictures(tmp_path / "photos"))
 
 
+@pytest.mark.slow
 def test_run_on_a_table(small, table, tmp_path):
     summary = assert_whole_run(replace(small, data=table), tmp_path / "runs")
     assert [row["class"] for row in summary["per_class"]] == list(NAMES)

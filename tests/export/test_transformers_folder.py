@@ -104,6 +104,7 @@ def test_both_libraries_prepare_pictures_of_a_model_of_timm_as_the_run_does(of_t
         assert prepared.shape == ours.shape and (prepared - ours).abs().max() <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_distillation_model_of_timm(tmp_path):
     write_run(tmp_path / "run", "deit_tiny_distilled_patch16_224", 32)
     folder, images = exported(tmp_path / "run", tmp_path / "out"), random_images(32)

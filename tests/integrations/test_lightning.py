@@ -313,6 +313,7 @@ def test_two_processes_stay_equal_and_resume_exactly(tmp_path):
         assert torch.equal(value, other["weights"][name]), name
 
 
+@pytest.mark.slow
 def test_a_compiled_module_is_traced_with_alast(tmp_path):
     torch._dynamo.reset()
     options = {"blocks": 1, "start_budget": 0.7, "alpha": 0.0, "draw": "lowest-first"}  # few things to trace

@@ -260,6 +260,7 @@ def test_methods_without_peft(monkeypatch):
     assert methods_of(settings(methods=("lora",))) == ["lora"]
 
 
+@pytest.mark.slow
 def test_for_real(capsys):
     """One candidate in a process of its own, through the command line."""
     args = ["--model", "test_vit", "--image-size", "48", "--methods", "head", "--batch-sizes", "4", "--device", "cpu"]

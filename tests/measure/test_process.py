@@ -20,6 +20,8 @@ from snello.measure import process
 from snello.measure.comparison import TimedCosts, compare, not_measured
 from snello.measure.process import OutOfMemoryError, Process, make_request
 
+pytestmark = pytest.mark.slow
+
 SUMMARY = {"num_classes": 3, "device": "cpu", "precision": "fp32", "attention": "explicit"}
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
 

@@ -226,6 +226,7 @@ def lora(small):
     return with_method(small, method="alast+lora", alast=AlastConfig(alpha=5.0, blocks=3), lora=LoraConfig(r=4))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_exactly_and_its_weights_are_merged(lora, tmp_path, monkeypatch):
     from snello.train import loop as training
 

@@ -134,6 +134,7 @@ def test_the_tail_drops_no_tokens(tail, dropped):
 
 
 @pytest.mark.filterwarnings("error::snello.errors.SnelloWarning")
+@pytest.mark.slow
 def test_our_own_loop_puts_the_model_into_training_mode_before_the_first_step(small):
     pytest.importorskip("transformers").ViTConfig(
         hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, image_size=48, patch_size=16

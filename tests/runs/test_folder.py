@@ -93,6 +93,7 @@ def test_two_runs_cannot_share_a_folder(small):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="folders are not locked there")
+@pytest.mark.slow
 def test_a_second_process_is_told_whose_the_folder_is(small, capfd):
     """And the lock of a process that was killed is gone with it."""
     finetune(replace(small, epochs=1), QUIET)

@@ -124,6 +124,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(split, tmp_path, monkey
     assert_same_run(config.out, other)
 
 
+@pytest.mark.slow
 def test_the_budget_ends_the_run_wherever_the_epochs_are(split):
     budget = 90_000
     config = with_codec(replace(split, epochs=1), "adc(0.5)", max_bytes=f"{budget}B")

@@ -92,6 +92,7 @@ def assert_as_in_one_process(config: FinetuneConfig, session: RemoteSession, out
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.slow
 def test_a_run_over_the_socket_ends_as_in_one_process(small, pictures, tmp_path, name):
     config, of_server = same_recipe(small, **RECIPES[name])
     local = finetune(config, QUIET)
@@ -234,6 +235,7 @@ def test_the_state_of_the_server(small, pictures, tmp_path):
 # ------------------------------------------------------------------------------------------------------ many clients
 
 
+@pytest.mark.slow
 def test_two_at_once_get_what_each_gets_alone(tmp_path):
     options = {"accumulate": 2, "labels": "client", "codec": "adc(0.5)+int8"}
     alone = []
@@ -543,6 +545,7 @@ class TestBesideTheProtocol:
 
 
 @pytest.mark.parametrize("labels", ["server", "client"])
+@pytest.mark.slow
 def test_a_server_that_is_stopped_and_started_again(small, pictures, tmp_path, labels):
     config, of_server = same_recipe(small, accumulate=2, split={"labels": labels})
     finetune(config, QUIET)
@@ -578,6 +581,7 @@ def test_a_server_that_is_stopped_and_started_again(small, pictures, tmp_path, l
             done[1].stop()
 
 
+@pytest.mark.slow
 def test_a_stop_between_two_steps_costs_nothing(small, pictures, tmp_path):
     """The client is told which step the server has saved, and saves it too: both go on from there."""
     config, of_server = same_recipe(small)
@@ -613,6 +617,7 @@ def test_who_was_taken_over_while_it_computed_is_told(patient):
             assert caught.value.code == Code.TAKEN_OVER
 
 
+@pytest.mark.slow
 def test_a_stop_with_nobody_there_and_with_one_in_mid_step(tmp_path):
     limits = Limits(grace_seconds=0.5)
     server = Running(serve_config(accumulate=2), tmp_path / "server", limits=limits)
