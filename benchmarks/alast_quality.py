@@ -124,7 +124,7 @@ def train(setting: Setting, args: argparse.Namespace, seed: int, epochs: int) ->
         return summary
     config = replace(configure(setting, args, seed, epochs), out=out, resume=(out / "config.yaml").exists())
     with (args.work / "console.log").open("a") as log:
-        return finetune(config, Console(file=log))
+        return finetune(config, Console(file=log)).to_dict()
 
 
 def main() -> None:

@@ -116,7 +116,7 @@ def train(setting: Setting, data: Path, work: Path, lr: float, seed: int) -> Non
         config = replace(config, out=out, resume=(out / "config.yaml").exists())
         with (work / "console.log").open("a") as log:
             summary = finetune(config, Console(file=log))
-        print(f"{setting.name:30} lr {lr:g} seed {seed}: {summary['last_accuracy']:.2%}", flush=True)
+        print(f"{setting.name:30} lr {lr:g} seed {seed}: {summary.last_accuracy:.2%}", flush=True)
     finally:
         claim.unlink()
 
