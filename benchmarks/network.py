@@ -36,6 +36,7 @@ from snello.environment import set_environment
 from snello.split.client.connection import Connection
 from snello.split.client.endpoints import make_endpoint
 from snello.split.client.join import RemoteSession
+from snello.split.learner import SplitLearner
 from snello.split.local import LocalSession
 from snello.split.security.certs import make_certs
 from snello.split.security.tls import ServerFiles
@@ -195,7 +196,7 @@ def _echo_servers(certs: Path, ports: Any) -> None:
         log = logging.getLogger("echo")
         log.addHandler(logging.NullHandler())
         who = Both(Certificates(), Tokens(files.tokens_file))
-        server = Server(EchoRegistry(), who, Telemetry(log), log)  # type: ignore[arg-type]
+        server = Server(EchoRegistry(), who, Telemetry(log), log)
         ours = await server.start("127.0.0.1:0", tls)
         other = grpc.aio.server(options=[("grpc.max_receive_message_length", 1 << 24)])
         handler = grpc.method_handlers_generic_handler(
@@ -346,7 +347,9 @@ def link(work: Path, delay: float = 0.02, bits_per_second: float = 10e6) -> dict
             with Proxy((host, int(port)), seconds=delay / 2, bits_per_second=bits_per_second) as proxy:
                 session = joined(work, proxy.address, "c1")
                 session.run(1)
-                counters = session.trainer.remote.ledger.counters
+                learner = session.trainer.learner
+                assert isinstance(learner, SplitLearner)
+                counters = learner.ledger.counters
                 before = counters.training
                 measured = step_seconds(session, slow)
                 size = (counters.training - before) / slow
