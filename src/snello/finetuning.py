@@ -16,7 +16,7 @@ from snello.runs.folder import RunFolder
 from snello.runs.summary import Summary
 from snello.split.flops import flops
 from snello.split.learner import make_split_learner
-from snello.train.display import warnings_on
+from snello.train.display import say, warnings_on
 from snello.train.loop import Trainer
 from snello.train.place import LocalPlace, make_whole_learner
 from snello.train.ranks import Ranks, connect
@@ -54,7 +54,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Summary:
             summary = replace(summary, costs=costs.summary())
             summary.write(run.summary_file)
             terminal.print_costs(console, costs)
-    console.print(f"run folder: {run.path}", highlight=False, soft_wrap=True)
+    say(console, f"run folder: {run.path}")
     return summary
 
 
@@ -91,6 +91,5 @@ def _compare(
         with interruptible(), terminal.measuring(console, config.method_name, run.path) as progress:
             return comparison.compare(config, summary, state, progress)
     except KeyboardInterrupt:
-        text = f"measuring skipped; the model is in {run.path}"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(console, f"measuring skipped; the model is in {run.path}")
         return None

@@ -1,5 +1,8 @@
 """Numbers and orders drawn from seeds: the same on every machine, and unrelated for neighbouring seeds."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 
@@ -21,3 +24,14 @@ def permutation(num: int, seed: int) -> list[int]:
     """The numbers 0..num-1 in an order drawn from `seed`."""
     order: list[int] = torch.randperm(num, generator=torch.Generator().manual_seed(seed)).tolist()
     return order
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws from torch's global CPU generator as of `seed` in this block; what follows draws as if it had not been."""
+    state = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed GPUs, for good
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -318,6 +318,15 @@ class TestHalfPrecision:
             assert torch.allclose(value, other, atol=1e-4), name
 
     @pytest.mark.parametrize("labels", ["server", "client"])
+    def test_a_half_that_trains_nothing_keeps_its_scale(self, monkeypatch, labels):
+        """With the head alone, one half has no gradients at all."""
+        monkeypatch.setattr("snello.split.halves.autocast", lambda *args: torch.autocast("cpu", enabled=False))
+        cut = make_cut(tiny_vit(), "none", precision="fp16", labels=labels, method="head")
+        for index in range(2):
+            step(cut, [batch(seed=index)], index)
+        assert cut.client.scale() == cut.server.scale() == 65536
+
+    @pytest.mark.parametrize("labels", ["server", "client"])
     @pytest.mark.parametrize("where", ["client", "server"])
     def test_an_overflow_in_either_half_skips_the_step_in_both(self, monkeypatch, labels, where):
         cut = self.cut(monkeypatch, labels)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from snello.codecs import build, codec_class
 from snello.config.codec_text import parse_codec
 from snello.errors import ConfigError, ProtocolError, TrainingError, require
-from snello.seeds import mix
+from snello.seeds import mix, seeded
 from snello.vit import Score
 
 Arrays = dict[str, Tensor]
@@ -185,8 +185,7 @@ class Codec(nn.Module):
     ) -> None:
         super().__init__()
         self.text = text
-        with torch.random.fork_rng():  # a codec's starting weights are its own affair
-            torch.manual_seed(mix(seed, 0xC0DEC))
+        with seeded(mix(seed, 0xC0DEC)):  # a codec's starting weights are its own affair
             reducers = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(text, flag)]
             self.eval_format = _one_format(eval_text, eval_flag, embed_dim, seed)
         self.format: Format = reducers.pop() if isinstance(reducers[-1], Format) else codec_class("none")()

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from snello.config import AugmentConfig
 from snello.data import PictureSet
 from snello.errors import DataError
-from snello.seeds import mix, permutation
+from snello.seeds import mix, permutation, seeded
 
 Transform = Callable[[Image.Image], torch.Tensor]
 Share = Callable[[int], range]
@@ -64,12 +64,8 @@ class TrainingPictures(Dataset[tuple[torch.Tensor, int]]):
         epoch, index = key
         image = self.pictures.open(index)
         # The transforms of torchvision draw from torch's global CPU generator and take no other.
-        state = torch.get_rng_state()
-        try:
-            torch.default_generator.manual_seed(mix(self.seed, epoch, index))
+        with seeded(mix(self.seed, epoch, index)):
             return self.transform(image), self.pictures.labels[index]
-        finally:
-            torch.set_rng_state(state)
 
 
 class HeldOutPictures(Dataset[tuple[torch.Tensor, int]]):

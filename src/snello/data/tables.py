@@ -1,6 +1,7 @@
 """Tables that list pictures: CSV, TSV or Parquet with a column of paths, one of labels, and perhaps one of parts."""
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def _csv(path: Path, where: str) -> tuple[list[str], Iterator[tuple[int, dict[st
         raise DataError(f"{where}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise DataError(f"{where}: is not UTF-8 text; save it as UTF-8") from None
-    lines = text.splitlines(keepends=True)
+    lines = io.StringIO(text).readlines()  # str.splitlines would break at other characters too
     first = lines[0] if lines else ""
     delimiter = max(",;\t", key=first.count)  # the first of those that are as frequent
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)

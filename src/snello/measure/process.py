@@ -189,6 +189,7 @@ def _limit_memory(limit: int | None) -> None:
 
     with contextlib.suppress(OSError, ValueError):
         Path("/proc/self/oom_score_adj").write_text("1000")
+    with contextlib.suppress(OSError, ValueError):
         limit = limit or available_memory(torch.device("cpu"))
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 

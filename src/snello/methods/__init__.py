@@ -68,7 +68,7 @@ class Method:
 def make_method(vit: ViT, config: Recipe, name: str | None = None) -> Method:
     """The method that `name`, or else `config`, names, attached to a model or a part of one.
 
-    Nothing is frozen by ALaST before its first step.
+    ALaST freezes no block before its first step.
 
     Raises:
         ConfigError: where an option does not fit the model.

@@ -13,6 +13,7 @@ from snello.config import CodecsConfig
 from snello.measure.comparison import Comparison, Progress, compared_with
 from snello.measure.plan import Plan, command, method_label
 from snello.runs.summary import Summary, Traffic
+from snello.train.display import say
 
 COST_ROWS = (
     ("step time, ms", "step_time_s", ".1f", 1e-3),
@@ -28,10 +29,6 @@ COST_ROWS = (
 )
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def print_result(console: Console, summary: Summary, num_skipped: int) -> None:
     """Prints accuracy and length of a run in one line, and in another which classes are recognised least."""
     skipped = f", {num_skipped} bad pictures left out" if num_skipped else ""
@@ -39,11 +36,11 @@ def print_result(console: Console, summary: Summary, num_skipped: int) -> None:
     balanced = f", balanced {summary.balanced_accuracy:.2%}" if rows else ""
     epochs = f"epoch {summary.best_epoch} of {summary.epochs}; last epoch {summary.last_accuracy:.2%}"
     took = f"{summary.steps} steps in {summary.train_time_s:.0f} s"
-    _say(console, f"accuracy {summary.accuracy:.2%}{balanced} ({epochs}), {took}{skipped}")
+    say(console, f"accuracy {summary.accuracy:.2%}{balanced} ({epochs}), {took}{skipped}")
     found = sorted((row for row in rows if row["pictures"]), key=lambda row: float(row["accuracy"]))
     least = ", ".join(f"{row['class']} {row['accuracy']:.1%} of {row['pictures']}" for row in found[:3])
     if found and found[0]["accuracy"] < 1:
-        _say(console, f"least accurate: {least} (all in summary.json)")
+        say(console, f"least accurate: {least} (all in summary.json)")
 
 
 def print_per_class(rows: list[dict[str, Any]]) -> None:
@@ -58,7 +55,7 @@ def print_per_class(rows: list[dict[str, Any]]) -> None:
 def measuring(console: Console, method: str, folder: Path) -> Iterator[Progress]:
     """Says what is measured after a run whose model is in `folder`, and draws a bar until that is done."""
     against = f"measuring the cost of a step: {method} against {_names(compared_with(method))}"
-    _say(console, f"the model is saved in {folder}; {against} (Ctrl-C skips this)")
+    say(console, f"the model is saved in {folder}; {against} (Ctrl-C skips this)")
     what = progress.TextColumn("measuring, {task.description}")
     columns = (what, progress.BarColumn(bar_width=20), progress.MofNCompleteColumn())
     with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -86,7 +83,7 @@ def print_costs(console: Console, costs: Comparison) -> None:
     console.print(table)
     if not costs.full_fits:
         at = f"the run's batch of {costs.batch_size}"
-        _say(console, f"full fine-tuning does not fit into memory at {at}; {costs.method} does")
+        say(console, f"full fine-tuning does not fit into memory at {at}; {costs.method} does")
 
 
 def server_time(wait_seconds: float | None, server_seconds: float | None) -> tuple[str, float]:
@@ -168,4 +165,4 @@ def print_traffic(console: Console, traffic: Traffic) -> None:
     where, seconds = server_time(traffic.wait_seconds, traffic.server_seconds)
     took = f"client {traffic.client_seconds:.1f} s, {where} {seconds:.1f} s"
     link = "" if traffic.link_seconds is None else f", the link would take {traffic.link_seconds:.1f} s"
-    _say(console, f"{less}, {max(against, 1 / against):.1f}x {files}; {took}{link}")
+    say(console, f"{less}, {max(against, 1 / against):.1f}x {files}; {took}{link}")

@@ -94,8 +94,10 @@ class Half:
         if not overflow:
             set_lr(self.optimizer, lr)
             self.optimizer.step()
+        trained = any(parameter.grad is not None for parameter in self.parameters())
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.update(self.scale() / 2 if overflow else None)
+        # It refuses to go by gradients where a step has none here, as with the head alone in the other half.
+        self.scaler.update(self.scale() / 2 if overflow else None if trained else self.scale())
 
     def forget(self) -> None:
         """Drops the exchange under way."""

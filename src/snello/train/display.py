@@ -27,6 +27,11 @@ def progress_bar(console: Console, *, total: int, completed: int) -> Iterator[Ca
         yield lambda done, said: bar.update(task, completed=done, said=said)
 
 
+def say(console: Console, text: str) -> None:
+    """Prints a line as it is: names of folders may hold what rich takes for markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def warnings_on(console: Console) -> Iterator[None]:
     """Prints snello's own warnings as one line on `console`."""
@@ -35,7 +40,7 @@ def warnings_on(console: Console) -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, SnelloWarning):
-                console.print(f"warning: {message}", highlight=False, soft_wrap=True)
+                say(console, f"warning: {message}")
             else:
                 shown(message, category, *where, **more)
 

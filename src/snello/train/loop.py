@@ -28,7 +28,7 @@ from snello.runs.folder import flat
 from snello.runs.resolved import Resolved, machine
 from snello.runs.summary import Summary, Traffic
 from snello.seeds import mix
-from snello.train.display import progress_bar
+from snello.train.display import progress_bar, say
 from snello.train.learner import MicroStep
 from snello.train.place import GoBack, Place, Progress, Setup, State
 from snello.train.ranks import ALONE, Ranks
@@ -77,9 +77,17 @@ class Trainer:
         setup = Setup(
             config, num_classes, self.device, self.precision, self.schedule, self.resolved.codec, ranks, self._stop
         )
-        self.learner = place.make_learner(vit, setup)
+        try:
+            self._begin(vit, setup)
+        except BaseException:
+            place.close()
+            raise
+
+    def _begin(self, vit: ViT, setup: Setup) -> None:
+        """Makes the learner, and takes the run's folder, or the state in it."""
+        self.learner = self.place.make_learner(vit, setup)
         self.schedule = replace(self.schedule, buffer=self.learner.buffer, max_steps=self.learner.max_steps)
-        state = place.begin(self.learner, self.resolved, self._state)
+        state = self.place.begin(self.learner, self.resolved, self._state)
         if state is not None:
             self._resume(state)
             self._print(f"resuming after step {self.progress.step} of {self.total_steps}")
@@ -173,7 +181,7 @@ class Trainer:
             started = time.perf_counter()
             try:
                 loss = self._step()
-                rate = self.schedule.batch_size * self.config.accumulate / (time.perf_counter() - started)
+                rate = self.schedule.num_samples(self.progress.step - 1) / (time.perf_counter() - started)
                 self._show(self.progress.step, f"loss {loss:.4f}  {rate:.0f} pictures/s{self.learner.status()}")
                 self._after_step()
                 losses.append(loss)
@@ -373,7 +381,7 @@ class Trainer:
                 self._print(f"resuming with other {name} than the run began with: results may differ in rounding")
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     def _print_start(self) -> None:
         """What trains on what."""

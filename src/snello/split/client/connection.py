@@ -11,7 +11,6 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TypeVar
 
 import grpc
 import grpc.aio
@@ -25,7 +24,6 @@ from snello.split.wire.handshake import Hello, Welcome, parse
 from snello.split.wire.refusals import TRANSIENT, Code, Refused
 from snello.train.place import GoBack
 
-T = TypeVar("T")
 SLOWEST_LINK = 65536
 """Bytes per second that the server is given for a frame and its answer, beside everything else."""
 SETTLE = 3

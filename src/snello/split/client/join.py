@@ -26,7 +26,7 @@ from snello.split.local import Session, Side
 from snello.split.security.auth import Credentials
 from snello.split.wire.frames import Kind, control, weights_frame, weights_of
 from snello.split.wire.handshake import Welcome
-from snello.train.display import warnings_on
+from snello.train.display import say, warnings_on
 from snello.train.loop import Trainer
 from snello.train.tracking import require_trackers
 
@@ -64,7 +64,7 @@ def join(
     assert summary.traffic is not None
     terminal.print_traffic(console, summary.traffic)
     pictures.plot_traffic(run)
-    console.print(f"run folder: {run.path}", highlight=False, soft_wrap=True)
+    say(console, f"run folder: {run.path}")
     return summary
 
 

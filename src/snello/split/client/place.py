@@ -21,6 +21,7 @@ from snello.split.client.link import NetworkLink
 from snello.split.learner import SplitLearner
 from snello.split.wire.frames import Frame, Kind, control, control_values, weights_of
 from snello.split.wire.handshake import Hello, RunShape, Terms, Welcome, hash_of, make_terms
+from snello.train.display import say
 from snello.train.learner import Learner
 from snello.train.place import GoBack, Place, Progress, Setup, State
 from snello.vit import ViT
@@ -149,7 +150,7 @@ class RemotePlace(Place):
         return not welcome.back
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True)
+        say(self._console, text)
 
     def _on_shutdown(self, step: int) -> None:
         """The server has saved `step` before it went: with the same step saved here, nothing is lost."""

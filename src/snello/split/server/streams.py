@@ -156,6 +156,8 @@ class Server:
             raise
         except Refused as refused:
             await self._refuse(call, refused)
+        except CheckpointError as error:
+            await self._refuse(call, Refused(Code.STORAGE, str(error)))
         except SnelloError as error:
             code = Code(error.code) if isinstance(error, ProtocolError) else Code.INTERNAL
             await self._refuse(call, Refused(code, str(error)))
@@ -280,6 +282,8 @@ class Server:
             self._log.exception("a step could not be ended")
             session.failed = Refused(Code.INTERNAL, f"the server could not end step {session.step}")
             return
+        if session.failed is not None and session.failed.code == Code.NOT_FINITE:
+            return  # the weights did not move
         self._registry.stepped()
         seconds = time.perf_counter() - started
         self._telemetry.step(seconds)
