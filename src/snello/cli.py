@@ -259,7 +259,7 @@ def _default(cls: type[T], args: Sequence[str]) -> T | None:
         file = sources.config if issubclass(cls, Recipe) and sources.config is not None else run
         if file is None or (file is run and not file.is_file()):
             return None
-        values = read_yaml(file)
+        values = read_yaml(file, None if file is run else f"--config {file}")
         resolved = values.pop("resolved", None)
         if not issubclass(cls, Recipe):  # `snello join`: the file also has the server's settings, and not its address
             server = (resolved or {}).get("server")

@@ -19,6 +19,7 @@ from snello.config import (
     JoinConfig,
     LoraConfig,
     PicturesConfig,
+    PlanConfig,
     PredictConfig,
     ServeConfig,
     SplitConfig,
@@ -207,7 +208,7 @@ def test_yaml_out_of_range_names_the_flag():
 def test_files_that_are_no_settings(tmp_path):
     assert read_yaml(Path(write(tmp_path / "empty.yaml", "# nothing\n"))) == {}
     for content, told in (("a: [1", "not valid YAML"), ("- 1\n", "must hold settings"), ("x", "must hold settings")):
-        text = error_of(read_yaml, Path(write(tmp_path / "bad.yaml", content)))
+        text = error_of(read_yaml, Path(write(tmp_path / "bad.yaml", content)), "--config bad.yaml")
         assert text.startswith("--config ") and "bad.yaml" in text and told in text
     (tmp_path / "latin.yaml").write_bytes(b"model: \xff\xfe\n")
     assert "not valid YAML" in error_of(read_yaml, tmp_path / "latin.yaml")
@@ -497,3 +498,19 @@ def test_names_come_from_the_registry(capsys):
             cli.main([verb, "--help"])
         out = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
         assert all("{" + ",".join(names) + "}" in out for names in flags.values()), verb
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: FinetuneConfig(precision="fp8"), "--precision"),
+        (lambda: FinetuneConfig(track=("tensorbored",)), "--track"),
+        (lambda: SplitConfig(cut=3, alast="no"), "--split.alast"),
+        (lambda: ServeConfig(split=SplitConfig(cut=3), sessions="sharred"), "--sessions"),
+        (lambda: EvaluateConfig(Path("run"), part="vall"), "--part"),
+        (lambda: PlanConfig("2GB", precisions=("fp8",)), "--precisions"),
+    ],
+)
+def test_choices_are_checked_from_python_too(make, name):
+    with pytest.raises(ConfigError, match=rf"^{name} must be one of "):
+        make()

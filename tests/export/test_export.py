@@ -215,7 +215,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("model: test_vit\nresolved:\n")
     refused(ExportConfig(tmp_path), CheckpointError, "resolved")
     (tmp_path / "config.yaml").write_text("model: [\n")
-    refused(ExportConfig(tmp_path), ConfigError, "YAML")
+    refused(ExportConfig(tmp_path), CheckpointError, "YAML")
 
 
 def test_a_run_without_a_finished_epoch_is_refused(run):

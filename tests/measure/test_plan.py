@@ -88,6 +88,8 @@ def fake(monkeypatch):
     monkeypatch.setattr(plan._Planner, "_estimate", estimate)
     monkeypatch.setattr(plan, "resident_memory", lambda device: BASE)
     monkeypatch.setattr(plan, "faster_attention", lambda *args: "explicit")
+    found = plan.importlib.util.find_spec  # adapters are planned whether peft is here or not: nothing is trained
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name, *more: name == "peft" or found(name, *more))
     return FakeProcess
 
 

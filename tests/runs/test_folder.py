@@ -186,3 +186,31 @@ def test_a_lock_is_a_file_only_while_it_is_held(small):
 
     finetune(replace(small, epochs=1), Watching(quiet=True))
     assert [".lock"] in seen and not list(Path(small.out).glob(".*"))
+
+
+def test_a_config_that_cannot_be_used_is_that_of_its_run(small):
+    run = RunFolder(small.out)
+    finetune(replace(small, epochs=1), QUIET)
+    text = run.config_file.read_text()
+    for wrong in (text.replace("epochs: 1", "epochs: 0"), "a: [1"):
+        run.config_file.write_text(wrong)
+        with pytest.raises(CheckpointError, match=f"^{re.escape(str(run.config_file))}") as caught:
+            run.read()
+        assert "--config" not in str(caught.value)
+
+
+def test_a_run_that_cannot_begin_lets_its_folder_go(small):
+    finetune(replace(small, epochs=1), QUIET)
+    run = RunFolder(small.out)
+    run.checkpoint_file.write_bytes(b"no checkpoint")
+    with pytest.raises(CheckpointError) as caught:
+        finetune(replace(small, epochs=1, resume=True), QUIET)
+    run.lock()
+    assert caught.value
+    run.release()
+
+
+def test_a_folder_with_brackets_is_named_as_it_is(small, capfd):
+    folder = small.out.parent / "[x]"
+    assert cli.main(["finetune", *flags(replace(small, epochs=1, out=folder))]) == 0
+    assert f"run folder: {folder}\n" in capfd.readouterr().err

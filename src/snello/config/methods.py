@@ -4,9 +4,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from snello.config.registry import RuleName
+from snello.config.values import require_choices
 from snello.errors import ConfigError, require
 
 DropAt = Literal["mid", "block-end"]
@@ -48,9 +49,7 @@ class AlastConfig:
     """Optimizer state (AdamW's moments) of a frozen block: kept (exact), or released to save memory."""
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal:
-                self._require(getattr(self, name) in get_args(hint), name, f"one of {', '.join(get_args(hint))}")
+        require_choices(self, section="alast")
         self._require(self.blocks is None or self.blocks >= 1, "blocks", "at least 1")
         self._require(0 < self.start_budget <= 1, "start_budget", "in (0, 1]")
         most = f"in (0, {self.start_budget}] (start_budget)"

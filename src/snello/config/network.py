@@ -11,6 +11,7 @@ from snello.config.effect import Need, require_effect
 from snello.config.pictures import PICTURES_NEEDS, PicturesConfig
 from snello.config.recipe import RECIPE_NEEDS, Recipe, SplitConfig
 from snello.config.units import parse_address, parse_bytes
+from snello.config.values import require_choices
 from snello.errors import require
 
 NAME_NEEDS_CERTS = Need("name", lambda c: c.certs is not None, "without --certs")
@@ -143,5 +144,6 @@ class DoctorConfig:
     NEEDS = (NAME_NEEDS_CERTS,)
 
     def __post_init__(self) -> None:
+        require_choices(self)
         parse_address(self.address, "ADDRESS")
         require_effect(self)

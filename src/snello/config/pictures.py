@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from snello.config.effect import Need
-from snello.config.registry import TRACKERS, TrackerName
+from snello.config.registry import TrackerName
+from snello.config.values import require_choices
 from snello.errors import require
 
 
@@ -54,8 +55,7 @@ class PicturesConfig:
         object.__setattr__(self, "data", source_text(self.data))
         require(self.workers >= 0, "--workers", "0 or more", self.workers)
         require(0 < self.val_share < 1, "--val-share", "in (0, 1)", self.val_share)
-        for name in self.track:
-            require(name in TRACKERS, "--track", f"some of {', '.join(TRACKERS)}", name)
+        require_choices(self)
 
 
 def source_text(data: str | Path | None) -> str | None:

@@ -9,9 +9,9 @@ from snello.config.codec_text import parse_codec
 from snello.config.effect import Need, require_effect
 from snello.config.methods import AlastConfig, LoraConfig
 from snello.config.pictures import PICTURES_NEEDS, PicturesConfig
-from snello.config.registry import AUTO, METHOD_CHOICES, RULES, MethodChoice, find
+from snello.config.registry import AUTO, RULES, MethodChoice, find
 from snello.config.units import Link, parse_bytes
-from snello.config.values import flag
+from snello.config.values import flag, require_choices
 from snello.errors import ConfigError, require
 
 
@@ -58,7 +58,7 @@ class SplitConfig:
 
     def __post_init__(self) -> None:
         require(self.cut >= 0, "--split.cut", "0 or more", self.cut)
-        require(self.labels in ("server", "client"), "--split.labels", "server or client", self.labels)
+        require_choices(self, "split.")
         parse_codec(self.codec, "--split.codec")
         parse_codec(self.eval_codec, "--split.eval-codec")
         if self.max_bytes is not None:
@@ -157,7 +157,7 @@ class Recipe:
         require(0 <= self.warmup < 1, "--warmup", "in [0, 1)", self.warmup)
         require(0 <= self.label_smoothing < 1, "--label-smoothing", "in [0, 1)", self.label_smoothing)
         require(self.image_size is None or self.image_size >= 1, "--image-size", "at least 1", self.image_size)
-        require(self.method in METHOD_CHOICES, "--method", f"one of {', '.join(METHOD_CHOICES)}", self.method)
+        require_choices(self)
         require_effect(self)
         if not self.split.cut:
             return

@@ -9,9 +9,9 @@ import tyro
 from snello.config.codec_text import parse_codec
 from snello.config.effect import Need, require_effect
 from snello.config.pictures import ColumnsConfig, source_text
-from snello.config.registry import EXPORTS, ExportFormat, MethodName
+from snello.config.registry import ExportFormat, MethodName
 from snello.config.units import parse_bytes
-from snello.config.values import flag
+from snello.config.values import flag, require_choices
 from snello.errors import require
 
 
@@ -32,7 +32,7 @@ class ExportConfig:
     folder. The model card is README.md in the folder, or beside the file under its name and .md."""
 
     def __post_init__(self) -> None:
-        require(self.format in EXPORTS, "--format", f"one of {', '.join(EXPORTS)}", self.format)
+        require_choices(self)
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class CodecsConfig:
     """How the result is printed."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         for name in ("batch_size", "cut", "num_classes"):
             require(getattr(self, name) >= 1, flag(name), "at least 1", getattr(self, name))
         for text in self.codecs:
@@ -89,6 +90,7 @@ class PlanConfig:
     """How the result is printed."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         if self.memory != "auto":
             parse_bytes(self.memory, "--memory")
         require(self.num_classes >= 1, "--num-classes", "at least 1", self.num_classes)
@@ -128,6 +130,7 @@ class EvaluateConfig:
     NEEDS = (Need("columns", lambda c: c.data is not None, "without --data"),)
 
     def __post_init__(self) -> None:
+        require_choices(self)
         object.__setattr__(self, "data", source_text(self.data))
         require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
         require(self.workers >= 0, "--workers", "0 or more", self.workers)
@@ -147,6 +150,7 @@ class CheckDataConfig:
     """How the result is printed."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         object.__setattr__(self, "source", source_text(self.source))
 
 
@@ -170,6 +174,7 @@ class PredictConfig:
     """How the result is printed."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require(len(self.paths) > 0, "PATHS", "at least one picture or folder", "none")
         require(self.top_k >= 1, "--top-k", "at least 1", self.top_k)
         require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)

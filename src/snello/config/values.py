@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from snello.errors import ConfigError
+from snello.errors import ConfigError, require
 
 T = TypeVar("T")
 
@@ -79,25 +79,42 @@ def _convert(value: Any, hint: Any, where: str, checked: bool, base: Any) -> Any
     raise ConfigError(f"{where} must be of type {hint.__name__}, got {value!r}")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in the YAML file `path`.
+def read_yaml(path: Path, where: str | None = None) -> dict[str, Any]:
+    """The mapping in the YAML file `path`, called `where` in messages.
 
     Raises:
         ConfigError: where the file is missing, is no YAML, or holds no mapping.
     """
+    where = where or str(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror or error}") from None
+        raise ConfigError(f"{where}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {path} must hold settings as `name: value`")
+        raise ConfigError(f"{where} must hold settings as `name: value`")
     return values
 
 
 def flag(name: str) -> str:
     """The flag of a setting: `batch_size` is `--batch-size`, `alast.min_budget` is `--alast.min-budget`."""
     return "--" + name.replace("_", "-")
+
+
+def require_choices(config: Any, prefix: str = "", section: str = "") -> None:
+    """Raises a ConfigError for a setting that is none of its choices, which its type alone does not keep from Python.
+
+    The message has the flag, which begins with `prefix`, or in a `section` the option, as `require` does.
+    """
+    for name, hint in typing.get_type_hints(type(config)).items():
+        several = typing.get_origin(hint) is tuple
+        kind = typing.get_args(hint)[0] if several else hint
+        if typing.get_origin(kind) is not Literal:
+            continue
+        value, choices = getattr(config, name), typing.get_args(kind)
+        for one in value if several else (value,):
+            called = name if section else flag(f"{prefix}{name}")
+            require(one in choices, called, f"one of {', '.join(choices)}", one, section=section)

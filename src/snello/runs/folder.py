@@ -171,10 +171,10 @@ class RunFolder:
         if not self.config_file.is_file():
             why = "there is no config.yaml in it" if self.path.exists() else "it does not exist"
             raise CheckpointError(f"{self.path} is not a run folder: {why}")
-        values = read_yaml(self.config_file)
-        resolved = values.pop("resolved", None)
         where = f"{self.config_file}: resolved"
         try:
+            values = read_yaml(self.config_file)
+            resolved = values.pop("resolved", None)
             made = from_dict(kind, resolved, where) if isinstance(resolved, dict) else None
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
@@ -183,7 +183,10 @@ class RunFolder:
         if made.version != VERSION:
             raise CheckpointError(f"{where} is of version {made.version}, this snello reads {VERSION}")
         where = str(self.config_file)
-        return from_dict(cls, effective(cls, values, where), where), made
+        try:
+            return from_dict(cls, effective(cls, values, where), where), made
+        except ConfigError as error:
+            raise CheckpointError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
 
     def model(self, weights: str = "none") -> ViT:
         """The run's model, made again as it was trained; its weights are to be loaded, or `weights` as --weights."""
