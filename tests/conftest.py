@@ -61,8 +61,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def small(pictures: Path, tmp_path: Path) -> FinetuneConfig:
+def small_config(pictures: Path) -> FinetuneConfig:
     """A run of two epochs that takes less than a second: timm's test ViT (6 blocks, 9 patches)."""
     return FinetuneConfig(
         data=pictures,
@@ -78,8 +77,13 @@ def small(pictures: Path, tmp_path: Path) -> FinetuneConfig:
         attention="explicit",
         checkpoint_steps=0,
         compare=False,
-        out=tmp_path / "run",
     )
+
+
+@pytest.fixture
+def small(pictures: Path, tmp_path: Path) -> FinetuneConfig:
+    """`small_config` with a folder of its own."""
+    return replace(small_config(pictures), out=tmp_path / "run")
 
 
 def with_method(config: FinetuneConfig, /, method: str = "full", **settings: Any) -> FinetuneConfig:

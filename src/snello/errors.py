@@ -94,3 +94,9 @@ def listing(names: Sequence[str], most: int = 8) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(printable(name) for name in names[:most]) + more
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, at most 200 characters."""
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -13,8 +13,9 @@ from snello.config import EvaluateConfig, FinetuneConfig, PredictConfig
 from snello.data import PictureSet, find_pictures, load_pictures, open_picture, splits_of
 from snello.data.loaders import Batch, batches, eval_loader, eval_transform
 from snello.devices import autocast, resolve_device, resolve_precision
-from snello.errors import CheckpointError, DataError
+from snello.errors import DataError
 from snello.files import load_tensors
+from snello.runs.checkpoint import load_into
 from snello.runs.folder import RunFolder
 from snello.split.learner import make_split_learner
 from snello.train.place import Setup
@@ -64,7 +65,7 @@ class Predictor:
         setup = Setup(config, len(self.classes), self.device, self.precision, schedule, self.resolved.codec)
         learner = make_split_learner(vit, setup)
         if "codec" in learner.modules:
-            learner.modules["codec"].load_state_dict(load_tensors(run.codec_file)[0])
+            load_into(learner.modules["codec"], load_tensors(run.codec_file)[0], f"{run.codec_file} does not fit")
         return learner.evaluator
 
     def score(self, labelled: Iterable[Batch]) -> Score:
@@ -91,11 +92,7 @@ def _load(run: RunFolder, weights: Path) -> ViT:
     if weights.parent != run.path:
         return run.model(str(weights))
     vit = run.model()
-    try:
-        vit.model.load_state_dict(load_tensors(weights)[0])
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        raise CheckpointError(f"{weights} does not fit {run.read()[0].model}: {text}") from error
+    load_into(vit.model, load_tensors(weights)[0], f"{weights} does not fit {run.read()[0].model}")
     return vit
 
 

@@ -206,3 +206,13 @@ def test_evaluate_on_a_table(small, pictures, tmp_path):
         load_pictures(table, NAMES, skip_bad=False, check=False)
     on_train = evaluate(EvaluateConfig(small.out, part="train", device="cpu", workers=0))
     assert on_train["pictures"] == 26
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\x85", "\x0b", "\x1c"])
+def test_a_row_ends_at_the_end_of_a_line_alone(tmp_path, odd):
+    """str.splitlines would end it at others too."""
+    rows = [(f"{number}{odd}y.png", label) for number, label in enumerate((f"a{odd}b", f"a{odd}b", "c", "c"))]
+    for number, (name, _) in enumerate(rows):
+        save(tmp_path / name, 0, seed=number)
+    table = write(tmp_path / "photos.csv", "path,label", rows)
+    assert load(table, val_share=0.5).train.classes == (f"a{odd}b", "c")

@@ -4,10 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import QUIET, finetune
+from conftest import QUIET, finetune, resumed
 
 from snello.config import FinetuneConfig
 from snello.runs.folder import RunFolder
+from snello.train.loop import Trainer
+from snello.train.signals import Interrupted
 
 
 class Killed(BaseException):
@@ -41,3 +43,20 @@ def cut_off(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch, owner, name
         with pytest.raises(Killed):
             finetune(config, QUIET)
     assert not RunFolder(config.out).summary_file.exists()
+
+
+def stopped_and_resumed(config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """Runs until the `call`-th step, where the user asks to stop, and from there to the end."""
+    step, seen = Trainer._step, []
+
+    def stopping(self):
+        seen.append(1)
+        if len(seen) == call:
+            self._stop.append(2)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", stopping)
+        with pytest.raises(Interrupted):
+            finetune(config, QUIET)
+    finetune(resumed(config), QUIET)

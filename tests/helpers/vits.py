@@ -1,10 +1,11 @@
-"""timm's ViT in all the variants that every test of blocks must stand."""
+"""timm's ViT in all the variants that every test of blocks must stand, and what a model gives, to compare it."""
 
+import torch
 from conftest import tiny_deit, tiny_vit
 from timm.layers import SwiGLU
 from timm.models.vision_transformer import Block
 
-from snello.vit import ViT
+from snello.vit import ViT, logits_of
 
 VARIANTS = {
     "plain": {},
@@ -31,3 +32,20 @@ def make(variant: str, path: str = "fused"):
     vit = ViT(model)
     vit.set_attention_paths([path] * vit.depth)
     return model
+
+
+def run(model, x, seed=0):
+    """Output and the gradient of every parameter."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    out = logits_of(model(x))
+    out.square().sum().backward()
+    return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model, untouched, x):
+    (out, grads), (expected, expected_grads) = run(model, x), run(untouched, x)
+    assert (out - expected).abs().max() <= 1e-6
+    assert grads.keys() == expected_grads.keys() and len(grads) > 10
+    for name, grad in grads.items():
+        assert (grad - expected_grads[name]).abs().max() <= 1e-6, name

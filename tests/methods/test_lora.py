@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_same_run, resumed, tiny_deit, tiny_vit, with_method
+from conftest import assert_same_run, tiny_deit, tiny_vit, with_method
+from helpers.resuming import stopped_and_resumed
 
 peft = pytest.importorskip("peft")
 
@@ -20,7 +21,6 @@ from snello.methods.alast import ALaST  # noqa: E402
 from snello.methods.lora import Adapters, merged_state, target_layers  # noqa: E402
 from snello.models import create_model  # noqa: E402
 from snello.train.optim import make_optimizer  # noqa: E402
-from snello.train.signals import Interrupted  # noqa: E402
 from snello.vit import ViT  # noqa: E402
 
 
@@ -228,23 +228,10 @@ def lora(small):
 
 @pytest.mark.slow
 def test_a_run_resumes_exactly_and_its_weights_are_merged(lora, tmp_path, monkeypatch):
-    from snello.train import loop as training
-
     whole = replace(lora, out=tmp_path / "whole")
     summary = finetune(whole)
     cut = replace(lora, out=tmp_path / "cut", checkpoint_steps=3)
-    step, seen = training.Trainer._step, []
-
-    def stopping(self):
-        seen.append(1)
-        if len(seen) == 5:
-            self._stop.append(2)
-        return step(self)
-
-    monkeypatch.setattr(training.Trainer, "_step", stopping)
-    with pytest.raises(Interrupted):
-        finetune(cut)
-    finetune(resumed(cut))
+    stopped_and_resumed(cut, monkeypatch, 5)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
     state, _ = load_tensors(tmp_path / "whole" / "model.safetensors")
     assert set(state) == set(create_model("test_vit", "none", 3, 48).state_dict())

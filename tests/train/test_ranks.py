@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of, write_pictures
+from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of, small_config, write_pictures
 
 from snello.config import AlastConfig, FinetuneConfig
 from snello.config.values import to_dict
@@ -91,21 +91,7 @@ def odd(tmp_path_factory) -> Path:
 
 
 def base(odd: Path) -> FinetuneConfig:
-    return FinetuneConfig(
-        data=odd,
-        model="test_vit",
-        weights="none",
-        image_size=48,
-        method="full",
-        epochs=2,
-        batch_size=3,
-        workers=0,
-        device="cpu",
-        precision="fp32",
-        attention="explicit",
-        checkpoint_steps=0,
-        compare=False,
-    )
+    return replace(small_config(odd), batch_size=3)
 
 
 ALAST = {"method": "alast", "alast": AlastConfig(alpha=5.0), "accumulate": 2, "layer_decay": 0.8}

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import tiny_deit, tiny_vit
-from helpers.vits import VARIANTS, make
+from helpers.vits import VARIANTS, assert_same, make, run
 from timm.layers import Attention
 from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ResPostBlock
 
@@ -21,23 +21,6 @@ PATHS = ["fused", "explicit"]
 
 def images(n: int = 3, size: int = 16) -> torch.Tensor:
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(7))
-
-
-def run(model, x, seed=0):
-    """Output and the gradient of every parameter."""
-    torch.manual_seed(seed)
-    model.zero_grad()
-    out = model(x)
-    out.square().sum().backward()
-    return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(model, untouched, x):
-    (out, grads), (expected, expected_grads) = run(model, x), run(untouched, x)
-    assert (out - expected).abs().max() <= 1e-6
-    assert grads.keys() == expected_grads.keys() and len(grads) > 10
-    for name, grad in grads.items():
-        assert (grad - expected_grads[name]).abs().max() <= 1e-6, name
 
 
 class Keep:

@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_same_run, resumed
+from conftest import assert_same_run
+from helpers.resuming import stopped_and_resumed
+from helpers.vits import assert_same, run
 
 transformers = pytest.importorskip("transformers")
 
@@ -33,7 +35,6 @@ from snello.finetuning import finetune  # noqa: E402
 from snello.inference import evaluate  # noqa: E402
 from snello.methods.alast import ALaST  # noqa: E402
 from snello.models import create_model, preprocessing  # noqa: E402
-from snello.train.signals import Interrupted  # noqa: E402
 from snello.vit import ViT, logits_of  # noqa: E402
 
 SHAPE = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -74,22 +75,6 @@ def make(kind, path="fused"):
 
 def images(n=3):
     return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(7))
-
-
-def run(model, x):
-    torch.manual_seed(0)
-    model.zero_grad()
-    out = model(x).logits
-    out.square().sum().backward()
-    return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(model, untouched, x):
-    (out, grads), (expected, expected_grads) = run(model, x), run(untouched, x)
-    assert (out - expected).abs().max() <= 1e-6
-    assert grads.keys() == expected_grads.keys() and len(grads) > 10
-    for name, grad in grads.items():
-        assert (grad - expected_grads[name]).abs().max() <= 1e-6, name
 
 
 @pytest.fixture
@@ -419,23 +404,10 @@ def run_config(small, folder):
 def test_a_run_resumes_exactly_and_needs_its_folder_no_more(run_config, tmp_path, monkeypatch):
     import shutil
 
-    from snello.train import loop as training
-
     whole = replace(run_config, out=tmp_path / "whole")
     summary = finetune(whole)
     cut = replace(run_config, out=tmp_path / "cut", checkpoint_steps=3)
-    step, seen = training.Trainer._step, []
-
-    def stopping(self):
-        seen.append(1)
-        if len(seen) == 5:
-            self._stop.append(2)
-        return step(self)
-
-    monkeypatch.setattr(training.Trainer, "_step", stopping)
-    with pytest.raises(Interrupted):
-        finetune(cut)
-    finetune(resumed(cut))
+    stopped_and_resumed(cut, monkeypatch, 5)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(run_config.model.removeprefix("hf:"))
     result = evaluate(EvaluateConfig(run=tmp_path / "whole", workers=0, device="cpu"))

@@ -106,7 +106,7 @@ class EvaluateConfig:
     """Measure the accuracy of a run's model."""
 
     run: tyro.conf.Positional[Path]
-    """Run folder of `snello finetune`."""
+    """Run folder of `snello finetune` or `snello join`."""
     data: str | None = None
     """Pictures, as for `snello finetune`; default: the held-out pictures of the run."""
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
@@ -159,7 +159,7 @@ class PredictConfig:
     """Say what is on pictures, with the model of a run."""
 
     run: tyro.conf.Positional[Path]
-    """Run folder of `snello finetune`."""
+    """Run folder of `snello finetune` or `snello join`."""
     paths: tyro.conf.Positional[tuple[Path, ...]]
     """Pictures, or folders of pictures."""
     top_k: int = 5

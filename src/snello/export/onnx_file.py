@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from snello.errors import ConfigError, ModelError
+from snello.errors import ConfigError, ModelError, one_line
 from snello.export.trained import METADATA, Trained
-from snello.models.hub import one_line
 from snello.vit import logits_of
 
 BATCH = 2

@@ -1,7 +1,7 @@
 """A method against full fine-tuning on this machine, each in a process of its own.
 
-A process's peak memory never falls, so each method is measured in a fresh one; the two take their steps in turn on
-the same pictures, so that whatever else the machine does weighs on both alike. Where full fine-tuning does not fit
+A process's peak memory never falls, so each method is measured in a fresh one; all take their steps in turn on
+the same pictures, so that whatever else the machine does weighs on all alike. Where full fine-tuning does not fit
 into memory that is a result, and the times are taken at the largest batch that fits.
 """
 
@@ -81,7 +81,7 @@ def not_measured(method: str) -> dict[str, Any]:
 def compare(
     config: FinetuneConfig, summary: Summary, state: dict[str, Any], progress: Progress = lambda text, done, total: None
 ) -> Comparison:
-    """Measures the run's method, with the budgets in its last `state`, and full fine-tuning.
+    """Measures the run's method, with the budgets in its last `state`, and those of `compared_with`.
 
     Raises:
         SnelloError: where a measuring process fails for another reason than memory.

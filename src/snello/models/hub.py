@@ -33,9 +33,3 @@ def hub(offline: bool) -> Iterator[None]:
     finally:
         constants.HF_HUB_OFFLINE = before
         logging.set_verbosity(verbosity)
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's text, at most 200 characters."""
-    text = str(error).strip().split("\n")[0] or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -10,8 +10,8 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 import snello.assets.micro  # noqa: F401  registers the micro ViT with timm
-from snello.errors import ModelError
-from snello.models.hub import hub, hub_is_out_of_reach, one_line
+from snello.errors import ModelError, one_line
+from snello.models.hub import hub, hub_is_out_of_reach
 from snello.models.preprocessing import Preprocessing
 from snello.models.weights import misfits, require_size, some, weights_file
 from snello.vit import SUPPORTED, ViT

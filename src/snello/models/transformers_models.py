@@ -11,8 +11,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from snello.errors import ModelError
-from snello.models.hub import hub, hub_is_out_of_reach, one_line
+from snello.errors import ModelError, one_line
+from snello.models.hub import hub, hub_is_out_of_reach
 from snello.models.preprocessing import Preprocessing
 from snello.models.weights import require_size, some, weights_file
 from snello.vit import SUPPORTED

@@ -42,10 +42,7 @@ def load_checkpoint(
         prefix, rest = name.split(".", 1)
         named.setdefault(prefix, {})[rest] = value
     for prefix, module in modules.items():
-        try:
-            module.load_state_dict(named.get(prefix, {}))
-        except RuntimeError as error:
-            raise CheckpointError(f"{path} does not fit the {prefix}: {' '.join(str(error).split())}") from error
+        load_into(module, named.get(prefix, {}), f"{path} does not fit the {prefix}")
     for prefix, optimizer in optimizers.items():
         entries: dict[int, dict[str, Tensor]] = {}
         for name, value in named.get(prefix, {}).items():
@@ -53,3 +50,11 @@ def load_checkpoint(
             entries.setdefault(int(index), {})[key] = value
         optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
+
+
+def load_into(module: nn.Module, state: Mapping[str, Tensor], misfit: str) -> None:
+    """Loads weights; a CheckpointError that begins with `misfit` where they are another model's."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{misfit}: {' '.join(str(error).split())}") from error

@@ -11,6 +11,7 @@ B: samples, N: tokens, D: embed dim, R: rows after merging (B where nothing merg
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -110,6 +111,15 @@ class Half:
             return cross_entropy(logits.float(), targets.values, label_smoothing=smoothing)
         losses = cross_entropy(logits.float(), targets.values, label_smoothing=smoothing, reduction="none")
         return (losses * targets.sizes).sum() / targets.sizes.sum()
+
+    @contextmanager
+    def _decoding(self, what: str) -> Iterator[None]:
+        """Makes a ProtocolError of whatever arrays from the other side end in."""
+        try:
+            yield
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
+            text = f"the {what} cannot be decoded by {self.codec.text}: {type(error).__name__} {error}"
+            raise ProtocolError(" ".join(text.split())[:300]) from error
 
     def _on_device(self, frame: Frame) -> dict[str, Tensor]:
         return {name: value.to(self.device, non_blocking=True) for name, value in frame.arrays.items()}
@@ -254,11 +264,8 @@ class ClientHalf(Half):
         return None
 
     def _decode_gradient(self, message: Message, arrays: dict[str, Tensor]) -> Tensor:
-        try:
+        with self._decoding("gradients"):
             gradient = self.codec.decode_gradient(message, arrays)
-        except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
-            text = f"the gradients cannot be decoded by {self.codec.text}: {type(error).__name__} {error}"
-            raise ProtocolError(" ".join(text.split())[:300]) from error
         if gradient.shape != message.sent.shape:
             shapes = f"{tuple(gradient.shape)} came for activations of shape {tuple(message.sent.shape)}"
             raise ProtocolError(f"gradients of shape {shapes}")
@@ -371,12 +378,9 @@ class ServerHalf(Half):
 
     def _decode(self, arrays: dict[str, Tensor], *, with_gradient: bool = True) -> Decoded:
         """What the codec makes of the arrays of a frame, whatever they are: a batch of tokens, or a ProtocolError."""
-        try:
+        with self._decoding("activations"):
             self._require_room(arrays)
             decoded = self.codec.decode(arrays, with_gradient=with_gradient)
-        except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
-            text = f"the activations cannot be decoded by {self.codec.text}: {type(error).__name__} {error}"
-            raise ProtocolError(" ".join(text.split())[:300]) from error
         shape = tuple(decoded.z.shape)
         if decoded.z.dtype != torch.float32:
             raise ProtocolError(f"activations decode to {decoded.z.dtype}, where float32 was due")

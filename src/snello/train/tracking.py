@@ -16,7 +16,7 @@ from typing import Any
 
 from accelerate import tracking
 
-from snello.errors import ConfigError, SnelloError, SnelloWarning
+from snello.errors import ConfigError, SnelloError, SnelloWarning, one_line
 from snello.files import save_json
 from snello.runs.folder import RunFolder
 
@@ -56,7 +56,7 @@ class Trackers:
             except Exception as error:  # whatever the package raises, it must not cost the run
                 del self._open[name]
                 self.names = tuple(self._open)
-                text = f"--track {name} failed at step {row['step']}, the run continues without it: {_line(error)}"
+                text = f"--track {name} failed at step {row['step']}, the run continues without it: {one_line(error)}"
                 warnings.warn(text, SnelloWarning, stacklevel=2)
 
     def close(self) -> None:
@@ -70,7 +70,7 @@ class Trackers:
         try:
             return self._start(name, step)
         except Exception as error:  # of the package
-            raise SnelloError(f"--track {name} cannot be started: {_line(error)}") from error
+            raise SnelloError(f"--track {name} cannot be started: {one_line(error)}") from error
 
     def _start(self, name: str, step: int) -> Any:
         """A tracker in the run that it had before, if any."""
@@ -92,11 +92,6 @@ class Trackers:
             save_json(self.run.tracking_file, ids)
             tracker.store_init_configuration(self.settings)
         return tracker
-
-
-def _line(error: Exception) -> str:
-    """The first line of what a package says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def scalars(row: dict[str, Any], num_samples: int = 0) -> dict[str, float]:

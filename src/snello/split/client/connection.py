@@ -136,7 +136,7 @@ class Connection:
         """The server's answer to a frame, which it applies exactly once.
 
         Raises:
-            RolledBack: where the server lost what came after a checkpoint; it has loaded that one.
+            RolledBack: where the frame is of no use any more.
             Refused: where the server gives up.
             NetworkError: where it cannot be reached for too long.
             Stopped: where the user asked to stop meanwhile.

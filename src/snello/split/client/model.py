@@ -1,14 +1,13 @@
 """A finished run of `snello join` in use: the client's half from the run folder, the server's half at its server."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from snello.devices import Precision
-from snello.errors import CheckpointError
 from snello.files import load_tensors
+from snello.runs.checkpoint import load_into
 from snello.runs.folder import RunFolder
 from snello.split.build import cut_model, make_codec, modules_of
 from snello.split.client.connection import Connection
@@ -42,12 +41,9 @@ class JoinedModel(Evaluator):
         half = ClientHalf(lower, config, codec, num_classes, device, precision)
         for name, module in modules_of(lower.model, codec).items():
             path = run.weights_files[name]
-            try:
-                module.load_state_dict(load_tensors(path)[0])
-            except RuntimeError as error:
-                raise CheckpointError(f"{path} does not fit: {' '.join(str(error).split())}") from error
-        agreed: dict[str, Any] = {"codec": codec.text, "num_classes": num_classes, "precision": resolved.precision}
-        hello = Hello("inference", session=server.session, terms=make_terms(vit.model, config, **agreed))
+            load_into(module, load_tensors(path)[0], f"{path} does not fit")
+        terms = make_terms(vit.model, config, codec.text, num_classes, resolved.precision)
+        hello = Hello("inference", session=server.session, terms=terms)
         weights = sum(value.numel() * value.element_size() for value in vit.model.state_dict().values())
         largest = Ledger(vit, config, codec, num_classes).largest_frame(config.batch_size)
         certs = None if server.certs is None else Path(server.certs)

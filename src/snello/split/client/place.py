@@ -85,8 +85,7 @@ class RemotePlace(Place):
         learner = self.learner = SplitLearner(vit, lower, codec, setup, NetworkLink(self.connection))
         schedule = replace(setup.schedule, buffer=learner.buffer, max_steps=learner.max_steps)
         self._plan = RunShape(schedule.num_train, schedule.total_steps, hash_of(list(self._classes)))
-        options: dict[str, Any] = {"num_classes": setup.num_classes, "precision": setup.precision}
-        self._terms = make_terms(vit.model, config, codec=codec.text, **options)
+        self._terms = make_terms(vit.model, config, codec.text, setup.num_classes, setup.precision)
         self.checkpoints = Checkpoints(self._folder, learner.modules, learner.optimizers)
         weights = sum(value.numel() * value.element_size() for value in lower.model.state_dict().values())
         self.connection.max_body = weights + (1 << 20)

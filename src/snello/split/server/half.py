@@ -1,7 +1,5 @@
 """The server's half of a fresh model, and what can be said of one from shapes alone."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from snello.split.build import cut_model, make_codec, meta_vit
 from snello.split.halves import ServerHalf
 from snello.split.ledger import Ledger
 from snello.split.steps import ServerModel
-from snello.split.wire.handshake import Terms, make_terms
+from snello.split.wire.handshake import make_terms
 from snello.vit import AttentionPath, ViT
 
 
@@ -39,8 +37,7 @@ class Sizes:
     def __init__(self, config: ServeConfig, num_classes: int, precision: Precision) -> None:
         self.vit = meta_vit(config, num_classes)
         codec = make_codec(config, str(config.split.codec_text), self.vit.embed_dim)
-        options: dict[str, Any] = {"codec": codec.text, "num_classes": num_classes, "precision": precision}
-        self.terms: Terms = make_terms(self.vit.model, config, **options)
+        self.terms = make_terms(self.vit.model, config, codec.text, num_classes, precision)
         self.max_frame: int = Ledger(self.vit, config, codec, num_classes).largest_frame(config.batch_size)
         _, upper = cut_model(self.vit, config)
         weights = sum(p.numel() * p.element_size() for p in upper.model.parameters())

@@ -191,8 +191,7 @@ class Server:
         name, session, welcome = await self._in_thread(lambda: self._registry.open(call.client, hello))
         call.peer |= {"session": hello.session[:12], "mode": hello.mode}
         self._log.info("session opened", extra={"fields": {**call.peer, "step": getattr(session, "step", 0)}})
-        mode = "train" if isinstance(session, TrainingSession) else "inference"
-        self._telemetry.sessions.labels(mode).inc()
+        self._telemetry.sessions.labels(hello.mode).inc()
         if isinstance(session, TrainingSession):
             call.session = session
             self._calls[name] = call
@@ -202,7 +201,7 @@ class Server:
             await self._serve(call, session)
         finally:
             self._compute.submit(self._registry.leave, name)  # not awaited: this task may be cancelled already
-            self._telemetry.sessions.labels(mode).dec()
+            self._telemetry.sessions.labels(hello.mode).dec()
             self._log.info("session left", extra={"fields": {**call.peer, "step": getattr(session, "step", 0)}})
             if self._calls.get(name) is call:
                 del self._calls[name]

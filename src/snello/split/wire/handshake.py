@@ -133,7 +133,7 @@ def parse(cls: type[T], values: dict[str, Any]) -> T:
         raise ProtocolError(" ".join(str(error).split())[:200]) from None
 
 
-def make_terms(model: nn.Module, recipe: Recipe, *, codec: str, num_classes: int, precision: str) -> Terms:
+def make_terms(model: nn.Module, recipe: Recipe, codec: str, num_classes: int, precision: str) -> Terms:
     """The terms of a model, which may be on the device `meta`."""
     weights = "\n".join(f"{name} {tuple(value.shape)}" for name, value in model.state_dict().items())
     return Terms(
