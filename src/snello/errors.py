@@ -64,7 +64,9 @@ class ProtocolError(SnelloError):
     `code` is a value of `snello.split.wire.refusals.Code`: what the refusal is called that answers it.
     """
 
-    def __init__(self, text: str, code: Literal["malformed", "version", "too-large"] = "malformed") -> None:
+    def __init__(
+        self, text: str, code: Literal["malformed", "version", "too-large", "unknown-basis"] = "malformed"
+    ) -> None:
         super().__init__(text)
         self.code = code
 

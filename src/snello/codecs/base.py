@@ -7,6 +7,7 @@ back through the reducers of either side: on the server through decoding, on the
 B: samples, N: tokens including prefix tokens, D: embed dim, R: rows that are left (B, or fewer where samples merge).
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -110,6 +111,26 @@ class Format(ABC):
     @abstractmethod
     def unpack(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """What `pack` was given, up to its error."""
+
+    def is_key(self, arrays: Mapping[str, Tensor]) -> bool:
+        """Whether later arrays can only be unpacked when these have been."""
+        return False
+
+    def forget(self) -> None:
+        """Packs the next arrays so that they can be unpacked by themselves."""
+
+    def snapshot(self) -> Any:
+        """What it remembers of what was packed and unpacked; None at the start."""
+        return None
+
+    def restore(self, state: Any) -> None:
+        """Remembers what it did at a `snapshot()`."""
+
+    def keep_all(self) -> None:
+        """Unpacks arrays of any age from now on, whatever came since."""
+
+    def for_evaluation(self) -> None:
+        """Packs all arrays so that they can be unpacked by themselves."""
 
     def unpacked_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
         """The shape of what `unpack` makes of the arrays; it is asked for before memory is taken.
@@ -271,6 +292,20 @@ class Codec(nn.Module):
         gradient = self.format.unpack_gradient({**arrays, "values": arrays["gradients"]})
         return self.format.correct(gradient, message.sent, message.arrays).to(message.sent.dtype)
 
+    def is_key(self, arrays: Mapping[str, Tensor]) -> bool:
+        """Whether later frames can only be decoded when these arrays have been."""
+        return self.format.is_key(arrays)
+
+    def forget(self) -> None:
+        """Encodes the next frame of either way so that it can be decoded by itself."""
+        self.format.forget()
+
+    def archive(self) -> "Codec":
+        """A copy that decodes frames of training in any order, once it has seen those that are keys."""
+        codec = copy.deepcopy(self).train()
+        codec.format.keep_all()
+        return codec
+
     def metrics(self) -> dict[str, Any]:
         """What the reducers have to say of the exchanges since the last call."""
         return {name: value for part in self._all for name, value in part.metrics().items()}
@@ -290,6 +325,7 @@ def _one_format(text: str, flag: str, embed_dim: int, seed: int) -> Format:
     made = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(text, flag)]
     if len(made) != 1 or not isinstance(made[0], Format):
         raise ConfigError(f"{flag} {text!r}: activations are evaluated in one number format, such as none, bf16, int8")
+    made[0].for_evaluation()
     return made[0]
 
 

@@ -1,6 +1,7 @@
 """What a run computes: model, method, cut and optimization; with its pictures, `snello finetune`."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -53,6 +54,19 @@ class SplitConfig:
     """Pass everything through the bytes of the protocol, as over a network; off, they are only counted."""
     max_bytes: str | None = None
     """Train until this much training traffic, whatever --epochs says, as 500MB (10^6 bytes) or 2GiB."""
+    client: str = "trains"
+    """The client's half `trains`; or it is `frozen`, so that nothing comes down and the server can train on what it has
+    stored; or it trains for some epochs and is then frozen, as `epochs:2`."""
+    send_epochs: int | None = None
+    """Of --epochs, those whose activations a frozen client sends; the server trains the others on what it has stored.
+    Default: all."""
+    replay: int | None = None
+    """Steps on stored samples after each one that is sent; what is left of --epochs follows when all is sent. Default:
+    as many as --epochs allows, so that nothing is left."""
+    cutmix: float | None = None
+    """Share of the samples, in [0, 1], into which the server puts a part of another one's patches, with as much of its
+    label. Default: 0.8 of those that are drawn from what is stored, where few views would be learned by heart, and
+    none of those that come."""
     link: str | None = None
     """Report the time that this link would add, as 10mbit/20ms: rate of each direction / time of a round trip."""
 
@@ -63,6 +77,12 @@ class SplitConfig:
         parse_codec(self.eval_codec, "--split.eval-codec")
         if self.max_bytes is not None:
             parse_bytes(self.max_bytes, "--split.max-bytes")
+        fits = re.fullmatch(r"trains|frozen|epochs:[1-9]\d{0,8}", self.client) is not None
+        require(fits, "--split.client", "trains, frozen or epochs:N", repr(self.client))
+        for name in ("send_epochs", "replay"):
+            value, least = getattr(self, name), int(name == "send_epochs")
+            require(value is None or value >= least, flag(f"split.{name}"), f"at least {least}", value)
+        require(self.cutmix is None or 0 <= self.cutmix <= 1, "--split.cutmix", "in [0, 1]", self.cutmix)
         if self.link is not None:
             Link.parse(self.link, "--split.link")
 
@@ -70,6 +90,43 @@ class SplitConfig:
     def codec_text(self) -> str | None:
         """The codec at the cut, `auto` resolved; None without a cut."""
         return None if self.cut == 0 else AUTO if self.codec.strip() == "auto" else self.codec
+
+    @property
+    def freezes(self) -> bool:
+        """Whether the client's half is frozen at the start or later."""
+        return self.client != "trains"
+
+    @property
+    def trained_epochs(self) -> int:
+        """Epochs in which a client trains that is frozen after them."""
+        return int(self.client.removeprefix("epochs:")) if self.client.startswith("epochs:") else 0
+
+    @property
+    def stores(self) -> bool:
+        """Whether the server keeps what a frozen client sends, to train on it again."""
+        return self.send_epochs is not None
+
+    def sent_epochs(self, epochs: int) -> int:
+        """Of so many epochs, those whose activations are sent."""
+        return epochs if self.send_epochs is None else self.trained_epochs + self.send_epochs
+
+    def replayed(self, epochs: int) -> int:
+        """Steps on stored samples after each one that a frozen client sends, in a run of so many epochs."""
+        if self.send_epochs is None:
+            return 0
+        most = (epochs - self.trained_epochs) // self.send_epochs - 1
+        return most if self.replay is None else self.replay
+
+    def require_epochs(self, epochs: int) -> None:
+        """Raises a ConfigError where so many epochs are too few for what is sent and replayed."""
+        trained, sent = self.trained_epochs, self.send_epochs or int(self.freezes)
+        if epochs < trained + sent:
+            parts = f"--split.client {self.client} and --split.send-epochs {sent}"
+            raise ConfigError(f"--epochs {epochs} is less than {parts} need together: raise it to {trained + sent}")
+        need = trained + sent * (1 + (self.replay or 0))
+        if epochs < need:
+            why = f"{sent} epochs sent and --split.replay {self.replay} take {need}"
+            raise ConfigError(f"--epochs {epochs} is too few: {why}; raise it, or leave --split.replay out")
 
 
 RECIPE_NEEDS: tuple[Need, ...] = (
@@ -80,6 +137,9 @@ RECIPE_NEEDS: tuple[Need, ...] = (
     Need("lora", lambda c: "lora" in c.method_name, "without --method lora or alast+lora"),
     Need("split", lambda c: c.split.cut > 0, "without --split.cut"),
     Need("split.alast", lambda c: c.method_name == "alast", "without --method alast"),
+    Need("split.send_epochs", lambda c: c.split.freezes, "without --split.client frozen or epochs:N"),
+    Need("split.replay", lambda c: c.split.stores, "without --split.send-epochs"),
+    Need("split.cutmix", lambda c: c.split.labels == "server", "with --split.labels client"),
     Need("augment.rand_magnitude", lambda c: c.augment.rand_ops > 0, "without --augment.rand-ops"),
 )
 
@@ -162,6 +222,7 @@ class Recipe:
         if not self.split.cut:
             return
         refused, rule = "does not go with --split.cut", self.alast.rule
+        self._require_freezing()
         if "lora" in self.method:
             raise ConfigError(f"--method {self.method} {refused}: LoRA trains an uncut model")
         if self.alast.flops is not None:  # what full fine-tuning of a half costs is no target
@@ -169,6 +230,20 @@ class Recipe:
         # What crosses is named by where it stood; the default does, so torch is not needed here.
         if rule != AlastConfig.rule and not find(RULES[rule]).has_places:
             raise ConfigError(f"--alast.rule {rule} {refused}: its tokens have no place of their own")
+
+    def _require_freezing(self) -> None:
+        """Raises a ConfigError where something does not go with a client's half that is frozen."""
+        split = self.split
+        if not split.freezes:
+            return
+        split.require_epochs(self.epochs)
+        frozen = f"--split.client {split.client}"
+        if split.labels == "client":
+            raise ConfigError(f"{frozen} does not go with --split.labels client: the classifier there would not train")
+        if split.max_bytes is not None:
+            raise ConfigError(f"{frozen} does not go with --split.max-bytes: say --split.send-epochs")
+        if self.method_name == "alast" and split.alast == "client":
+            raise ConfigError(f"{frozen} does not go with --split.alast client: nothing is left to budget there")
 
     @property
     def method_name(self) -> str:

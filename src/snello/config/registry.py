@@ -29,6 +29,7 @@ CODECS = {
     "c3sl": "snello.codecs.c3sl:C3SL",
     "bottlenet": "snello.codecs.bottlenet:BottleNet",
     "fedlite": "snello.codecs.fedlite:FedLite",
+    "pca": "snello.codecs.pca:PCA",
 }
 # Measured, see docs/adc.md: a nineteenth of the bytes and less than half of the server's compute for 2 points, and
 # nothing trained beside the model.

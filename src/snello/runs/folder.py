@@ -64,6 +64,7 @@ class RunFolder:
         self.weights_files = {"model": self.model_file, "codec": self.codec_file}
         """By the name of the module."""
         self.checkpoint_file = path / "last.safetensors"
+        self.store_file = path / "store.frames"
         self.alast_file = path / "alast.json"
         self.tracking_file = path / "tracking.json"
         self.summary_file = path / "summary.json"

@@ -37,7 +37,7 @@ def meta_vit(config: Recipe, num_classes: int, architecture: Mapping[str, Any] |
 
 def modules_of(model: nn.Module, codec: Codec) -> dict[str, nn.Module]:
     """What has weights to save, by name."""
-    return {"model": model} | ({"codec": codec} if next(codec.parameters(), None) is not None else {})
+    return {"model": model} | ({"codec": codec} if codec.state_dict() else {})
 
 
 def cut_model(vit: ViT, config: Recipe) -> tuple[ViT, ViT]:

@@ -26,7 +26,9 @@ def flops(
     On random pictures; matrix products and convolutions count, two per multiply-add, the codec's too. `method` is the
     state of each half's method, by side; None starts at the beginning.
     """
-    config = replace(config, split=replace(config.split, max_bytes=None, link=None))
+    frozen, split = config.split.client == "frozen", replace(config.split, max_bytes=None, link=None)
+    split = replace(split, client="trains", send_epochs=None, replay=None, cutmix=None)
+    config = replace(config, split=split)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", SnelloWarning)  # said in training already
         torch.manual_seed(config.seed)
@@ -47,6 +49,7 @@ def flops(
             learner.half.method.load_state_dict(method["client"])
             server.half.method.load_state_dict(method["server"])
         learner.half.begin(config.lr, 0.0)
+        learner.half.freeze(frozen)
         server.half.begin(config.lr, 0.0)
         client, other = FlopCounterMode(display=False), FlopCounterMode(display=False)
         with client:

@@ -10,7 +10,9 @@ nothing more to say. Where the frames travel is another's business.
 B: samples, N: tokens, D: embed dim, R: rows after merging (B where nothing merges), C: classes.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +20,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
 from snello.codecs.base import Codec, Context, Decoded, Message
 from snello.config import Recipe
 from snello.data.loaders import Batch
 from snello.devices import Precision, autocast
-from snello.errors import ProtocolError
+from snello.errors import ProtocolError, SnelloWarning
 from snello.methods import make_method
+from snello.seeds import mix
+from snello.split.store import MIXED, Samples, cutmix
 from snello.split.wire.frames import NOTHING, Flags, Frame, Kind
 from snello.train.optim import make_optimizer, set_lr
 from snello.vit import ViT
@@ -58,12 +62,22 @@ class Half:
         own = codec.client_parameters() if self.side == "client" else codec.server_parameters()
         decays = {"weight_decay": config.weight_decay, "layer_decay": config.layer_decay}
         self.optimizer = make_optimizer(part, lr=config.lr, device=device, others=own, **decays)
-        attached = config.method_name != "alast" or config.split.alast in (self.side, "both")
+        where = "server" if config.split.freezes else config.split.alast  # a half that is frozen has nothing to budget
+        attached = config.method_name != "alast" or where in (self.side, "both")
         self.method = make_method(part, config, config.method_name if attached else "full")
         self.max_rows = config.batch_size * codec.buffer
         """Rows that the activations of an exchange may have."""
         self.overflow = False
         """Whether a gradient of the step under way overflowed in half precision, here or on the other side."""
+        self._trains = [p for p in self.parameters() if p.requires_grad]
+        self._frozen = False
+
+    def freeze(self, on: bool) -> None:
+        """Trains nothing from now on, or what it did before."""
+        if on != self._frozen:
+            self._frozen = on
+            for parameter in self._trains:
+                parameter.requires_grad_(not on)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All that this side's optimizer holds."""
@@ -332,6 +346,14 @@ def _array(arrays: dict[str, Tensor], name: str, shape: tuple[int, ...] | None =
     return arrays[name]
 
 
+def _share(arrays: Mapping[str, Tensor]) -> float:
+    """The share of the step that a frame's samples are."""
+    share = arrays.get("labels.share", torch.empty(0))
+    if share.numel() != 1 or not 0 < float(share) <= 1:
+        raise ProtocolError("labels came without their share of the step")
+    return float(share)
+
+
 class ServerHalf(Half):
     """The other blocks and, but in U-shape, the classifier; it never sees a picture."""
 
@@ -357,30 +379,87 @@ class ServerHalf(Half):
 
     def _forward(self, frame: Frame, arrays: dict[str, Tensor]) -> Frame:
         decoded = self._decode(arrays, with_gradient=Flags.FORWARD_ONLY not in frame.flags)
-        with self.autocast():
-            features = self.vit.features(self.vit.tokens(decoded.z))
-            logits = self.vit.head(features) if self.labels == "server" else None
-        if logits is None:
+        if self.labels == "client":
+            with self.autocast():
+                features = self.vit.features(self.vit.tokens(decoded.z))
             self._pending = frame, decoded.leaf, features
             flags = NOTHING if features.requires_grad else Flags.FORWARD_ONLY
             values = features.detach().to(self.codec.feature_dtype)
             return Frame(Kind.FEATURES, frame.step, frame.micro, {"activations": values}, flags)
-        targets = labels_from_arrays(arrays, self.num_classes, len(logits))
-        share = arrays.get("labels.share", torch.empty(0))
-        if share.numel() != 1 or not 0 < float(share) <= 1:
-            raise ProtocolError("labels came without their share of the step")
-        loss = self._loss(logits, targets) * float(share)
-        if loss.requires_grad:
-            torch.autograd.backward(loss * self.scale())
+        targets = labels_from_arrays(arrays, self.num_classes, len(decoded.z))
+        share, mixed = _share(arrays), self.config.split.cutmix
+        if mixed and self.mixes(decoded.z.shape[1]):
+            samples, seed = self._samples(decoded.z, targets), mix(self.config.seed, MIXED, frame.step, frame.micro)
+            loss = self.learn(cutmix(samples, mixed, self.vit.num_prefix_tokens, seed), share)
+        else:
+            with self.autocast():
+                logits = self.vit.head(self.vit.features(self.vit.tokens(decoded.z)))
+            loss = self._loss(logits, targets) * share
+            if loss.requires_grad:
+                torch.autograd.backward(loss * self.scale())
         answer = self._gradients(frame, decoded.leaf)
         answer.arrays["gradients.loss"] = loss.detach().view(1)
         return answer
 
-    def _decode(self, arrays: dict[str, Tensor], *, with_gradient: bool = True) -> Decoded:
+    def _samples(self, z: Tensor, targets: "Targets") -> Samples:
+        """Tokens (R, K, D) and targets as samples that can be mixed."""
+        shares = targets.values
+        if shares.ndim == 1:
+            shares = one_hot(shares, self.num_classes).float()
+        weighs = targets.sizes is not None and self.codec.weighting == "sizes"
+        weights = targets.sizes if weighs and targets.sizes is not None else torch.ones(len(z), device=z.device)
+        return Samples(z, shares, weights)
+
+    @torch.no_grad()
+    def samples(self, frame: Frame, codec: Codec) -> Samples:
+        """What a frame of a frozen client holds, decoded by `codec`, to be learned from now and later.
+
+        Raises:
+            ProtocolError: for a frame that holds none.
+        """
+        arrays = self._on_device(frame)
+        z = self._decode(arrays, with_gradient=False, codec=codec).z
+        targets = labels_from_arrays(arrays, self.num_classes, len(z))
+        return self._samples(z.bfloat16(), targets).to(torch.device("cpu"))
+
+    def mixes(self, num_tokens: int) -> bool:
+        """Whether samples of so many tokens can be mixed: every patch of a square grid must be there."""
+        patches = num_tokens - self.vit.num_prefix_tokens
+        whole = patches == self.vit.num_patches and math.isqrt(patches) ** 2 == patches
+        if not whole:
+            text = "--split.cutmix has no effect where the codec drops patches, or their grid is not square"
+            warnings.warn(text, SnelloWarning, stacklevel=2)
+        return whole
+
+    def overflows(self) -> bool:
+        """Whether a gradient overflowed in half precision."""
+        gradients = (p.grad for p in self.parameters() if p.grad is not None)
+        return self.scaler.is_enabled() and not all(bool(g.isfinite().all()) for g in gradients)
+
+    def learn(self, samples: Samples, share: float) -> Tensor:
+        """Adds the gradient of samples that are `share` of a step; returns their part of its loss, () float32."""
+        samples = samples.to(self.device)
+        with self.autocast():
+            logits = self.vit.head(self.vit.features(self.vit.tokens(samples.z.float())))
+        losses = cross_entropy(
+            logits.float(), samples.targets, label_smoothing=self.config.label_smoothing, reduction="none"
+        )
+        loss = (losses * samples.weights).sum() / samples.weights.sum() * share
+        if loss.requires_grad:
+            torch.autograd.backward(loss * self.scale())
+        return loss.detach()
+
+    def answer_stored(self, frame: Frame, samples: Samples) -> Frame:
+        """Learns from the samples of a frame, and answers it: nothing but the loss goes down."""
+        loss = self.learn(samples, _share(frame.arrays))
+        return Frame(Kind.GRADIENTS, frame.step, frame.micro, {"gradients.loss": loss.view(1)})
+
+    def _decode(self, arrays: dict[str, Tensor], *, with_gradient: bool = True, codec: Codec | None = None) -> Decoded:
         """What the codec makes of the arrays of a frame, whatever they are: a batch of tokens, or a ProtocolError."""
+        codec = codec or self.codec
         with self._decoding("activations"):
             self._require_room(arrays)
-            decoded = self.codec.decode(arrays, with_gradient=with_gradient)
+            decoded = codec.decode(arrays, with_gradient=with_gradient)
         shape = tuple(decoded.z.shape)
         if decoded.z.dtype != torch.float32:
             raise ProtocolError(f"activations decode to {decoded.z.dtype}, where float32 was due")
@@ -424,7 +503,8 @@ class ServerHalf(Half):
             if self.scale() != 1 and not bool(gradient.isfinite().all()):
                 self.overflow = True
             else:
-                arrays = self.codec.encode_gradient(gradient, Context(seed=frame.step))
+                context = Context(num_prefix_tokens=self.vit.num_prefix_tokens, seed=frame.step)
+                arrays = self.codec.encode_gradient(gradient, context)
         flags = Flags.OVERFLOW if self.overflow else NOTHING
         return Frame(Kind.GRADIENTS, frame.step, frame.micro, arrays, flags)
 

@@ -4,6 +4,7 @@ In one process the link holds the server's half, over a network a connection to 
 is trained over a network is what is trained in one process.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ from snello.train.learner import Learner, MicroStep
 from snello.train.place import Setup
 from snello.vit import ViT
 
+MAX_MEMORY = 1 << 30
+"""Bytes of stored samples that a server's half in the same process keeps decoded."""
+
 
 class Link(Protocol):
     """The way to the server's half."""
@@ -45,6 +49,12 @@ class Link(Protocol):
         Raises:
             TrainingError: where the server's gradients are not finite.
         """
+
+    def behind(self) -> int:
+        """Steps on stored samples that the server has left, when all has been sent."""
+
+    def catch_up(self) -> None:
+        """Lets the server take some of them."""
 
     def metrics(self) -> dict[str, Any]:
         """What is logged of the step: above all the seconds that the other side took."""
@@ -80,6 +90,7 @@ class SplitLearner(Learner):
         self.evaluator = Evaluator(self.half, self.exchange)
         self.ledger = Ledger(vit, config, self.codec, setup.num_classes)
         schedule = setup.schedule
+        self._steps_per_epoch = schedule.steps_per_epoch
         self.max_steps = self.ledger.plan(self.half, [schedule.num_samples(i) for i in range(schedule.steps_per_epoch)])
         self.step = 0
         """Steps done."""
@@ -97,6 +108,11 @@ class SplitLearner(Learner):
         self.ledger.begin()
         self.link.begin(step)
         self._seconds, self._overflow = 0.0, False
+        split = self.config.split
+        first = split.trained_epochs * self._steps_per_epoch if split.freezes else math.inf
+        self.half.freeze(step >= first)
+        if step == first:
+            self.codec.forget()  # the server keeps what comes from now on, and no frame from before
         with self._timed():
             self.half.begin(self.config.lr, progress)
 
@@ -146,6 +162,14 @@ class SplitLearner(Learner):
             self.half.update(lr, self._overflow)
         self.step += 1
         self.between_steps, self._at_begin = True, None
+
+    @override
+    def behind(self) -> int:
+        return self.link.behind()
+
+    @override
+    def catch_up(self) -> None:
+        self.link.catch_up()
 
     @override
     def restart(self) -> None:
@@ -260,18 +284,26 @@ class LocalLink:
 
     def __init__(self, model: ServerModel, setup: Setup) -> None:
         self.model, self._bytes, self._device = model, setup.config.split.frames, setup.device
-        self.steps = ServerSteps(model, setup.schedule, undo=False)
+        store = model.store(setup.run, MAX_MEMORY) if setup.schedule.replay and setup.run else None
+        self.steps = ServerSteps(model, setup.schedule, undo=False, store=store)
         self._seconds, self._norm = 0.0, torch.zeros(())
+        self._replayed: list[float] = []
 
     def exchange(self, frame: Frame) -> Frame:
         """The server's answer to a frame, through the bytes of the protocol."""
         arrived = self._carry(frame)
-        started = time.perf_counter()
-        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):  # the server has its own
+        with self._timed():
             answer = self.steps.evaluate(arrived) if frame.kind in EVALUATION_KINDS else self.steps.exchange(arrived)
+        return self._carry(answer)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """What the server computes, with noise of its own."""
+        started = time.perf_counter()
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            yield
         synchronize(self._device)
         self._seconds += time.perf_counter() - started
-        return self._carry(answer)
 
     def _carry(self, frame: Frame) -> Frame:
         return frames.read(frames.write(frame)) if self._bytes else frame
@@ -282,15 +314,28 @@ class LocalLink:
         self.steps.go_to(step)
 
     def settle(self, overflow: bool) -> None:
-        """Moves the server's weights."""
-        started = time.perf_counter()
-        self._norm = self.steps.finish(overflow)
-        synchronize(self._device)
-        self._seconds += time.perf_counter() - started
+        """Moves the server's weights, and those that follow from what it has stored, but for what can wait."""
+        with self._timed():
+            self._norm = self.steps.finish(overflow)
+        while self.steps.behind and not self.steps.all_sent:
+            self.catch_up()
+
+    def behind(self) -> int:
+        """Steps on stored samples that are left when all has been sent."""
+        return self.steps.behind
+
+    def catch_up(self) -> None:
+        """Takes one of them."""
+        with self._timed():
+            self._replayed.append(self.steps.replay())
 
     def metrics(self) -> dict[str, Any]:
         """Seconds of the server's half, and the norm of its gradients."""
-        return {"server_seconds": round(self._seconds, 4), "grad_norm_server": float(self._norm)}
+        row = {"server_seconds": round(self._seconds, 4), "grad_norm_server": float(self._norm)}
+        if self._replayed:
+            row |= {"server_steps": self.steps.done, "replay_loss": sum(self._replayed) / len(self._replayed)}
+            self._replayed = []
+        return row
 
     def method_metrics(self) -> dict[str, Any] | None:
         """What the method of the server's half says."""
@@ -299,12 +344,13 @@ class LocalLink:
     def state_dict(self) -> dict[str, Any]:
         """The server's half's method and loss scale."""
         state = self.model.state_dict()
-        return {"method": {"server": state["method"]}, "server_scaler": state["scaler"]}
+        return {"method": {"server": state["method"]}, "server_scaler": state["scaler"], **self.steps.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes from a `state_dict()`."""
         scaler = state.get("server_scaler", state["scaler"])
         self.model.load_state_dict({"method": state["method"]["server"], "scaler": scaler})
+        self.steps.load_state_dict(state.get("step", 0), state)
 
 
 def make_split_learner(vit: ViT, setup: Setup) -> SplitLearner:

@@ -4,20 +4,30 @@ The half may be shared by several clients; where in a step a client stands, and 
 client's own. Nothing here knows whether frames come over a network.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from snello.errors import TrainingError
+from snello.errors import ProtocolError, TrainingError
+from snello.runs.folder import RunFolder
 from snello.seeds import mix
 from snello.split.build import modules_of
 from snello.split.halves import ServerHalf
+from snello.split.store import MIXED, Samples, Store, cutmix, draw
 from snello.split.wire.frames import Flags, Frame, Kind
 from snello.split.wire.refusals import Code, Refused
 from snello.train.learner import SERVER_NOISE
 from snello.train.schedule import Schedule
+
+# These keep the seeds of steps on stored samples apart from others.
+DRAWN, REPLAYED = 16, 18
+REPLAYED_SHARE = 0.8
+"""Of the samples drawn from the store, those that are mixed by default."""
 
 
 class ServerModel:
@@ -28,13 +38,18 @@ class ServerModel:
         self.modules: Mapping[str, nn.Module] = modules_of(half.vit.model, half.codec)
         self.optimizers: Mapping[str, torch.optim.Optimizer] = {"server": half.optimizer}
 
-    def answer(self, frame: Frame, *, training: bool, seed: int = 0) -> Frame:
-        """The half's answer, with its own noise drawn from `seed`."""
+    def answer(self, frame: Frame, *, training: bool, seed: int = 0, samples: Samples | None = None) -> Frame:
+        """The half's answer, with noise drawn from `seed`; `samples` is what a frame of a frozen client holds."""
         if self.half.vit.model.training != training or self.codec.training != training:
             self.half.train(training)
         torch.manual_seed(seed)
         with torch.set_grad_enabled(training):
-            return self.half.answer(frame)
+            return self.half.answer(frame) if samples is None else self.half.answer_stored(frame, samples)
+
+    def store(self, run: RunFolder, max_memory: int) -> Store:
+        """An empty store for frames of this half in a run's folder."""
+        codec = self.codec.archive()
+        return Store(run, partial(self.half.samples, codec=codec), lambda f: codec.is_key(f.arrays), max_memory)
 
     def update(self, lr: float, overflow: bool) -> Tensor:
         """Clips and moves the weights, unless a gradient overflowed; returns the norm of the gradients, () float32.
@@ -51,12 +66,13 @@ class ServerModel:
     def snapshot(self) -> Callable[[], None]:
         """Remembers what an exchange may change besides weights; what is returned undoes the exchange."""
         method = self.half.method.state_dict()
-        buffers = [value.clone() for value in self.codec.buffers()]
+        buffers, remembered = [value.clone() for value in self.codec.buffers()], self.codec.format.snapshot()
 
         def undo() -> None:
             self.half.method.load_state_dict(method)
             for value, old in zip(self.codec.buffers(), buffers, strict=True):
                 value.copy_(old)
+            self.codec.format.restore(remembered)
             self.swap_gradients(None)
             self.half.forget()
 
@@ -89,16 +105,28 @@ class ServerSteps:
         schedule: the client's.
         shared: whether others move the half's weights between two frames of this client.
         undo: whether an exchange that fails leaves the half as it was.
+        store: where the frames of a frozen client are kept; None where the schedule has no steps on them.
     """
 
-    def __init__(self, model: ServerModel, schedule: Schedule, *, shared: bool = False, undo: bool = True) -> None:
-        self.model, self.schedule, self.config = model, schedule, model.config
+    def __init__(
+        self,
+        model: ServerModel,
+        schedule: Schedule,
+        *,
+        shared: bool = False,
+        undo: bool = True,
+        store: Store | None = None,
+    ) -> None:
+        self.model, self.schedule, self.config, self.store = model, schedule, model.config, store
         self._shared, self._undo = shared, undo
+        self._format: Any = None  # what the codec remembers of this client
         self.go_to(0)
 
-    def go_to(self, step: int) -> None:
-        """Waits for the first frame of `step`, whatever was under way."""
+    def go_to(self, step: int, done: int | None = None) -> None:
+        """Waits for the first frame of `step`, whatever was under way, when the half has taken `done` steps in all."""
         self.step, self.micro, self.awaited = step, 0, Kind.ACTIVATIONS
+        self.done = self.schedule.server_step(step) if done is None else done
+        """Steps that the half has taken, on what came and on what was stored."""
         self.due = False
         """Whether a step has all its gradients and `finish` is to move the weights."""
         self.loss = 0.0
@@ -106,11 +134,39 @@ class ServerSteps:
         self._activations: Frame | None = None  # of the exchange under way, in U-shape
         self._gradients: list[Tensor | None] | None = None  # of the step under way
         self._again = self._overflow = False
+        self._format = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Between steps: what was stored, and the steps taken on it, as values that JSON can hold."""
+        if self.store is None:
+            return {}
+        self.store.sync()
+        return {"done": self.done, "store": self.store.state_dict()}
+
+    def load_state_dict(self, step: int, state: Mapping[str, Any]) -> None:
+        """Waits for the first frame of `step`, with a `state_dict()` from there.
+
+        Raises:
+            CheckpointError: where the store is gone or damaged.
+        """
+        self.go_to(step, state.get("done"))
+        if self.store is not None:
+            self.store.load_state_dict(state["store"])
 
     @property
     def between_steps(self) -> bool:
         """Whether no step is under way."""
         return self.micro == 0 and self.awaited == Kind.ACTIVATIONS and not self.due
+
+    @property
+    def behind(self) -> int:
+        """Steps on stored samples that come before the next frame, or after the last."""
+        return self.schedule.server_step(self.step) - self.done if self.between_steps else 0
+
+    @property
+    def all_sent(self) -> bool:
+        """Whether no frame of activations is to come."""
+        return self.step >= self.schedule.total_steps
 
     @property
     def position(self) -> str:
@@ -129,23 +185,37 @@ class ServerSteps:
             ProtocolError: for one that is malformed.
             TrainingError: where loss or gradients are not finite.
         """
-        if (frame.kind, frame.step, frame.micro) != (self.awaited, self.step, self.micro) or (
-            self.step >= self.schedule.total_steps
-        ):
+        if (frame.kind, frame.step, frame.micro) != (self.awaited, self.step, self.micro) or self.all_sent:
             came = f"{frame.kind.name.lower().replace('_', ' ')} of step {frame.step}.{frame.micro} came"
             raise Refused(Code.OUT_OF_TURN, f"{came}, the server is at {self.position}")
-        undo = self.model.snapshot() if self._undo else None
-        try:
-            answer = self._answer(frame)
-        except BaseException:
-            if undo is not None:
-                undo()  # as if the frame had not come: the right one may still follow
-            self._again = frame.kind == Kind.FEATURE_GRADIENTS
-            raise
+        with self._own_format():
+            undo = self.model.snapshot() if self._undo else None
+            try:
+                answer = self._answer(frame)
+            except BaseException:
+                if undo is not None:
+                    undo()  # as if the frame had not come: the right one may still follow
+                self._again = frame.kind == Kind.FEATURE_GRADIENTS
+                raise
         self._again = False
         self._add(self.model.swap_gradients(None))
         self._overflow = self.model.half.overflow
         return self._advance(answer)
+
+    @contextmanager
+    def _own_format(self) -> Iterator[None]:
+        """Lets the codec remember what this client's frames were, where several share it."""
+        if not self._shared:
+            yield
+            return
+        number_format = self.model.codec.format
+        others = number_format.snapshot()
+        number_format.restore(self._format)
+        try:
+            yield
+        finally:
+            self._format = number_format.snapshot()
+            number_format.restore(others)
 
     def finish(self, overflow: bool = False) -> Tensor:
         """Moves the weights by the step that is due, unless a gradient overflowed here or on the client's side.
@@ -157,7 +227,38 @@ class ServerSteps:
         """
         self.model.swap_gradients(self._gradients)
         skipped, self._overflow, self._gradients, self.due = overflow or self._overflow, False, None, False
-        return self.model.update(self.schedule.lr(self.step - 1, self.config.lr, self.config.warmup), skipped)
+        norm = self.model.update(self.schedule.lr_at(self.done, self.config.lr, self.config.warmup), skipped)
+        self.done += 1
+        return norm
+
+    def replay(self) -> float:
+        """Takes one of the steps that the half is behind, on stored samples, and returns its loss.
+
+        What is drawn depends on the run's seed and the number of the step alone.
+
+        Raises:
+            TrainingError: where loss or gradients are not finite; the weights are not touched.
+            CheckpointError: where the store can no longer be read.
+        """
+        assert self.store is not None
+        config, half, at = self.config, self.model.half, self.done
+        num = min(config.batch_size * config.accumulate, self.schedule.num_train)
+        samples = draw(self.store, num, mix(config.seed, DRAWN, at))
+        share = REPLAYED_SHARE if config.split.cutmix is None else config.split.cutmix
+        if share and half.mixes(samples.z.shape[1]):
+            samples = cutmix(samples, share, half.vit.num_prefix_tokens, mix(config.seed, MIXED, at, REPLAYED))
+        half.begin(config.lr, at / self.schedule.server_steps)
+        torch.manual_seed(mix(config.seed, SERVER_NOISE, at, REPLAYED))
+        loss = 0.0
+        for begin in range(0, num, config.batch_size):
+            part = samples.pick(torch.arange(begin, min(begin + config.batch_size, num)))
+            loss += float(half.learn(part, len(part.z) / num))
+        if not math.isfinite(loss):
+            self.model.swap_gradients(None)
+            raise TrainingError("the loss is not finite")
+        self.model.update(self.schedule.lr_at(at, config.lr, config.warmup), half.overflows())
+        self.done += 1
+        return loss
 
     def _answer(self, frame: Frame) -> Frame:
         if self.between_steps:
@@ -171,10 +272,21 @@ class ServerSteps:
             # Another session may have moved the weights since, so what was computed before cannot be gone back through.
             assert self._activations is not None
             self.model.answer(self._activations, training=True, seed=seed)
-        answer = self.model.answer(frame, training=True, seed=seed)
+        stores = self.schedule.replay is not None and self.step >= self.schedule.replay.first
+        samples = self._samples(frame) if stores else None
+        answer = self.model.answer(frame, training=True, seed=seed, samples=samples)
         if not bool(answer.arrays.get("gradients.loss", torch.zeros(1)).isfinite()):
             raise TrainingError("the loss is not finite")
+        if samples is not None and self.store is not None:
+            self.store.append(frame, samples)
         return answer
+
+    def _samples(self, frame: Frame) -> Samples:
+        """What a frame of a frozen client holds."""
+        assert self.store is not None
+        if Flags.FORWARD_ONLY not in frame.flags:
+            raise ProtocolError(f"from step {self.step} on the client's half is frozen, but it wants a gradient")
+        return self.store.decode(frame)
 
     def _add(self, gradients: list[Tensor | None]) -> None:
         """Adds up the gradients of a step here: sessions that share a half are between each other's micro-steps."""

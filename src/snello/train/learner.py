@@ -97,6 +97,13 @@ class Learner(ABC):
     def restart(self) -> None:
         """Goes back to where the step under way began."""
 
+    def behind(self) -> int:
+        """Steps that another side has left to take by itself after the last step, before there is a result."""
+        return 0
+
+    def catch_up(self) -> None:
+        """Lets it take some of them."""
+
     def spent(self, step: int) -> bool:
         """Whether the budget leaves no room for another step after `step` of them."""
         return False

@@ -39,6 +39,9 @@ from snello.train.tracking import Trackers
 from snello.vit import ViT
 from snello.vit.attention import faster_attention
 
+SAVE_SECONDS = 60.0
+"""Between checkpoints while another side takes its last steps."""
+
 
 class Trainer:
     """One run: model, method, data and where it stands. With several processes, each of them has one.
@@ -57,7 +60,7 @@ class Trainer:
         self.precision: Precision = ranks.from_main(
             lambda: resolve_precision(saved.precision if saved else config.precision, self.device)
         )
-        self.schedule = Schedule(len(splits.train), config.batch_size * ranks.size, config.accumulate, config.epochs)
+        self.schedule = Schedule.of(config, len(splits.train), ranks.size)
         torch.manual_seed(mix(config.seed))  # the head's random start
         num_classes = len(splits.train.classes)
         vit = ViT(ranks.first_here(lambda: place.make_model(num_classes)))
@@ -71,11 +74,20 @@ class Trainer:
         self._loading["pin_memory"] = self.device.type == "cuda"
         self._eval_loader: DataLoader[tuple[Tensor, int]] | None = None
         self._stop: list[int] = []
+        self._saved = time.monotonic()
         self._show: Callable[[int, str], None] = lambda done, text: None
         if saved:
             self._require_same_pictures(saved)
         setup = Setup(
-            config, num_classes, self.device, self.precision, self.schedule, self.resolved.codec, ranks, self._stop
+            config,
+            num_classes,
+            self.device,
+            self.precision,
+            self.schedule,
+            self.resolved.codec,
+            ranks,
+            self._stop,
+            self.run,
         )
         try:
             self._begin(vit, setup)
@@ -187,7 +199,23 @@ class Trainer:
                 losses.append(loss)
             except GoBack as back:
                 self._go_back(back)
+        if not losses and self.progress.step == self.total_steps and not self.progress.finished:
+            self._wait()
         return losses
+
+    def _wait(self) -> None:
+        """Lets another side take the steps that it has left by itself, some at a time, and then ends the run."""
+        try:
+            if not self.learner.behind():
+                self._after_step()
+                return
+            self.learner.catch_up()
+            self._show(self.total_steps, f"{self.learner.behind()} steps of the server are left")
+            # Steps of its own are not steps of the run, so checkpoints go by time here.
+            if time.monotonic() - self._saved > SAVE_SECONDS:
+                self._save()
+        except GoBack as back:
+            self._go_back(back)
 
     def evaluate(self) -> Score:
         """Accuracy and mean loss on the held-out pictures."""
@@ -312,6 +340,9 @@ class Trainer:
         """At the end of an epoch evaluates, and saves a checkpoint whenever one is due."""
         at, config = self.progress, self.config
         last = at.step == self.total_steps or self.learner.spent(at.step)
+        if last and self.learner.behind():
+            self._save()  # the user may leave now
+            return
         if at.step % self.schedule.steps_per_epoch and not last:
             if config.checkpoint_steps and at.step % config.checkpoint_steps == 0:
                 self._save()
@@ -343,6 +374,7 @@ class Trainer:
         self.place.end_evaluation(at)
 
     def _save(self) -> None:
+        self._saved = time.monotonic()
         self.place.save(self.learner, self.progress, self._state())
 
     def _state(self) -> State:

@@ -67,6 +67,8 @@ class Setup:
     ranks: Ranks = ALONE
     stop: list[int] = field(default_factory=list)
     """Fills when the user asks to stop."""
+    run: RunFolder | None = None
+    """Where the learner may keep files; None where it takes no step."""
 
 
 MakeLearner = Callable[[ViT, Setup], Learner]

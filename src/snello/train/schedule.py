@@ -1,12 +1,30 @@
 """Which pictures, steps and learning rates a run has: a pure function of its settings, the same on both sides of a cut.
 
-A step is one optimizer step of up to `accumulate` micro-steps; a step never spans two epochs.
+A step is one optimizer step of up to `accumulate` micro-steps; a step never spans two epochs. Where a server trains on
+what it has stored, the run's steps are those whose activations are sent; `Replay` says how many more the server takes.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from snello.config import Recipe
 from snello.train.optim import lr_factor
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The steps that a server takes on stored activations, between and after those that are sent."""
+
+    first: int
+    """The step from which on the client's half is frozen and what it sends is stored."""
+    each: int
+    """Steps on stored samples after each one that is sent from there on."""
+    total: int
+    """Steps of the server in all."""
+
+    def server_step(self, step: int) -> int:
+        """The server's steps before the one that is sent as `step`."""
+        return step + max(0, step - self.first) * self.each
 
 
 @dataclass(frozen=True)
@@ -23,6 +41,19 @@ class Schedule:
     """Batches that make one exchange at a cut."""
     max_steps: int | None = None
     """Steps after which a budget of traffic is spent; it decides alone."""
+    replay: Replay | None = None
+    """The server's steps on what it has stored; None where it stores nothing."""
+
+    @classmethod
+    def of(cls, config: Recipe, num_train: int, processes: int = 1) -> "Schedule":
+        """The schedule of a run on so many pictures."""
+        split = config.split
+        made = cls(num_train, config.batch_size * processes, config.accumulate, split.sent_epochs(config.epochs))
+        if not split.stores:
+            return made
+        per_epoch = made.steps_per_epoch
+        first, each = split.trained_epochs * per_epoch, split.replayed(config.epochs)
+        return replace(made, replay=Replay(first, each, config.epochs * per_epoch))
 
     @property
     def batches_per_epoch(self) -> int:
@@ -72,10 +103,25 @@ class Schedule:
         begin = first + micro * self.buffer
         return range(begin, min(begin + self.buffer, first + self.num_batches(step)))
 
+    @property
+    def server_steps(self) -> int:
+        """Optimizer steps of the half or model that takes most."""
+        return self.total_steps if self.replay is None else self.replay.total
+
+    def server_step(self, step: int) -> int:
+        """The server's steps before the one that is sent as `step`; after the last one is sent, all of them."""
+        if self.replay is None or step >= self.total_steps:
+            return step if self.replay is None else self.replay.total
+        return self.replay.server_step(step)
+
     def progress(self, step: int) -> float:
         """Share of the run that is done before `step`, in [0, 1)."""
-        return step / self.total_steps
+        return self.server_step(step) / self.server_steps
 
     def lr(self, step: int, base: float, warmup: float) -> float:
         """The learning rate of a step: linear warm-up, then a cosine to zero."""
-        return base * lr_factor(step, self.total_steps, warmup)
+        return self.lr_at(self.server_step(step), base, warmup)
+
+    def lr_at(self, server_step: int, base: float, warmup: float) -> float:
+        """The learning rate of a step of the server."""
+        return base * lr_factor(server_step, self.server_steps, warmup)

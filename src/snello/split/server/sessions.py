@@ -65,7 +65,7 @@ class TrainingSession:
         weights = sizes.state // 4 + (1 << 20) if config.accept_weights else 0
         self.max_body = max(sizes.max_frame, weights)
         self.ledger = Ledger(sizes.vit, config, model.codec, model.num_classes)
-        whole = Schedule(plan.num_train, config.batch_size, config.accumulate, config.epochs)
+        whole = Schedule.of(config, plan.num_train)
         self.schedule = replace(whole, buffer=model.codec.buffer, max_steps=plan.total_steps)
         self.steps = ServerSteps(model, self.schedule, shared=self.shared)
         own = ({}, {}) if self.shared else (model.modules, model.optimizers)

@@ -1,0 +1,348 @@
+"""Rotate and code: the principal components of the embed dimension, one step for all, and an entropy coder.
+
+Transform coding as in pictures and sound (V. Goyal, Theoretical foundations of transform coding, IEEE SPM 2001): after
+the rotation few components hold nearly all of the variance, and the coder writes the others in fractions of a bit.
+
+B: samples, N: tokens including P prefix tokens, D: embed dim, K: components of the basis.
+"""
+
+import hashlib
+import math
+import struct
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from typing_extensions import override
+
+from snello.codecs import components
+from snello.codecs.base import Arrays, Context, Format, Shape, announced_shape, integer, number
+from snello.errors import ProtocolError, SnelloWarning, require
+
+KEPT = 2
+"""Bases that a receiver keeps: frames that were under way may still name the one before."""
+POOR_DB = 3.0
+"""Below this signal-to-noise ratio the user is told that little is left."""
+BANDS = (1, 3, 6)
+"""Where bands of frequencies begin, by the sum of both frequencies; band 0 is the mean over the grid."""
+DEAD_ZONE = 0.6
+"""Below so many steps a number becomes zero: fewer bytes than half a step at the same accuracy."""
+_HEADER = struct.Struct("<8sfHB")
+"""Of the side information: the basis, the step, P, and whether patches went through a cosine transform."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """K directions in the space of tokens, in 8 bits; both sides compute with the same rounded numbers."""
+
+    codes: Tensor
+    """(D, K) int8."""
+    rows: int = 0
+    """Samples that it was made of; known to the sender alone."""
+
+    @property
+    def name(self) -> bytes:
+        """Eight bytes that tell bases apart."""
+        text = str(tuple(self.codes.shape)).encode() + self.codes.numpy().tobytes()
+        return hashlib.blake2b(text, digest_size=8).digest()
+
+    def directions(self, device: torch.device) -> Tensor:
+        """The directions, (D, K) float32, each of length 1."""
+        whole = self.codes.to(torch.int64)
+        lengths = (whole * whole).sum(dim=0).double().sqrt().clamp_min(1)
+        return (whole / lengths).float().to(device)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What one direction is written with."""
+
+    step: float
+    centre: bool
+    dct: bool
+
+
+class _Way:
+    """The bases of one direction."""
+
+    def __init__(self, options: _Options) -> None:
+        self.options = options
+        self.current: Basis | None = None
+        """What is sent with."""
+        self.age = 0
+        """Frames sent since it was made, that one included."""
+        self.known: dict[bytes, Basis] = {}
+        """What came, by name, the last at the end."""
+
+    def learn(self, basis: Basis, most: int) -> None:
+        """Keeps a basis that came, and the `most` last ones in all."""
+        self.known.pop(basis.name, None)
+        self.known[basis.name] = basis
+        while len(self.known) > most:
+            del self.known[next(iter(self.known))]
+
+    def basis_for(self, tokens: Tensor, every: int) -> tuple[Basis, bool]:
+        """The basis to send tokens (B, N, D) with, and whether it is new to the other side."""
+        old = self.current
+        # One of a small batch, such as the last of an epoch, would be worse than an old one.
+        lasts = old is not None and (self.age < every or 2 * len(tokens) < old.rows)
+        if old is not None and lasts and len(old.codes) == tokens.shape[2]:
+            self.age += 1
+            return old, False
+        self.current, self.age = _principal(tokens, self.options.step), 1
+        return self.current, True
+
+
+class PCA(nn.Module, Format):
+    """Tokens as entropy-coded principal components, all rounded to multiples of one step; gradients likewise.
+
+    The sender makes the basis from a batch and sends it along, again after `basis` frames; frames in between name it.
+
+    Args:
+        step: of activations, in their root mean square around the mean token, > 0.
+        down: of gradients, in their root mean square, > 0; as `step` by default.
+        basis: frames that a basis is used for.
+        dct: 1 for a cosine transform of activations over the grid of patches, where they make a square; 0 for none.
+
+    Raises:
+        ConfigError: for an option out of range.
+    """
+
+    source = "https://doi.org/10.1109/79.952802"
+    example = "1"
+    needs_tokens = True
+
+    def __init__(
+        self,
+        step: float,
+        down: float | None = None,
+        basis: int = 20,
+        dct: int = 1,
+    ) -> None:
+        super().__init__()
+        require(dct in (0, 1), "dct", "0 or 1", dct)
+        self.step = _positive(step, "step")
+        self.every = integer(basis, "basis", 1)
+        gradients = self.step if down is None else _positive(down, "down")
+        self._up = _Way(_Options(self.step, centre=True, dct=bool(dct)))
+        self._down = _Way(_Options(gradients, centre=False, dct=False))
+        self._kept = KEPT
+        self._warned = False
+
+    @override
+    def pack(self, x: Tensor, context: Context) -> Arrays:
+        return self._pack(x, context, self._up)
+
+    @override
+    def unpack(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        return self._unpack(arrays, self._up)
+
+    @override
+    def pack_gradient(self, x: Tensor, context: Context) -> Arrays:
+        return self._pack(x, context, self._down)
+
+    @override
+    def unpack_gradient(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        return self._unpack(arrays, self._down)
+
+    @override
+    def unpacked_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
+        return announced_shape(arrays, 3)
+
+    def _pack(self, x: Tensor, context: Context, way: _Way) -> Arrays:
+        options, x = way.options, x.float()
+        num_prefix, dct = min(context.num_prefix_tokens, x.shape[1]), False
+        means = _means(x, num_prefix) if options.centre else x.new_zeros(2, x.shape[2])
+        centred = _shift(x, -means, num_prefix)
+        basis, is_new = way.basis_for(centred, self.every)
+        if options.dct and (side := _side(x.shape[1] - num_prefix)) > 1:
+            centred, dct = _transform(centred, num_prefix, side), True
+        step = options.step * _rms(centred)
+        step = step if step > 1e-37 else 1.0  # of nothing but zeros
+        exact = centred @ basis.directions(x.device) / step
+        codes = (exact.abs() + (1 - DEAD_ZONE)).floor().copysign(exact)
+        if options.centre and is_new:
+            self._warn(centred / step, exact, codes)
+        whole = codes.clamp(-(2**31) + 128, 2**31 - 128).to(torch.int32).cpu().numpy()
+        side_bytes, arrays = components.write(whole, _groups(x.shape[1], num_prefix, dct))
+        header = _HEADER.pack(basis.name, step, num_prefix, dct)
+        mean_bytes = means.bfloat16().view(torch.int16).cpu().numpy().tobytes() if options.centre else b""
+        arrays["scales"] = torch.frombuffer(bytearray(header + mean_bytes + side_bytes), dtype=torch.uint8)
+        arrays["indices.shape"] = torch.tensor(x.shape, dtype=torch.int32)
+        if is_new:
+            arrays["scales.basis"] = basis.codes
+        return arrays
+
+    def _unpack(self, arrays: Mapping[str, Tensor], way: _Way) -> Tensor:
+        B, N, D = announced_shape(arrays, 3)
+        side, device = arrays["scales"].cpu().numpy(), arrays["values"].device
+        begin = _HEADER.size + (4 * D if way.options.centre else 0)
+        if side.dtype != np.uint8 or side.ndim != 1 or len(side) < begin:
+            raise ProtocolError("the side information of a frame is cut off")
+        name, step, num_prefix, dct = _HEADER.unpack(side[: _HEADER.size].tobytes())
+        if num_prefix > N or dct > 1 or not 0 < step < math.inf:
+            raise ProtocolError("the side information of a frame does not fit its tokens")
+        basis = self._basis(arrays, name, D, way)
+        grid = _side(N - num_prefix)
+        if dct and grid <= 1:
+            raise ProtocolError("a cosine transform came without a square grid of patches")
+        groups = _groups(N, num_prefix, bool(dct))
+        codes = components.read(side[begin:], arrays, groups, (B, N, basis.codes.shape[1]))
+        x = (torch.from_numpy(codes).to(device).float() * step) @ basis.directions(device).T
+        if dct:
+            x = _transform(x, num_prefix, grid, back=True)
+        if not way.options.centre:
+            return x
+        means = torch.frombuffer(bytearray(side[_HEADER.size : begin]), dtype=torch.bfloat16).float().view(2, D)
+        if not bool(means.isfinite().all()):
+            raise ProtocolError("a mean token is not finite")
+        return _shift(x, means.to(device), num_prefix)
+
+    def _basis(self, arrays: Mapping[str, Tensor], name: bytes, dim: int, way: _Way) -> Basis:
+        """The basis that a frame names, which may come with it."""
+        if "scales.basis" in arrays:
+            codes = arrays["scales.basis"].cpu()
+            if codes.dtype != torch.int8 or codes.ndim != 2 or len(codes) != dim or not 1 <= codes.shape[1] <= dim:
+                raise ProtocolError(f"a basis of shape {tuple(codes.shape)} came with tokens of {dim} dimensions")
+            way.learn(Basis(codes.contiguous()), self._kept)
+        if name not in way.known:
+            raise ProtocolError("a frame names a basis that is not here", code="unknown-basis")
+        if len(way.known[name].codes) != dim:
+            raise ProtocolError(f"a basis of other dimensions came with tokens of {dim}")
+        return way.known[name]
+
+    @override
+    def is_key(self, arrays: Mapping[str, Tensor]) -> bool:
+        return "scales.basis" in arrays
+
+    @override
+    def forget(self) -> None:
+        self._up.current = self._down.current = None
+
+    @override
+    def snapshot(self) -> Any:
+        return tuple((way.current, way.age, dict(way.known)) for way in (self._up, self._down))
+
+    @override
+    def restore(self, state: Any) -> None:
+        for way, (current, age, known) in zip((self._up, self._down), state or ((None, 0, {}),) * 2, strict=True):
+            way.current, way.age, way.known = current, age, dict(known)
+
+    @override
+    def keep_all(self) -> None:
+        self._kept = sys.maxsize
+
+    @override
+    def for_evaluation(self) -> None:
+        self.every = 1  # each frame is a key: nothing has to be remembered from one evaluation to the next
+
+    @override
+    def get_extra_state(self) -> Tensor:
+        """The bases as the bytes of a safetensors file: a module saves tensors, and these have no fixed shape."""
+        tensors: dict[str, Tensor] = {}
+        for name, way in (("up", self._up), ("down", self._down)):
+            tensors |= {f"{name}.known.{index}": basis.codes.clone() for index, basis in enumerate(way.known.values())}
+            if way.current is not None:
+                tensors[f"{name}.current"] = way.current.codes.clone()
+                tensors[f"{name}.numbers"] = torch.tensor([way.current.rows, way.age])
+        return torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
+
+    @override
+    def set_extra_state(self, state: Tensor) -> None:
+        tensors = load(state.cpu().numpy().tobytes())
+        self.restore(None)
+        for name, way in (("up", self._up), ("down", self._down)):
+            for index in range(KEPT):
+                if f"{name}.known.{index}" in tensors:
+                    way.learn(Basis(tensors[f"{name}.known.{index}"]), KEPT)
+            if f"{name}.current" in tensors:
+                rows, way.age = tensors[f"{name}.numbers"].tolist()
+                way.current = Basis(tensors[f"{name}.current"], rows)
+
+    def _warn(self, x: Tensor, exact: Tensor, codes: Tensor) -> None:
+        """Says once where so little is left of x (B, N, D) that hardly anything can be learned from it; in steps."""
+        signal = float(x.double().square().sum())
+        # The basis is orthonormal up to rounding, so what is lost outside and inside of it adds up.
+        kept = float((2 * exact * codes - codes.square()).double().sum())
+        snr = 10 * math.log10(signal / max(signal - kept, signal * 1e-9)) if signal > 0 else math.inf
+        if snr < POOR_DB and not self._warned:
+            self._warned = True
+            text = f"pca: a step of {self.step:g} leaves a signal-to-noise ratio of {snr:.1f} dB at the cut"
+            warnings.warn(f"{text}: use a smaller step", SnelloWarning, stacklevel=2)
+
+
+def _positive(value: float, name: str) -> float:
+    value = number(value, name)
+    require(value > 0, name, "above 0", value)
+    return value
+
+
+def _means(x: Tensor, num_prefix: int) -> Tensor:
+    """The mean prefix token and the mean patch (2, D), as the other side will have them."""
+    parts = (x[:, :num_prefix], x[:, num_prefix:])
+    means = [part.mean(dim=(0, 1)) if part.numel() else x.new_zeros(x.shape[2]) for part in parts]
+    return torch.stack(means).bfloat16().float()
+
+
+def _shift(x: Tensor, means: Tensor, num_prefix: int) -> Tensor:
+    """x (B, N, D) with the first of `means` (2, D) added to prefix tokens, and the second to patches."""
+    return torch.cat((x[:, :num_prefix] + means[0], x[:, num_prefix:] + means[1]), dim=1)
+
+
+def _rms(x: Tensor) -> float:
+    largest = float(x.abs().max())
+    return largest * float((x / largest).square().mean().sqrt()) if largest > 0 else 0.0
+
+
+def _principal(tokens: Tensor, finest: float) -> Basis:
+    """The principal components of tokens (B, N, D) that a step of `finest` root mean squares still sees."""
+    x = tokens.flatten(0, 1)
+    largest = float(x.abs().max())
+    scaled = x / largest if largest > 0 else x
+    moments = (scaled.T @ scaled / len(scaled)).double().cpu()
+    variances, vectors = torch.linalg.eigh(moments)
+    deviations = variances.clamp_min(0).sqrt().flip(0)
+    num = max(1, int((deviations > 0.15 * finest * deviations.square().mean().sqrt()).sum()))
+    vectors = vectors.flip(1)[:, :num]
+    codes = (vectors * (127 / vectors.abs().amax(dim=0))).round().to(torch.int8)
+    return Basis(codes.contiguous(), len(tokens))
+
+
+def _side(num_patches: int) -> int:
+    """The side of a square grid of so many patches; 0 where they make none."""
+    side = math.isqrt(num_patches)
+    return side if side * side == num_patches else 0
+
+
+@lru_cache(maxsize=8)
+def _cosines(side: int) -> Tensor:
+    """The orthonormal cosine transform of a grid, (side^2, side^2) float32."""
+    index = torch.arange(side, dtype=torch.float64)
+    table = torch.cos(math.pi / side * (index + 0.5) * index.unsqueeze(1)) * math.sqrt(2 / side)
+    table[0] /= math.sqrt(2)
+    return torch.kron(table, table).float()
+
+
+def _transform(x: Tensor, num_prefix: int, side: int, *, back: bool = False) -> Tensor:
+    """x (B, N, D) with its grid of patches as frequencies, or back."""
+    table = _cosines(side).to(x.device)
+    return torch.cat((x[:, :num_prefix], (table.T if back else table) @ x[:, num_prefix:]), dim=1)
+
+
+@lru_cache(maxsize=64)
+def _groups(num_tokens: int, num_prefix: int, dct: bool) -> components.Groups:
+    """Prefix tokens, and patches, by bands of frequencies where they are frequencies."""
+    prefix, patches = np.arange(num_prefix), np.arange(num_prefix, num_tokens)
+    if not dct:
+        return (prefix, patches)
+    side = _side(len(patches))
+    sums = np.add.outer(np.arange(side), np.arange(side)).ravel()
+    bands = np.searchsorted(BANDS, sums, side="right")
+    return (prefix, *(patches[bands == band] for band in range(len(BANDS) + 1)))

@@ -1,0 +1,208 @@
+"""What a server keeps of a frozen client: the frames of activations as they came, and the samples in them.
+
+    store.frames    the frames' bytes, one after the other, each as long as its header says
+
+The file only grows; how far it belongs to a checkpoint, the checkpoint says. What lies beyond is cut off on resuming:
+the client sends it again.
+"""
+
+import math
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snello.errors import CheckpointError, ProtocolError
+from snello.runs.folder import RunFolder
+from snello.split.wire import frames
+from snello.split.wire.frames import HEADER, MAX_BODY_BYTES, Frame
+
+FRAMES_EACH = 8
+"""Frames whose samples make a step."""
+MIXED = 17  # keeps the seeds of what is mixed apart from others
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples that the server's half can learn from, on any device."""
+
+    z: Tensor
+    """(R, K, D) bfloat16: their tokens."""
+    targets: Tensor
+    """(R, C) float32: the share of each class."""
+    weights: Tensor
+    """(R,) float32: how much each counts in the loss."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of memory."""
+        return sum(value.numel() * value.element_size() for value in (self.z, self.targets, self.weights))
+
+    def to(self, device: torch.device) -> "Samples":
+        """The same on `device`."""
+        return Samples(self.z.to(device), self.targets.to(device), self.weights.to(device))
+
+    def pick(self, index: Tensor) -> "Samples":
+        """Those at index (n,)."""
+        return Samples(self.z[index], self.targets[index], self.weights[index])
+
+    @classmethod
+    def join(cls, parts: Sequence["Samples"]) -> "Samples":
+        """All of several."""
+        columns = ([getattr(part, name) for part in parts] for name in ("z", "targets", "weights"))
+        return cls(*map(torch.cat, columns))
+
+
+class Store:
+    """Frames in an append-only file.
+
+    Args:
+        run: the folder that the file is in, which is made with the first frame.
+        decode: makes samples of a frame.
+        is_key: whether later frames can only be decoded when this one has been.
+        max_memory: bytes of samples that are kept decoded; those of one frame are kept in any case.
+    """
+
+    def __init__(
+        self, run: RunFolder, decode: Callable[[Frame], Samples], is_key: Callable[[Frame], bool], max_memory: int
+    ) -> None:
+        self._run, self.decode, self._is_key, self._max_memory = run, decode, is_key, max_memory
+        self._ends: list[int] = []
+        self._keys: list[int] = []
+        self._crc = 0
+        self._decoded: OrderedDict[int, Samples] = OrderedDict()  # the last used at the end
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._run.store_file
+
+    def __len__(self) -> int:
+        """Frames."""
+        return len(self._ends)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the file."""
+        return self._ends[-1] if self._ends else 0
+
+    def append(self, frame: Frame, samples: Samples) -> None:
+        """Adds a frame that was decoded to `samples`.
+
+        Raises:
+            CheckpointError: where it cannot be written; the store is as it was.
+        """
+        data = b"".join(frames.write(frame))
+        try:
+            # Not "ab": what a write that broke off has left is overwritten.
+            with self.path.open("r+b" if self.path.exists() else "wb") as file:
+                file.seek(self.num_bytes)
+                file.write(data)
+                file.truncate()
+        except OSError as error:
+            raise CheckpointError(f"could not write {self.path}: {error.strerror or error}") from error
+        self._crc = zlib.crc32(data, self._crc)
+        self._keys += [len(self)] if self._is_key(frame) else []
+        self._ends.append(self.num_bytes + len(data))
+        self._keep(len(self) - 1, samples)
+
+    def samples(self, index: int) -> Samples:
+        """Those of a frame.
+
+        Raises:
+            CheckpointError: where the file can no longer be read.
+        """
+        if index not in self._decoded:
+            self._keep(index, self.decode(self._read(index)))
+        self._decoded.move_to_end(index)
+        return self._decoded[index]
+
+    def sync(self) -> None:
+        """Makes sure that what was appended is on the disk, before a checkpoint says so."""
+        if not self._ends:
+            return
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    def state_dict(self) -> dict[str, Any]:
+        """As values that JSON can hold."""
+        return {"ends": list(self._ends), "keys": list(self._keys), "crc": self._crc}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to a `state_dict()`: what was appended since is cut off.
+
+        Raises:
+            CheckpointError: where the file is gone, too short, or not what it was.
+        """
+        end = state["ends"][-1] if state["ends"] else 0
+        crc = 0
+        try:
+            if end or self.path.exists():
+                with self.path.open("r+b") as file:
+                    left = end
+                    while left and (data := file.read(min(left, 1 << 20))):
+                        crc, left = zlib.crc32(data, crc), left - len(data)
+                    if left or crc != state["crc"]:
+                        raise CheckpointError(f"{self.path} is damaged: {end} bytes of it belong to the checkpoint")
+                    file.truncate(end)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
+        self._ends, self._keys, self._crc = list(state["ends"]), list(state["keys"]), state["crc"]
+        self._decoded.clear()
+        for index in self._keys:
+            self.samples(index)
+
+    def _read(self, index: int) -> Frame:
+        begin = self._ends[index - 1] if index else 0
+        try:
+            with self.path.open("rb") as file:
+                file.seek(begin)
+                data = file.read(self._ends[index] - begin)
+            return frames.read([bytearray(data)], max(len(data) - HEADER.size, 0) or MAX_BODY_BYTES)
+        except (OSError, ProtocolError) as error:
+            raise CheckpointError(f"{self.path} can no longer be read: {error}") from error
+
+    def _keep(self, index: int, samples: Samples) -> None:
+        self._decoded[index] = samples
+        held = sum(kept.num_bytes for kept in self._decoded.values())
+        while held > self._max_memory and len(self._decoded) > 1:
+            held -= self._decoded.popitem(last=False)[1].num_bytes
+
+
+def draw(store: Store, num: int, seed: int) -> Samples:
+    """`num` samples of a few frames, both drawn from `seed`: decoding a frame for one sample is dear."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(store), generator=generator)[:FRAMES_EACH].tolist()
+    joined = Samples.join([store.samples(index) for index in chosen])
+    return joined.pick(torch.randperm(len(joined.z), generator=generator)[:num])
+
+
+def cutmix(samples: Samples, share: float, num_prefix_tokens: int, seed: int) -> Samples:
+    """Puts a square of the patch grid of another sample into a `share` of them, with as much of its label.
+
+    Prefix tokens, which stand for the whole picture, are mixed by the square's share of the patches. Differentiable.
+
+    Source: CutMix, arXiv:1905.04899; on activations of a cut model as CutMixSL, arXiv:2207.00234.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    B, side = len(samples.z), math.isqrt(samples.z.shape[1] - num_prefix_tokens)
+    order = torch.randperm(B, generator=generator)
+    area = torch.rand(B, generator=generator) * (torch.rand(B, generator=generator) < share)
+    length = (area.sqrt() * side).round().unsqueeze(1)
+    begin = (torch.rand(B, 2, generator=generator) * (side - length + 1)).floor().unsqueeze(2)
+    cells = torch.arange(side)
+    inside = (cells >= begin) & (cells < begin + length.unsqueeze(2))  # (B, 2, side)
+    patches = (inside[:, 0, :, None] & inside[:, 1, None, :]).flatten(1).float()
+    part = patches.mean(dim=1)
+    by_token = torch.cat((part.unsqueeze(1).expand(B, num_prefix_tokens), patches), dim=1).unsqueeze(2)
+    device = samples.z.device
+    by_token, part, other = by_token.to(device), part.to(device), samples.pick(order.to(device))
+    z = torch.lerp(samples.z.float(), other.z.float(), by_token)
+    targets = torch.lerp(samples.targets, other.targets, part.unsqueeze(1))
+    return Samples(z, targets, torch.lerp(samples.weights, other.weights, part))
