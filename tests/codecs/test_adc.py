@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from snello.codecs.adc import ADC
-from snello.codecs.base import Codec, Context
+from snello.codecs.base import Codec, Context, Reduced
 from snello.errors import ConfigError, SnelloWarning
+from snello.vit.tokens import merge_alike
 
 
 def generator_of(seed: int) -> torch.Generator:
@@ -375,6 +376,105 @@ def test_without_merging_places_play_no_part():
         assert torch.equal(row, its[best_of(scores, 4, 1)])
 
 
+# Tokens that merge instead of being dropped
+
+
+def averaging_of(reduced: Reduced, leaf: Tensor) -> Tensor:
+    """How much of each token (N) is in each of those that are left (K), of each sample, as autograd sees it."""
+    B, K, _ = reduced.values.shape
+    shares = torch.zeros(B, K, leaf.shape[1], dtype=leaf.dtype)
+    for k in range(K):
+        (gradient,) = torch.autograd.grad(reduced.values[:, k, 0].sum(), leaf, retain_graph=True)
+        assert not gradient[:, :, 1:].any()
+        shares[:, k] = gradient[:, :, 0]
+    return shares
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+@pytest.mark.parametrize(("tokens", "N"), [(0.6, 14), (0.3, 14), (0.2, 33), (0.05, 33)])
+def test_each_token_that_is_left_is_the_mean_of_those_that_it_stands_for(tokens, N, prefix):
+    """So the gradient is exact; more than half merge in rounds, and what merged before counts as what it is."""
+    z, attention = batch(5, N, D=6, dtype=torch.float64)
+    leaf, adc = z.clone().requires_grad_(), ADC(samples=1, tokens=tokens, rule="merge")
+    reduced = adc.encode(leaf, Context(num_prefix_tokens=prefix, attention=attention))
+    sizes = reduced.side["indices.sizes"]
+    num_kept = max(prefix + 1, int(tokens * N))
+    assert reduced.groups is None and reduced.values.shape == (5, num_kept, 6)
+    assert sizes.dtype == torch.uint8 and sizes.shape == (5, num_kept)
+    assert sizes.sum(1).tolist() == [N] * 5 and (sizes[:, :prefix] == 1).all()
+    shares = averaging_of(reduced, leaf)
+    members = shares > 0
+    assert torch.equal(members.sum(1), torch.ones(5, N).long())  # each is in one
+    assert torch.equal(members.sum(2), sizes.long())
+    torch.testing.assert_close(shares, members / sizes.double().unsqueeze(2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(reduced.values, shares @ z)
+    assert torch.equal(reduced.values[:, :prefix], z[:, :prefix])
+
+
+def test_equal_tokens_merge_before_others():
+    z, attention = batch(4, 8, D=6)
+    twice = torch.cat([z[:, :1], z[:, 1:].repeat_interleave(2, dim=1)], dim=1)  # 1 + 2 * 7
+    adc = ADC(samples=1, tokens=0.54, rule="merge")
+    reduced = adc.encode(twice, Context(attention=attention[:, :1].expand(-1, 15)))
+    torch.testing.assert_close(reduced.values, z)
+    assert reduced.side["indices.sizes"].tolist() == [[1] + [2] * 7] * 4
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_samples_merge_first_then_their_tokens(prefix):
+    z, attention = batch(15, 14, D=6, dtype=torch.float64)
+    context = Context(num_prefix_tokens=prefix, attention=attention)
+    reduced = ADC(samples=0.4, tokens=0.5, rule="merge").encode(z, context)
+    means = by_loop(z, attention, reduced.groups, 14, prefix)
+    alone = Context(num_prefix_tokens=prefix, attention=torch.ones(6, 14))
+    expected = ADC(samples=1, tokens=0.5, rule="merge").encode(means, alone)
+    assert reduced.values.shape == (6, 7, 6)
+    torch.testing.assert_close(reduced.values, expected.values)
+    assert torch.equal(reduced.side["indices.sizes"], expected.side["indices.sizes"])
+    groups = ADC(samples=0.4, tokens=0.5).encode(z, context).groups
+    assert torch.equal(reduced.groups, groups)
+
+
+@pytest.mark.parametrize("samples", [1, 0.3])
+def test_tokens_merge_too_where_the_client_dropped_some(samples):
+    """Place by place first, as without merging; what is left then merges."""
+    z, context = dropped(12, 16, 10, 2)
+    reduced = ADC(samples=samples, tokens=0.5, rule="merge").encode(z, context)
+    before = ADC(samples=samples, tokens=1).encode(z, context).values
+    expected, sizes = merge_alike(before, None, 4, 2)
+    expected, sizes = merge_alike(expected, sizes, 3, 2)
+    torch.testing.assert_close(reduced.values, expected)
+    assert torch.equal(reduced.side["indices.sizes"], sizes.byte()) and sizes.sum(1).eq(10).all()
+
+
+@pytest.mark.parametrize(
+    ("N", "tokens", "dtype"),
+    [(256, 0.01, torch.uint8), (257, 0.01, torch.int16), (400, 0.5, torch.uint8), (400, 0.3, torch.int16)],
+)
+def test_sizes_travel_in_a_byte_where_none_can_be_larger(N, tokens, dtype):
+    z = torch.ones(2, N, 3)  # every pair is as good: sizes become as large as they can
+    codec = Codec(f"adc(samples=1, tokens={tokens}, rule=merge)", embed_dim=3)
+    arrays = codec.encode(z, Context(attention=torch.ones(2, N))).arrays
+    assert arrays["indices.sizes.0"].dtype == dtype
+    sizes = codec.decode(arrays).sizes
+    assert sizes.dtype == torch.float32 and sizes.sum(1).tolist() == [N, N]
+
+
+@pytest.mark.parametrize("text", ["adc(0.3)", "adc(0.3, rule=drop)", "adc(samples=0.5, rule=merge)"])
+def test_no_sizes_are_sent_where_no_tokens_merge(text):
+    codec, (z, attention) = Codec(text, embed_dim=3), batch(12, 10)
+    arrays = codec.encode(z, Context(attention=attention)).arrays
+    assert arrays.keys() == {"activations"} and not codec.merges_tokens
+    assert codec.decode(arrays).sizes is None
+
+
+def test_in_evaluation_no_tokens_merge():
+    codec, (z, _) = Codec("adc(0.3, rule=merge)", embed_dim=3, eval_text="none").eval(), batch(12, 10)
+    arrays = codec.encode(z, Context()).arrays
+    assert arrays.keys() == {"activations"} and torch.equal(codec.decode(arrays).z, z)
+    assert codec.decode(arrays).sizes is None
+
+
 # Options
 
 
@@ -417,6 +517,7 @@ def test_the_codec_exposes_what_the_client_must_know():
         ({"ratio": 0.2, "buffer": "all"}, "buffer must be a whole number from 1 on, got 'all'"),
         ({"ratio": 0.2, "weight": "labels"}, "weight must be rows or sizes, got labels"),
         ({"ratio": 0.2, "score": "mean"}, "score must be auto, cls or received, got mean"),
+        ({"ratio": 0.2, "rule": "average"}, "rule must be drop or merge, got average"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], problem):

@@ -98,6 +98,32 @@ def test_more_rows_or_numbers_than_belong_to_the_shape_are_refused(text, name, d
     assert most.numel <= 3
 
 
+WRONG_SIZES = {
+    "missing": lambda sizes: None,
+    "floats": lambda sizes: sizes.float(),
+    "signed bytes": lambda sizes: sizes.to(torch.int8),
+    "long": lambda sizes: sizes.long(),
+    "a token less": lambda sizes: sizes[:, 1:],
+    "a row less": lambda sizes: sizes[1:],
+    "flat": lambda sizes: sizes.flatten(),
+    "a table in each": lambda sizes: sizes.unsqueeze(2),
+    "zero": lambda sizes: sizes * (torch.arange(sizes.shape[1]) > 0),
+    "negative": lambda sizes: -sizes.short(),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SIZES)
+@pytest.mark.parametrize("text", ["adc(0.3, rule=merge)", "adc(samples=1, tokens=0.4, rule=merge)+int4"])
+def test_sizes_that_merged_tokens_cannot_have_are_refused_before_memory_is_taken(text, wrong):
+    codec, arrays = encoded(text)
+    sizes = arrays.pop("indices.sizes.0")
+    assert sizes.dtype == torch.uint8 and codec.decoded_shape({**arrays, "indices.sizes.0": sizes})[:2] == sizes.shape
+    changed = WRONG_SIZES[wrong](sizes)
+    with Most() as most, pytest.raises(ProtocolError, match="merged tokens must come with their sizes"):
+        codec.decoded_shape(arrays if changed is None else {**arrays, "indices.sizes.0": changed})
+    assert most.numel <= sizes.numel()
+
+
 @pytest.mark.parametrize("length", [-1, 0, 3, 1 << 30])
 def test_a_length_that_the_packed_numbers_do_not_have_is_refused(length):
     codec = Codec("int4", embed_dim=9)

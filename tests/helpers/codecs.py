@@ -31,6 +31,9 @@ CHAINS = [
     "bottlenet(0.5)+topk(0.5)+int2(scale=pow2)",
     "int2(clip=1.5)",
     "adc(samples=1, tokens=0.5)+bottlenet(0.5)+int4(per=channel)",
+    "adc(0.3, rule=merge)",
+    "adc(samples=1, tokens=0.4, rule=merge)+int4",
+    "adc(samples=1, tokens=0.5, rule=merge)+bottlenet(0.5)+int8",
 ]
 TEXTS = [*EXAMPLES.values(), *CHAINS]
 B, N, D = 10, 9, 12

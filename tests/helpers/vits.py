@@ -34,6 +34,14 @@ def make(variant: str, path: str = "fused"):
     return model
 
 
+def in_pairs(n=3):
+    """Pictures whose patches (of 4 x 4 pixels) are equal in pairs, left and right."""
+    half = torch.randn(n, 3, 4, 4, 2, 1, 4, generator=torch.Generator().manual_seed(3)).expand(
+        -1, -1, -1, -1, -1, 2, -1
+    )
+    return half.reshape(n, 3, 16, 16)
+
+
 def run(model, x, seed=0):
     """Output and the gradient of every parameter."""
     torch.manual_seed(seed)

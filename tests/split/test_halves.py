@@ -127,7 +127,17 @@ def frames_of(cut: Cut, batches) -> list[Frame]:
     return cut.frames(lambda: step(cut, batches))
 
 
-CODECS = ("none", "adc(0.3)", "adc(0.3)+int4", "int2", "topk(0.1)", "c3sl(3)", "bottlenet(0.5)", "fedlite(8)")
+CODECS = (
+    "none",
+    "adc(0.3)",
+    "adc(0.3)+int4",
+    "adc(0.3, rule=merge)",
+    "int2",
+    "topk(0.1)",
+    "c3sl(3)",
+    "bottlenet(0.5)",
+    "fedlite(8)",
+)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -346,7 +356,7 @@ class TestHalfPrecision:
     def test_an_overflowing_gradient_at_the_cut_is_not_sent(self, monkeypatch, labels):
         cut = self.cut(monkeypatch, labels)
         real = cut.server.vit.tokens
-        monkeypatch.setattr(cut.server.vit, "tokens", lambda z: real(_Overflow.apply(z)))
+        monkeypatch.setattr(cut.server.vit, "tokens", lambda z, sizes: real(_Overflow.apply(z), sizes))
         frames = frames_of(cut, [batch()])
         assert Flags.OVERFLOW in frames[-1].flags and "gradients" not in frames[-1].arrays
         assert cut.learner.half.scale() == 32768

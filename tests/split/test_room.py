@@ -10,7 +10,7 @@ from snello.errors import ProtocolError
 
 pytestmark = pytest.mark.usefixtures("known_models")
 
-CHAINS = ["adc(0.5)+topk(0.5)+fedlite(2, 4)", "adc(0.3)+bottlenet(0.5)+int4"]
+CHAINS = ["adc(0.5)+topk(0.5)+fedlite(2, 4)", "adc(0.3)+bottlenet(0.5)+int4", "adc(0.3, rule=merge)+int4"]
 
 
 @pytest.mark.parametrize("codec", [*CODEC_TEXTS, *CHAINS])

@@ -100,6 +100,7 @@ def test_flops_of_both_sides_add_up_to_the_whole_model(small):
 CUT_OFF = {
     "adc": {"codec": "adc(0.5)"},
     "adc, u-shape": {"codec": "adc(0.5)+int4", "labels": "client"},
+    "adc, merging tokens": {"codec": "adc(0.5, rule=merge)+int8"},
     "randtopk": {"codec": "randtopk(0.2)"},
     "bottlenet": {"codec": "bottlenet(0.5)"},
     "c3sl": {"codec": "c3sl(2)"},

@@ -8,15 +8,24 @@ import torch
 from conftest import tiny_deit, tiny_vit
 from helpers.halves import Cut
 
-from snello.codecs.base import Codec, Message
+from snello.codecs.base import Codec, Message, number_type
 from snello.config import FinetuneConfig, SplitConfig
 from snello.errors import ProtocolError
-from snello.split.halves import Targets, labels_from_arrays, labels_to_arrays, number_type
+from snello.split.halves import Targets, labels_from_arrays, labels_to_arrays
 from snello.split.traffic import Exchange, exchange_bytes, uncompressed_bytes
 from snello.split.wire import frames
 from snello.split.wire.frames import UPLINK_KINDS, Kind
 
-CODECS = ["none", "int4", "adc(0.2)+int8", "topk(0.1)", "c3sl(3)", "bottlenet(0.2)", "fedlite(8)"]
+CODECS = [
+    "none",
+    "int4",
+    "adc(0.2)+int8",
+    "adc(0.2, rule=merge)+int8",
+    "topk(0.1)",
+    "c3sl(3)",
+    "bottlenet(0.2)",
+    "fedlite(8)",
+]
 SHAPE = Exchange(
     num_samples=8, num_tokens=17, embed_dim=32, num_prefix_tokens=1, num_classes=5, labels="server", features=(32,)
 )

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import tiny_deit, tiny_vit
+from helpers.vits import in_pairs
 from torch.nn.functional import cosine_similarity
 
 from snello.errors import ConfigError
@@ -75,14 +76,6 @@ class Merge:
 
     def record(self, changes, num_samples):
         pass
-
-
-def in_pairs(n=3):
-    """Pictures whose patches (of 4 x 4 pixels) are equal in pairs, left and right."""
-    half = torch.randn(n, 3, 4, 4, 2, 1, 4, generator=torch.Generator().manual_seed(3)).expand(
-        -1, -1, -1, -1, -1, 2, -1
-    )
-    return half.reshape(n, 3, 16, 16)
 
 
 @pytest.mark.parametrize("path", ["fused", "explicit"])

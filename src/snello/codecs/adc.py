@@ -11,15 +11,21 @@ B: samples, N: tokens including P prefix tokens, D: embed dim, T: merged samples
 import math
 import warnings
 from collections import Counter
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from snello.codecs.base import Context, Reduced, Reducer, in_0_1, integer
-from snello.errors import ConfigError, SnelloWarning, require
+from snello.codecs.base import Arrays, Context, Reduced, Reducer, Shape, in_0_1, integer, number_type
+from snello.errors import ConfigError, ProtocolError, SnelloWarning, require
 from snello.vit import Score, tokens
+from snello.vit.context import ForwardContext
+from snello.vit.rules.merge import Merge
+
+SIZES = "indices.sizes"
+SIZE_TYPES = (torch.uint8, torch.int16, torch.int32)
 
 
 class ADC(Reducer):
@@ -28,6 +34,10 @@ class ADC(Reducer):
     1. K-means on the attention rows of the last client block (B, N) makes T = max(2, floor(samples * B)) groups.
     2. A group's centroid ranks its tokens: prefix tokens stay, and the best others, k = floor(tokens * N) in all.
     3. The activations of a group are averaged: (T, k, D). The gradient of an average is exact.
+
+    With `rule=merge`, in place of 2: groups are averaged at all their tokens, and then the pairs of patch tokens that
+    are most alike become one, as ALaST's rule merges them, until k are left. How many tokens each stands for travels
+    beside it, (T, k) in one byte where N - k + 1 fits, else in two or four, and counts in the server's attention.
 
     Args:
         ratio: xi in (0, 1]: both factors are its square root.
@@ -38,6 +48,7 @@ class ADC(Reducer):
         weight: how the loss weighs merged samples: all `rows` alike (published), or by their `sizes`.
         score: the attention that is looked at: from the `cls` token (published), or `received` from all tokens on
             average; `auto` is `received` where there is no CLS token.
+        rule: what becomes of the other tokens: `drop` (published), or `merge` with those that are most like them.
 
     Raises:
         ConfigError: for an option out of range, or `ratio` beside `samples` or `tokens`.
@@ -55,6 +66,7 @@ class ADC(Reducer):
         buffer: int = 1,
         weight: Literal["rows", "sizes"] = "rows",
         score: Score = "auto",
+        rule: Literal["drop", "merge"] = "drop",
     ) -> None:
         super().__init__()
         if ratio is not None and not (samples is None and tokens is None):
@@ -68,7 +80,9 @@ class ADC(Reducer):
         self.buffer = integer(buffer, "buffer", 1)
         require(weight in ("rows", "sizes"), "weight", "rows or sizes", weight)
         require(score in ("auto", "cls", "received"), "score", "auto, cls or received", score)
+        require(rule in ("drop", "merge"), "rule", "drop or merge", rule)
         self.weighting, self.score = weight, score
+        self.merges_tokens = rule == "merge" and self.tokens < 1
         self._sizes: list[Tensor] = []
         self._warned = False
 
@@ -85,10 +99,11 @@ class ADC(Reducer):
         attention = context.attention
         if attention is None:
             raise ValueError("ADC needs the attention rows of the last client block")
-        num_kept, num_groups = self.num_kept(z.shape[1], context.num_prefix_tokens), self.num_groups(len(z))
+        P, num_groups = context.num_prefix_tokens, self.num_groups(len(z))
+        num_kept = z.shape[1] if self.merges_tokens else self.num_kept(z.shape[1], P)
         if num_groups == len(z):
             self._warn(len(z))
-            return Reduced(_drop(z, attention, num_kept, context.num_prefix_tokens))
+            return self._merge_tokens(Reduced(_drop(z, attention, num_kept, P)), P)
         present = None
         if context.positions is not None:
             z, attention, present = _in_place(z, attention, context.positions, context.num_positions)
@@ -96,7 +111,37 @@ class ADC(Reducer):
         if self.min_cluster > 1:
             groups, centroids = _enlarge(attention, groups, centroids, self.min_cluster)
         self._sizes.append(groups.bincount())
-        return Reduced(_merge(z, groups, centroids, num_kept, context.num_prefix_tokens, present), groups=groups)
+        merged = _merge(z, groups, centroids, num_kept, P, present)
+        return self._merge_tokens(Reduced(merged, groups=groups), P)
+
+    @override
+    def decoded_shape(self, shape: Shape, side: Arrays) -> Shape:
+        if not self.merges_tokens:
+            return shape
+        sizes = side.get(SIZES)
+        if sizes is None or sizes.shape != shape[:2] or sizes.dtype not in SIZE_TYPES or bool((sizes < 1).any()):
+            raise ProtocolError("merged tokens must come with their sizes, a whole number from 1 on for each")
+        return shape
+
+    @override
+    def sizes(self, side: Arrays) -> Tensor | None:
+        return side[SIZES].float() if self.merges_tokens else None
+
+    def _merge_tokens(self, reduced: Reduced, num_prefix_tokens: int) -> Reduced:
+        """The rows of `reduced` with k of their N tokens, and how many each stands for; as they are with `rule=drop`.
+
+        Rounds of pairs: one leaves no fewer than half. N is what the client has not dropped before.
+        """
+        if not self.merges_tokens:
+            return reduced
+        z, rule, context = reduced.values, Merge(), ForwardContext(num_prefix_tokens)
+        N = z.shape[1]
+        num_kept = self.num_kept(N, num_prefix_tokens)
+        while z.shape[1] > num_kept:
+            least = rule.least_keep(z.shape[1] - num_prefix_tokens)
+            z = rule.reduce(z, context, max(least, num_kept - num_prefix_tokens))
+        sizes = torch.ones(z.shape[:2], device=z.device) if context.sizes is None else context.sizes
+        return replace(reduced, values=z, side={SIZES: sizes.to(number_type(N - num_kept + 1))})
 
     @override
     def metrics(self) -> dict[str, Any]:
@@ -110,7 +155,8 @@ class ADC(Reducer):
     def _warn(self, num_samples: int) -> None:
         if self.samples < 1 and not self._warned:
             self._warned = True
-            text = f"a batch of {num_samples} leaves ADC nothing to merge: only tokens are dropped; "
+            text = f"a batch of {num_samples} leaves ADC nothing to merge: "
+            text += f"only tokens are {'merged' if self.merges_tokens else 'dropped'}; "
             warnings.warn(text + "use a larger --batch-size or adc(..., buffer=n)", SnelloWarning, stacklevel=2)
 
 

@@ -74,6 +74,8 @@ class Reducer(nn.Module, ABC):
     """Whether what it leaves are no tokens, so that no other reducer can follow."""
     in_model = False
     """Whether the model is trained around it, so that it stays in place in eval mode."""
+    merges_tokens = False
+    """Whether a token that it leaves may stand for several: then `sizes` says for how many."""
     weighting: Literal["rows", "sizes"] = "rows"
     """How the loss weighs merged rows: all alike, or by the number of samples in them."""
 
@@ -92,6 +94,13 @@ class Reducer(nn.Module, ABC):
             ProtocolError: where values and `side` do not fit each other.
         """
         return shape
+
+    def sizes(self, side: Arrays) -> Tensor | None:
+        """How many tokens each of the decoded ones stands for, (R, K) float32; None: one each.
+
+        Asked after `decoded_shape`, which refuses what does not fit.
+        """
+        return None
 
     def metrics(self) -> dict[str, Any]:
         """What is logged of the exchanges since the last call."""
@@ -175,6 +184,8 @@ class Decoded:
     """(R, K, D): the tokens its blocks see."""
     leaf: Tensor
     """What z was computed from; its `.grad` is what goes down."""
+    sizes: Tensor | None = None
+    """(R, K) float32: how many tokens each of z stands for; None: one each."""
 
 
 class Codec(nn.Module):
@@ -216,6 +227,7 @@ class Codec(nn.Module):
         self.buffer = max([1, *(part.buffer for part in self._all)])
         self.score: Score | None = next((part.score for part in self._all if part.score is not None), None)
         self.weighting = next((part.weighting for part in self._all if part.weighting != "rows"), "rows")
+        self.merges_tokens = any(part.merges_tokens for part in self._all)
 
     @property
     def feature_dtype(self) -> torch.dtype:
@@ -262,7 +274,7 @@ class Codec(nn.Module):
             z = leaf
             for part, side in self._backwards(arrays):
                 z = part.decode(z, side)
-        return Decoded(z, leaf)
+        return Decoded(z, leaf, self.sizes(arrays))
 
     def decoded_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
         """The shape (R, K, D) of the tokens that `decode` makes, before memory is taken for them.
@@ -274,6 +286,14 @@ class Codec(nn.Module):
         for part, side in self._backwards(arrays):
             shape = part.decoded_shape(shape, side)
         return shape
+
+    def sizes(self, arrays: Mapping[str, Tensor]) -> Tensor | None:
+        """How many tokens each that `decode` makes stands for, (R, K) float32; None: one each.
+
+        Ask `decoded_shape` first, which refuses what does not fit.
+        """
+        found = (part.sizes(side) for part, side in self._backwards(arrays))
+        return next((sizes for sizes in found if sizes is not None), None)
 
     def _backwards(self, arrays: Mapping[str, Tensor]) -> Iterator[tuple[Reducer, Arrays]]:
         """The reducers from the last to the first, each with its arrays."""
@@ -340,6 +360,11 @@ def announced_shape(arrays: Mapping[str, Tensor], num: int) -> Shape:
     if shape.shape != (num,) or shape.dtype != torch.int32 or bool((shape < 1).any()):
         raise ProtocolError(f"the shape of activations must be {num} whole numbers from 1 on")
     return tuple(shape.tolist())
+
+
+def number_type(largest: int) -> torch.dtype:
+    """The smallest type for whole numbers from 0 to `largest`."""
+    return torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
 
 
 def number(value: object, name: str) -> float:

@@ -252,7 +252,8 @@ class PCA(nn.Module, Format):
             if way.current is not None:
                 tensors[f"{name}.current"] = way.current.codes.clone()
                 tensors[f"{name}.numbers"] = torch.tensor([way.current.rows, way.age])
-        return torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
+        state: Tensor = torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
+        return state
 
     @override
     def set_extra_state(self, state: Tensor) -> None:

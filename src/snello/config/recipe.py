@@ -228,8 +228,9 @@ class Recipe:
         if self.alast.flops is not None:  # what full fine-tuning of a half costs is no target
             raise ConfigError(f"--alast.flops {refused}: the other half and the codec change the cost")
         # What crosses is named by where it stood; the default does, so torch is not needed here.
-        if rule != AlastConfig.rule and not find(RULES[rule]).has_places:
-            raise ConfigError(f"--alast.rule {rule} {refused}: its tokens have no place of their own")
+        if rule != AlastConfig.rule and self.split.alast != "server" and not find(RULES[rule]).has_places:
+            reason = "its tokens have no place of their own, unless --split.alast server keeps it off the client"
+            raise ConfigError(f"--alast.rule {rule} {refused}: {reason}")
 
     def _require_freezing(self) -> None:
         """Raises a ConfigError where something does not go with a client's half that is frozen."""

@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from snello.codecs.base import Codec, Context, Decoded, Message
+from snello.codecs.base import Codec, Context, Decoded, Message, number_type
 from snello.config import Recipe
 from snello.data.loaders import Batch
 from snello.devices import Precision, autocast
-from snello.errors import ProtocolError, SnelloWarning
+from snello.errors import ConfigError, ProtocolError, SnelloWarning
 from snello.methods import make_method
 from snello.seeds import mix
 from snello.split.store import MIXED, Samples, cutmix
 from snello.split.wire.frames import NOTHING, Flags, Frame, Kind
 from snello.train.optim import make_optimizer, set_lr
-from snello.vit import ViT
+from snello.vit import Counting, ViT
 
 Labels = Literal["server", "client"]
 
@@ -42,6 +42,9 @@ class Half:
 
     Each side's optimizer holds all parameters of its part and of the codec's; labels and the classifier's loss are on
     one of them. What crosses the cut is free of the factor on the loss against underflow in half precision.
+
+    Raises:
+        ConfigError: where codec, method and model do not fit each other.
     """
 
     side: Literal["client", "server"]
@@ -52,6 +55,9 @@ class Half:
     def __init__(
         self, part: ViT, config: Recipe, codec: Codec, num_classes: int, device: torch.device, precision: Precision
     ) -> None:
+        if codec.merges_tokens and part.family.pools_patches:
+            refused = "rule must be drop for this model: its classifier averages patch tokens"
+            raise ConfigError(f"--split.codec {codec.text}: {refused}")
         self.vit, self.config, self.codec, self.num_classes, self.device = part, config, codec, num_classes, device
         self.labels: Labels = config.split.labels
         self.autocast = partial(autocast, device, precision)
@@ -157,11 +163,6 @@ class Targets:
         counts.index_put_((groups, labels), torch.ones_like(labels, dtype=counts.dtype), accumulate=True)
         sizes = counts.sum(dim=1)
         return cls(counts / sizes.unsqueeze(1), sizes)
-
-
-def number_type(largest: int) -> torch.dtype:
-    """The smallest type for whole numbers from 0 to `largest`."""
-    return torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
 
 
 def labels_to_arrays(labels: Tensor, message: Message, num_classes: int) -> dict[str, Tensor]:
@@ -361,6 +362,11 @@ class ServerHalf(Half):
     codec_part = ".decoder."
     _pending: tuple[Frame, Tensor, Tensor] | None = None  # activations' frame, leaf, features
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        if self.codec.merges_tokens and self.vit.observer is None:  # under ALaST they count sizes anyway
+            self.vit.attach(Counting())
+
     def answer(self, frame: Frame) -> Frame:
         """The server's part of an exchange: gradients of activations, or in U-shape features first.
 
@@ -381,7 +387,7 @@ class ServerHalf(Half):
         decoded = self._decode(arrays, with_gradient=Flags.FORWARD_ONLY not in frame.flags)
         if self.labels == "client":
             with self.autocast():
-                features = self.vit.features(self.vit.tokens(decoded.z))
+                features = self.vit.features(self.vit.tokens(decoded.z, decoded.sizes))
             self._pending = frame, decoded.leaf, features
             flags = NOTHING if features.requires_grad else Flags.FORWARD_ONLY
             values = features.detach().to(self.codec.feature_dtype)
@@ -389,11 +395,11 @@ class ServerHalf(Half):
         targets = labels_from_arrays(arrays, self.num_classes, len(decoded.z))
         share, mixed = _share(arrays), self.config.split.cutmix
         if mixed and self.mixes(decoded.z.shape[1]):
-            samples, seed = self._samples(decoded.z, targets), mix(self.config.seed, MIXED, frame.step, frame.micro)
+            samples, seed = self._samples(decoded, targets), mix(self.config.seed, MIXED, frame.step, frame.micro)
             loss = self.learn(cutmix(samples, mixed, self.vit.num_prefix_tokens, seed), share)
         else:
             with self.autocast():
-                logits = self.vit.head(self.vit.features(self.vit.tokens(decoded.z)))
+                logits = self.vit.head(self.vit.features(self.vit.tokens(decoded.z, decoded.sizes)))
             loss = self._loss(logits, targets) * share
             if loss.requires_grad:
                 torch.autograd.backward(loss * self.scale())
@@ -401,14 +407,16 @@ class ServerHalf(Half):
         answer.arrays["gradients.loss"] = loss.detach().view(1)
         return answer
 
-    def _samples(self, z: Tensor, targets: "Targets") -> Samples:
-        """Tokens (R, K, D) and targets as samples that can be mixed."""
+    def _samples(self, decoded: Decoded, targets: "Targets") -> Samples:
+        """Tokens and targets as samples that can be mixed."""
         shares = targets.values
         if shares.ndim == 1:
             shares = one_hot(shares, self.num_classes).float()
         weighs = targets.sizes is not None and self.codec.weighting == "sizes"
-        weights = targets.sizes if weighs and targets.sizes is not None else torch.ones(len(z), device=z.device)
-        return Samples(z, shares, weights)
+        weights = (
+            targets.sizes if weighs and targets.sizes is not None else torch.ones(len(shares), device=shares.device)
+        )
+        return Samples(decoded.z, shares, weights, decoded.sizes)
 
     @torch.no_grad()
     def samples(self, frame: Frame, codec: Codec) -> Samples:
@@ -418,9 +426,10 @@ class ServerHalf(Half):
             ProtocolError: for a frame that holds none.
         """
         arrays = self._on_device(frame)
-        z = self._decode(arrays, with_gradient=False, codec=codec).z
-        targets = labels_from_arrays(arrays, self.num_classes, len(z))
-        return self._samples(z.bfloat16(), targets).to(torch.device("cpu"))
+        decoded = self._decode(arrays, with_gradient=False, codec=codec)
+        targets = labels_from_arrays(arrays, self.num_classes, len(decoded.z))
+        samples = self._samples(replace(decoded, z=decoded.z.bfloat16()), targets)
+        return samples.to(torch.device("cpu"))
 
     def mixes(self, num_tokens: int) -> bool:
         """Whether samples of so many tokens can be mixed: every patch of a square grid must be there."""
@@ -440,7 +449,7 @@ class ServerHalf(Half):
         """Adds the gradient of samples that are `share` of a step; returns their part of its loss, () float32."""
         samples = samples.to(self.device)
         with self.autocast():
-            logits = self.vit.head(self.vit.features(self.vit.tokens(samples.z.float())))
+            logits = self.vit.head(self.vit.features(self.vit.tokens(samples.z.float(), samples.sizes)))
         losses = cross_entropy(
             logits.float(), samples.targets, label_smoothing=self.config.label_smoothing, reduction="none"
         )
@@ -475,6 +484,9 @@ class ServerHalf(Half):
         largest = (self.max_rows, self._num_tokens, self.vit.embed_dim)
         if len(shape) != 3 or any(n > most for n, most in zip(shape, largest, strict=True)):
             raise ProtocolError(f"activations that decode to the shape {shape} are more than a batch of this model")
+        sizes = self.codec.sizes(arrays)
+        if sizes is not None and bool((sizes.sum(dim=1) > self._num_tokens).any()):
+            raise ProtocolError(f"the sizes of merged tokens add up to more than the {self._num_tokens} of this model")
 
     @property
     def _num_tokens(self) -> int:

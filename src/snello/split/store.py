@@ -38,25 +38,33 @@ class Samples:
     """(R, C) float32: the share of each class."""
     weights: Tensor
     """(R,) float32: how much each counts in the loss."""
+    sizes: Tensor | None = None
+    """(R, K): how many tokens each stands for; None: one each."""
 
     @property
     def num_bytes(self) -> int:
         """Of memory."""
-        return sum(value.numel() * value.element_size() for value in (self.z, self.targets, self.weights))
+        columns = (self.z, self.targets, self.weights, self.sizes)
+        return sum(column.numel() * column.element_size() for column in columns if column is not None)
 
     def to(self, device: torch.device) -> "Samples":
         """The same on `device`."""
-        return Samples(self.z.to(device), self.targets.to(device), self.weights.to(device))
+        return self._of(lambda column: column.to(device))
 
     def pick(self, index: Tensor) -> "Samples":
         """Those at index (n,)."""
-        return Samples(self.z[index], self.targets[index], self.weights[index])
+        return self._of(lambda column: column[index])
+
+    def _of(self, change: Callable[[Tensor], Tensor]) -> "Samples":
+        sizes = None if self.sizes is None else change(self.sizes)
+        return Samples(change(self.z), change(self.targets), change(self.weights), sizes)
 
     @classmethod
     def join(cls, parts: Sequence["Samples"]) -> "Samples":
         """All of several."""
-        columns = ([getattr(part, name) for part in parts] for name in ("z", "targets", "weights"))
-        return cls(*map(torch.cat, columns))
+        z, targets, weights = (torch.cat([getattr(p, name) for p in parts]) for name in ("z", "targets", "weights"))
+        sizes = [part.sizes for part in parts if part.sizes is not None]
+        return cls(z, targets, weights, torch.cat(sizes) if sizes else None)
 
 
 class Store:

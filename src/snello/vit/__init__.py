@@ -14,8 +14,8 @@ flops.py                what a training step costs
 B: samples, N: tokens including prefix tokens, D: embed dim, H: heads, K: kept tokens.
 """
 
-from snello.vit.blocks import AttentionPath, BlockObserver, Score
+from snello.vit.blocks import AttentionPath, BlockObserver, Counting, Score
 from snello.vit.family import SUPPORTED
 from snello.vit.model import ViT, logits_of
 
-__all__ = ["SUPPORTED", "AttentionPath", "BlockObserver", "Score", "ViT", "logits_of"]
+__all__ = ["SUPPORTED", "AttentionPath", "BlockObserver", "Counting", "Score", "ViT", "logits_of"]

@@ -18,6 +18,7 @@ from snello.errors import ModelError
 from snello.vit import tokens
 from snello.vit.context import ForwardContext, Passes
 from snello.vit.rules import TokenRule
+from snello.vit.rules.drop import Drop
 
 AttentionPath = Literal["fused", "explicit"]
 Score = Literal["auto", "cls", "received"]
@@ -38,6 +39,20 @@ class BlockObserver(Protocol):
 
         Changes are () float32 each, on the model's device.
         """
+
+
+class Counting:
+    """Observes blocks that pass on every token, so that they count sizes in attention and do nothing else."""
+
+    drop_at: DropAt = "mid"
+    rule: TokenRule = Drop()
+
+    def num_keep(self, index: int, num_patches: int) -> int:
+        """All of them."""
+        return num_patches
+
+    def record(self, changes: Sequence[Tensor], num_samples: int) -> None:
+        """Nobody asks."""
 
 
 class BlockAdapter(ABC):
@@ -137,7 +152,7 @@ class BlockAdapter(ABC):
 
     def _unknown(self, observer: BlockObserver, x: Tensor) -> ForwardContext:
         """The context of a pass that is computed again, but of which nothing is known."""
-        if not observer.rule.has_places:
+        if not observer.rule.has_places or self.passes.current.sizes is not None:
             text = "gradient checkpointing gave a block other tensors than before (offloaded?), which merging does not"
             raise ModelError(f"{text} support: use rule=drop")
         num_keep = observer.num_keep(self.index, x.shape[1] - self.num_prefix_tokens)
@@ -173,7 +188,7 @@ class BlockAdapter(ABC):
         h = self.attend(x, bias, **context.arguments)
         context.scoring = False
         if scoring:
-            context.scores = self._scores(context, self.has_cls, keep=self._watched)
+            context.scores = self._scores(context, self.has_cls, keep=self._watched, sizes=sizes)
         return h
 
     @torch.no_grad()
@@ -198,15 +213,18 @@ class BlockAdapter(ABC):
         return scores if kept is None else scores.gather(1, kept)
 
     @torch.no_grad()
-    def _scores(self, context: ForwardContext, from_cls: bool, keep: bool) -> Tensor:
+    def _scores(self, context: ForwardContext, from_cls: bool, keep: bool, sizes: Tensor | None = None) -> Tensor:
         """Attention that each token receives, (B, N) float32: from the CLS token, or the mean over all queries.
 
-        What was captured, which counts as memory, is kept for another call where `keep` says so.
+        What was captured, which counts as memory, is kept for another call where `keep` says so. `sizes` (B, N)
+        float32 count as they did in the block.
         """
         captured = context.attention[self.index] if keep else context.attention.pop(self.index)
         q, k, scale = self.queries_and_keys(captured, from_cls)
-        logits = (q * scale) @ k.transpose(-2, -1)
-        return logits.float().softmax(dim=-1).mean(dim=(1, 2))
+        logits = ((q * scale) @ k.transpose(-2, -1)).float()
+        if sizes is not None:
+            logits += sizes.log()[:, None, None]
+        return logits.softmax(dim=-1).mean(dim=(1, 2))
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:

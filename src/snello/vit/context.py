@@ -50,11 +50,15 @@ class ForwardContext:
     def keep(self, x: Tensor, index: Tensor) -> Tensor:
         """The tokens of x (B, N, D) at index (B, K), as (B, K, D); the block under way passes on no others."""
         self.kept = {**self.kept, self.block: index}
+        self.sizes = None if self.sizes is None else self.sizes.gather(1, index)
         return tokens.gather(x, index)
 
 
 class Passes:
     """The forward passes through a model's blocks: the one under way, and those that may be computed again."""
+
+    sizes: Tensor | None = None
+    """What the tokens of a pass that begins stand for, as `ForwardContext.sizes`."""
 
     def __init__(self, num_prefix_tokens: int) -> None:
         self._num_prefix_tokens = num_prefix_tokens
@@ -64,7 +68,7 @@ class Passes:
 
     def begin(self) -> None:
         """Begins a forward pass."""
-        self.current = ForwardContext(self._num_prefix_tokens)
+        self.current = ForwardContext(self._num_prefix_tokens, sizes=self.sizes)
 
     def remember(self, x: Tensor) -> None:
         """Keeps the context as the block under way found it, as long as x, what the block was given, is kept."""

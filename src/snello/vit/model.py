@@ -102,10 +102,23 @@ class ViT:
             part.top_layer = self.top_layer
         return parts
 
-    def tokens(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, D) after the last block and norm, of pictures (B, 3, H, W), or of tokens in an upper part."""
-        self._passes.begin()
-        return self.family.tokens(x)
+    def tokens(self, x: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Tokens (B, N, D) after the last block and norm, of pictures (B, 3, H, W), or of tokens in an upper part.
+
+        There `sizes` (B, N) float32, > 0, say how many each token stands for: in training mode it counts as often in
+        attention.
+
+        Raises:
+            ValueError: for sizes where this ViT has no observer, so that its blocks would not look at them.
+        """
+        if sizes is not None and self.observer is None:
+            raise ValueError("sizes count in blocks that are observed: attach first")
+        self._passes.sizes = sizes
+        try:
+            self._passes.begin()
+            return self.family.tokens(x)
+        finally:
+            self._passes.sizes = None
 
     def features(self, z: Tensor) -> Tensor:
         """What the classifier sees of tokens (B, N, D): (B, F), or (B, 2, D) where a distillation token is read too."""
@@ -141,6 +154,11 @@ class ViT:
     def attached(self) -> bool:
         """Whether something observes the blocks."""
         return any("forward" in vars(block) for block in self.blocks)
+
+    @property
+    def observer(self) -> BlockObserver | None:
+        """What was attached through this ViT; another of the same model may have attached something else."""
+        return self._adapters[0].observer
 
     def attach(self, observer: BlockObserver) -> None:
         """Lets `observer` see and drop tokens in every block until `detach`.

@@ -235,6 +235,7 @@ SESSIONS = {
     "none": {"codec": "none"},
     "adc": {"codec": "adc(0.5)+int8"},
     "adc, u-shape": {"codec": "adc(0.5)+int8", "labels": "client"},
+    "adc, merging tokens": {"codec": "adc(0.5, rule=merge)+int8"},
     "topk": {"codec": "topk(0.2)"},
     "c3sl": {"codec": "c3sl(2)"},
     "fedlite": {"codec": "fedlite(8)"},
@@ -291,7 +292,7 @@ def test_broken_frames(targets, rng):
 def changed_arrays(frame: Frame, rng: random.Random, floats: bool) -> Frame:
     """A well-formed frame with another array in it, or one less, or one of another type, shape or content."""
     arrays = dict(frame.arrays)
-    name = rng.choice([*arrays, "indices.0", "scales", "labels.sizes", "indices.shape.0"])
+    name = rng.choice([*arrays, "indices.0", "indices.sizes.0", "scales", "labels.sizes", "indices.shape.0"])
     x = arrays.get(name, torch.zeros(3))
     types = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32]
     types += [torch.float16, torch.bfloat16] if floats else []
