@@ -112,6 +112,8 @@ class Format(ABC):
 
     source = ""
     example = ""
+    needs_tokens = False
+    """Whether it writes tokens only, (B, N, D)."""
 
     @abstractmethod
     def pack(self, x: Tensor, context: Context) -> Arrays:
@@ -156,6 +158,10 @@ class Format(ABC):
     def unpack_gradient(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """What `pack_gradient` was given, up to its error."""
         return self.unpack(arrays)
+
+    def gradient_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
+        """The shape of what `unpack_gradient` makes of the arrays, as `unpacked_shape`."""
+        return self.unpacked_shape(arrays)
 
     def correct(self, gradient: Tensor, sent: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
         """The gradient that the client uses, of what it `sent` as `arrays`."""
@@ -221,7 +227,7 @@ class Codec(nn.Module):
             reducers = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(text, flag)]
             self.eval_format = _one_format(eval_text, eval_flag, embed_dim, seed)
         self.format: Format = reducers.pop() if isinstance(reducers[-1], Format) else codec_class("none")()
-        _check_order(reducers, f"{flag} {text!r}")
+        _check_order(reducers, self.format, f"{flag} {text!r}")
         self._all: list[Reducer] = reducers
         self.reducers = nn.ModuleList(reducers)
         self.buffer = max([1, *(part.buffer for part in self._all)])
@@ -307,6 +313,10 @@ class Codec(nn.Module):
         packed = self.format.pack_gradient(gradient, context)
         return {"gradients": packed.pop("values")} | packed
 
+    def gradient_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
+        """The shape of what `decode_gradient` makes of the arrays, before memory is taken for it."""
+        return self.format.gradient_shape({**arrays, "values": arrays["gradients"]})
+
     def decode_gradient(self, message: Message, arrays: Mapping[str, Tensor]) -> Tensor:
         """The gradient with respect to `message.sent`, of its shape and dtype."""
         gradient = self.format.unpack_gradient({**arrays, "values": arrays["gradients"]})
@@ -331,12 +341,14 @@ class Codec(nn.Module):
         return {name: value for part in self._all for name, value in part.metrics().items()}
 
 
-def _check_order(reducers: list[Reducer | Format], where: str) -> None:
+def _check_order(reducers: list[Reducer | Format], number_format: Format, where: str) -> None:
     for index, part in enumerate(reducers):
         if isinstance(part, Format):
             raise ConfigError(f"{where}: a number format must come last, and there can be one only")
         if part.score is not None and index > 0:
             raise ConfigError(f"{where}: adc looks at the tokens that leave the client, so it must come first")
+        if part.last and number_format.needs_tokens:
+            raise ConfigError(f"{where}: pca codes tokens, which topk and c3sl do not leave")
         if part.last and index + 1 < len(reducers):
             raise ConfigError(f"{where}: only a number format can follow a codec that leaves no tokens (topk, c3sl)")
 

@@ -83,6 +83,10 @@ class FedLite(Format):
         return arrays["values"].detach()
 
     @override
+    def gradient_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
+        return tuple(arrays["values"].shape)
+
+    @override
     def correct(self, gradient: Tensor, sent: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
         lost = sent.detach() - self.unpack({**arrays, "values": arrays["activations"]})
         return gradient + self.correction * lost

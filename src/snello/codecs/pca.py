@@ -195,7 +195,7 @@ class PCA(nn.Module, Format):
             raise ProtocolError("a cosine transform came without a square grid of patches")
         groups = _groups(N, num_prefix, bool(dct))
         codes = components.read(side[begin:], arrays, groups, (B, N, basis.codes.shape[1]))
-        x = (torch.from_numpy(codes).to(device).float() * step) @ basis.directions(device).T
+        x: Tensor = (torch.from_numpy(codes).to(device).float() * step) @ basis.directions(device).T
         if dct:
             x = _transform(x, num_prefix, grid, back=True)
         if not way.options.centre:

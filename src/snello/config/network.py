@@ -12,7 +12,7 @@ from snello.config.pictures import PICTURES_NEEDS, PicturesConfig
 from snello.config.recipe import RECIPE_NEEDS, Recipe, SplitConfig
 from snello.config.units import parse_address, parse_bytes
 from snello.config.values import require_choices
-from snello.errors import require
+from snello.errors import ConfigError, require
 
 NAME_NEEDS_CERTS = Need("name", lambda c: c.certs is not None, "without --certs")
 
@@ -40,6 +40,8 @@ class ServeConfig(Recipe):
     """Sessions that may be under way at the same time."""
     max_memory: str = "4GiB"
     """What all sessions together may hold in weights, gradients, optimizer state and messages, as 500MB or 4GiB."""
+    max_disk: str = "10GiB"
+    """What all sessions together may store of frozen clients (--split.send-epochs), as 500MB or 10GiB."""
     idle_seconds: float = 600.0
     """A client that sends nothing for so long is disconnected; its session can be resumed."""
     release_weights: bool = True
@@ -55,6 +57,7 @@ class ServeConfig(Recipe):
         *RECIPE_NEEDS,
         Need("split.frames", lambda c: False, "over a network, which nothing crosses but frames"),
         Need("auth", lambda c: c.certs is not None, "without --certs"),
+        Need("max_disk", lambda c: c.split.stores, "without --split.send-epochs"),
     )
 
     def __post_init__(self) -> None:
@@ -66,6 +69,9 @@ class ServeConfig(Recipe):
         port = self.metrics_port
         require(port is None or 0 <= port < 2**16, "--metrics-port", "in 0..65535", port)
         parse_bytes(self.max_memory, "--max-memory")
+        parse_bytes(self.max_disk, "--max-disk")
+        if self.sessions == "shared" and self.split.stores:
+            raise ConfigError("--split.send-epochs does not go with --sessions shared: a half learns from one store")
         parse_address(self.listen, "--listen", any_port=True)
 
 

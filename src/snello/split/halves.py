@@ -12,7 +12,7 @@ B: samples, N: tokens, D: embed dim, R: rows after merging (B where nothing merg
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -228,6 +228,7 @@ class ClientHalf(Half):
         super().__init__(*args)
         self.loss = torch.zeros(())
         """The last exchange's loss, times its share of the step."""
+        self._encode: Callable[[], Frame]
         if self.codec.score is not None:
             self.vit.watch(self.vit.depth - 1)
 
@@ -244,9 +245,17 @@ class ClientHalf(Half):
         """
         z, context = self._activations([images for images, _ in batches], seed)
         labels = torch.cat([labels for _, labels in batches])
+        self._encode = partial(self._first_frame, z, context, labels, step, micro, len(labels) / num_samples)
+        return self._encode()
+
+    def again(self) -> Frame:
+        """The frame that the exchange under way began with, to be understood without those before."""
+        self.codec.forget()
+        return self._encode()
+
+    def _first_frame(self, z: Tensor, context: Context, labels: Tensor, step: int, micro: int, share: float) -> Frame:
         message = self.codec.encode(z, context)
         targets = Targets.of(labels, message.groups, message.num_rows, self.num_classes)
-        share = len(labels) / num_samples
         self._pending = _Pending(step, micro, message, targets, share)
         arrays = dict(message.arrays)
         if self.labels == "server":
@@ -280,11 +289,11 @@ class ClientHalf(Half):
 
     def _decode_gradient(self, message: Message, arrays: dict[str, Tensor]) -> Tensor:
         with self._decoding("gradients"):
-            gradient = self.codec.decode_gradient(message, arrays)
-        if gradient.shape != message.sent.shape:
-            shapes = f"{tuple(gradient.shape)} came for activations of shape {tuple(message.sent.shape)}"
-            raise ProtocolError(f"gradients of shape {shapes}")
-        return gradient
+            shape = self.codec.gradient_shape(arrays)  # before memory is taken: few bytes may describe much
+            if shape != tuple(message.sent.shape):
+                shapes = f"{tuple(shape)} came for activations of shape {tuple(message.sent.shape)}"
+                raise ProtocolError(f"gradients of shape {shapes}")
+            return self.codec.decode_gradient(message, arrays)
 
     def evaluate(self, images: Tensor) -> Frame:
         """The activations of normalised pictures (B, 3, H, W) in the format of evaluation; after `train(False)`."""
@@ -412,10 +421,8 @@ class ServerHalf(Half):
         shares = targets.values
         if shares.ndim == 1:
             shares = one_hot(shares, self.num_classes).float()
-        weighs = targets.sizes is not None and self.codec.weighting == "sizes"
-        weights = (
-            targets.sizes if weighs and targets.sizes is not None else torch.ones(len(shares), device=shares.device)
-        )
+        weighs = targets.sizes if self.codec.weighting == "sizes" else None
+        weights = torch.ones(len(shares), device=shares.device) if weighs is None else weighs
         return Samples(decoded.z, shares, weights, decoded.sizes)
 
     @torch.no_grad()

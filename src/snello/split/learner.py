@@ -23,6 +23,7 @@ from snello.split.ledger import Ledger
 from snello.split.steps import ServerModel, ServerSteps
 from snello.split.wire import frames
 from snello.split.wire.frames import EVALUATION_KINDS, Flags, Frame, Kind
+from snello.split.wire.refusals import Code, Refused
 from snello.train.learner import Learner, MicroStep
 from snello.train.place import Setup
 from snello.vit import ViT
@@ -130,7 +131,7 @@ class SplitLearner(Learner):
         kinds: list[Kind] = []
         while frame is not None:
             kinds.append(frame.kind)
-            answer = self.exchange(frame)
+            answer = self._answer(frame)
             self.between_steps = False
             with self._timed():
                 frame = self.half.answer(answer)
@@ -141,6 +142,15 @@ class SplitLearner(Learner):
             feature_gradient=Kind.FEATURE_GRADIENTS in kinds,
         )
         return self.half.loss
+
+    def _answer(self, frame: Frame) -> Frame:
+        """The server's answer to a frame of training, which is sent in another way where it does not understand it."""
+        try:
+            return self.exchange(frame)
+        except Refused as refused:
+            if refused.code != Code.UNKNOWN_BASIS or frame.kind != Kind.ACTIVATIONS:
+                raise
+        return self.exchange(self.half.again())
 
     def exchange(self, frame: Frame) -> Frame:
         """The server's answer to a frame; both are counted when it is there."""

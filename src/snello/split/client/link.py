@@ -4,9 +4,12 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from snello.errors import ProtocolError
 from snello.split.client.connection import Connection
-from snello.split.wire.frames import EXCHANGE_KINDS, NOTHING, Flags, Frame, Kind
+from snello.split.wire.frames import EXCHANGE_KINDS, NOTHING, Flags, Frame, Kind, control, control_values
 
+ASK_SECONDS = 1.0
+"""Between two questions to a server that takes steps by itself."""
 TRAINING_KINDS = (Kind.ACTIVATIONS, Kind.FEATURE_GRADIENTS)
 
 
@@ -15,8 +18,9 @@ class NetworkLink:
 
     may_break = True
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
+    def __init__(self, connection: Connection, *, replays: bool = False) -> None:
+        self.connection, self._replays = connection, replays
+        self._left: int | None = None  # steps that the server has to take by itself; None where it was not asked
         self._step = 0
         self._flags = NOTHING  # what the next frame says of the step before
         self._waited = 0.0
@@ -43,6 +47,23 @@ class NetworkLink:
         self._flags = Flags.SKIPPED if overflow else NOTHING
         self._step += 1
 
+    def behind(self) -> int:
+        """Steps on stored samples that the server had left when it was last asked."""
+        if self._left is None:
+            self._left = self._ask() if self._replays else 0
+        return self._left
+
+    def catch_up(self) -> None:
+        """Gives the server time for some of them."""
+        time.sleep(ASK_SECONDS)
+        self._left = self._ask()
+
+    def _ask(self) -> int:
+        left = control_values(self.connection.request(control(Kind.WAIT, {}), self._step)).get("left")
+        if not isinstance(left, int) or left < 0:
+            raise ProtocolError("the server did not say how many steps it has left")
+        return left
+
     def metrics(self) -> dict[str, Any]:
         """Seconds of waiting for the server and the network."""
         return {"wait_seconds": round(self._waited, 4)}
@@ -57,4 +78,4 @@ class NetworkLink:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Stands where the checkpoint does."""
-        self._step, self._flags = state["step"], NOTHING
+        self._step, self._flags, self._left = state["step"], NOTHING, None

@@ -1,9 +1,12 @@
 """The server's half of a fresh model, and what can be said of one from shapes alone."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from snello.config import ServeConfig
+from snello.config.units import parse_bytes
 from snello.devices import Precision
 from snello.models import create_model
 from snello.seeds import mix
@@ -11,7 +14,10 @@ from snello.split.build import cut_model, make_codec, meta_vit
 from snello.split.halves import ServerHalf
 from snello.split.ledger import Ledger
 from snello.split.steps import ServerModel
+from snello.split.store import FRAMES_EACH
+from snello.split.traffic import Exchange, exchange_bytes
 from snello.split.wire.handshake import make_terms
+from snello.train.schedule import Schedule
 from snello.vit import AttentionPath, ViT
 
 
@@ -45,6 +51,21 @@ class Sizes:
         """Bytes of a session's messages: the one that comes in, and the last answer."""
         self.state: int = 4 * weights
         """Bytes of weights, gradients and AdamW's moments."""
+        decoded = config.batch_size * codec.buffer * self.vit.embed_dim * 2
+        decoded *= self.vit.num_prefix_tokens + self.vit.num_patches
+        least, share = (
+            FRAMES_EACH * decoded,
+            parse_bytes(config.max_memory, "--max-memory") // (2 * config.max_sessions),
+        )
+        self.stored_memory: int = max(least, share) if config.split.stores else 0
+        """Bytes of decoded samples that a session keeps."""
+        self._exchange_up = exchange_bytes(codec, Exchange.of(self.vit, config.batch_size, num_classes, "server"))[0]
+
+    def stored_disk(self, schedule: Schedule) -> int:
+        """Bytes that the frames of a run take at most: those of numbers without any order."""
+        assert schedule.replay is not None
+        steps = range(schedule.replay.first, schedule.total_steps)
+        return sum(math.ceil(schedule.num_samples(step) / schedule.batch_size) for step in steps) * self._exchange_up
 
 
 def make_vit(config: ServeConfig, num_classes: int) -> ViT:

@@ -11,6 +11,7 @@ All of this runs in the one thread that computes.
 """
 
 import json
+import shutil
 import time
 import uuid
 from dataclasses import asdict, replace
@@ -214,7 +215,21 @@ class Registry:
         run = self._folder(client, session)
         run.path.mkdir(parents=True, exist_ok=True)
         upper = self._shared_half(plan, sizes) if self._is_shared else self._new_half(sizes.terms.num_classes)
-        return TrainingSession(client, run, upper, sizes, plan, self.config)
+        made = TrainingSession(client, run, upper, sizes, plan, self.config)
+        self._require_disk(made, sizes)
+        return made
+
+    def _require_disk(self, session: TrainingSession, sizes: Sizes) -> None:
+        """Refuses a session whose frames would not fit on the disk, before it begins."""
+        if session.steps.store is None:
+            return
+        need, most = sizes.stored_disk(session.schedule), parse_bytes(self.config.max_disk, "--max-disk")
+        files = [path for path in self.run.path.glob(f"sessions/*/{session.run.store_file.name}") if path.is_file()]
+        used = sum(path.stat().st_size for path in files if path != session.run.store_file)
+        free = shutil.disk_usage(session.run.path).free
+        if need > min(most - used, free):
+            text = f"the store of this run needs up to {need} bytes on the server's disk; others hold {used}"
+            raise Refused(Code.FULL, f"{text} of --max-disk {self.config.max_disk}, and {free} bytes are free")
 
     def _new_half(self, num_classes: int, **changes: Any) -> ServerModel:
         config = replace(self.config, **changes)
@@ -244,15 +259,19 @@ class Registry:
             if crowded or not idle:
                 raise Refused(
                     Code.FULL,
-                    f"the server has {len(self._connected)} sessions under way and room for no more "
-                    f"(--max-sessions {self.config.max_sessions}, --max-memory {self.config.max_memory})",
+                    f"the server has {len(self._connected)} sessions under way and room for no more (--max-sessions "
+                    f"{self.config.max_sessions}, --max-memory {self.config.max_memory}; this one needs "
+                    f"{sizes.messages + sizes.stored_memory + sizes.state} bytes)",
                 )
-            self.forget(min(idle, key=lambda name: self._left[name]))
+            oldest = min(idle, key=lambda name: self._left[name])
+            if self._in_memory[oldest].behind:  # its own steps go on when its client is back
+                self._in_memory[oldest].save()
+            self.forget(oldest)
 
     def _fits(self, session: str, sizes: Sizes) -> bool:
         num = len({session, *self._connected, *self._in_memory})
         states = 1 if self._is_shared else num
-        return num * sizes.messages + states * sizes.state <= self._memory
+        return num * (sizes.messages + sizes.stored_memory) + states * sizes.state <= self._memory
 
     def leave(self, name: str) -> None:
         """The connection of a session has ended; one of training stays in memory while there is room."""
@@ -273,7 +292,12 @@ class Registry:
         """Drops sessions that nobody has come back to for as long as a connected client may be silent."""
         limit = time.monotonic() - self.config.idle_seconds
         for name in [name for name, since in self._left.items() if since < limit]:
-            self.forget(name)
+            if not self._in_memory[name].behind:
+                self.forget(name)
+
+    def keeps(self, session: TrainingSession) -> bool:
+        """Whether a session is still in memory."""
+        return any(kept is session for kept in self._in_memory.values())
 
     def stepped(self) -> None:
         """Counts a session's step: checkpoints of a shared half are named by the number of all of them."""
@@ -289,7 +313,7 @@ class Registry:
         """Writes a checkpoint of every session that stands between two steps."""
         problems: list[CheckpointError] = []
         for session in self._in_memory.values():
-            if session.between_steps and session.failed is None and session.step not in session.checkpoints.steps():
+            if session.between_steps and session.failed is None and session.position != session.saved:
                 try:
                     session.save()
                 except CheckpointError as error:

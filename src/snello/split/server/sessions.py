@@ -67,7 +67,8 @@ class TrainingSession:
         self.ledger = Ledger(sizes.vit, config, model.codec, model.num_classes)
         whole = Schedule.of(config, plan.num_train)
         self.schedule = replace(whole, buffer=model.codec.buffer, max_steps=plan.total_steps)
-        self.steps = ServerSteps(model, self.schedule, shared=self.shared)
+        store = None if self.schedule.replay is None else model.store(run, sizes.stored_memory)
+        self.steps = ServerSteps(model, self.schedule, shared=self.shared, store=store)
         own = ({}, {}) if self.shared else (model.modules, model.optimizers)
         self.checkpoints = Checkpoints(run.path / "checkpoints", *own)
         self.incarnation = ""
@@ -77,6 +78,10 @@ class TrainingSession:
         self.lost_steps = 0
         self.finished = False
         self.failed: Refused | None = None
+        self.saved = (-1, -1)
+        """The `position` of the last checkpoint."""
+        self.in_background = False
+        """Whether the next of its own steps is waiting for its turn."""
         self._last: tuple[tuple[Kind, int, int], list[bytes]] | None = None
         self._seconds = 0.0
 
@@ -89,6 +94,16 @@ class TrainingSession:
     def between_steps(self) -> bool:
         """Whether no step is under way."""
         return self.steps.between_steps
+
+    @property
+    def behind(self) -> int:
+        """Steps on stored samples that come before the next frame, or after the last."""
+        return 0 if self.failed is not None or self.finished else self.steps.behind
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Steps that were sent, and those that the half has taken: what a checkpoint stands for."""
+        return self.steps.step, self.steps.done
 
     def take(self, data: bytearray) -> Answer:
         """Applies a frame, or recognizes that it has been applied, and answers it; see `Session`."""
@@ -122,8 +137,11 @@ class TrainingSession:
     def _apply(self, frame: Frame) -> tuple[Frame, Callable[[], None] | None]:
         try:
             if frame.kind in (Kind.ACTIVATIONS, Kind.FEATURE_GRADIENTS):
+                self._catch_up()
                 return self._exchange(frame)
             self._require_between_steps(frame)
+            if frame.kind not in (Kind.WAIT, Kind.SAVE):
+                self._catch_up()
             if frame.kind == Kind.EVALUATION:
                 return self.steps.evaluate(frame), None
             return self._control(frame), None
@@ -131,6 +149,31 @@ class TrainingSession:
             raise Refused(Code.NOT_FINITE, str(error)) from error
         except CheckpointError as error:
             raise Refused(Code.STORAGE, f"the server could not save its checkpoint: {error}") from error
+
+    def _catch_up(self) -> None:
+        """Takes the few steps on stored samples that come before the next frame; after the last they are too many."""
+        if self.behind and self.steps.all_sent:
+            left = f"the server has {self.behind} steps on stored samples left"
+            raise Refused(Code.OUT_OF_TURN, f"{left}, and a client waits for them")
+        while self.behind:
+            self.replay()
+        if self.failed is not None:
+            raise self.failed
+
+    def replay(self) -> None:
+        """Takes one step on stored samples, and saves now and then where no client is waited for."""
+        started = time.perf_counter()
+        try:
+            loss = self.steps.replay()
+            row = {"kind": "replay", "step": self.step, "server_step": self.steps.done, "loss": loss}
+            self._log(row | {"seconds": round(time.perf_counter() - started, 4)})
+            every = self.config.checkpoint_steps
+            if self.steps.all_sent and (not self.behind or (every and self.steps.done % every == 0)):
+                self.save()
+        except TrainingError as error:
+            self.failed = Refused(Code.NOT_FINITE, f"{error} at step {self.steps.done} of the server")
+        except CheckpointError as error:
+            self.failed = Refused(Code.STORAGE, str(error))
 
     def _require_between_steps(self, frame: Frame) -> None:
         if not self.between_steps or frame.step != self.step:
@@ -180,6 +223,8 @@ class TrainingSession:
             self.failed = Refused(Code.STORAGE, f"the server could not write: {error}")
 
     def _control(self, frame: Frame) -> Frame:
+        if frame.kind == Kind.WAIT:
+            return control(Kind.WAITED, {"left": self.behind})
         if frame.kind == Kind.SAVE:
             return self._save_for(frame)
         if frame.kind == Kind.FINISH:
@@ -212,7 +257,9 @@ class TrainingSession:
             CheckpointError: where it cannot be written.
         """
         own = {} if self.shared else self.model.state_dict()
-        self.checkpoints.save(self.step, {"upper": own, "ledger": self.ledger.state_dict(), "accuracy": self.accuracy})
+        rest = {"ledger": self.ledger.state_dict(), "accuracy": self.accuracy, **self.steps.state_dict()}
+        self.checkpoints.save(self.step, {"upper": own, **rest})
+        self.saved = self.position
 
     def go_back(self, step: int) -> None:
         """Goes to a checkpoint, and forgets what came later.
@@ -226,6 +273,11 @@ class TrainingSession:
         self.ledger.load_state_dict(state["ledger"])
         self.accuracy = state["accuracy"]
         self.go_to(step)
+        try:
+            self.steps.load_state_dict(step, state)
+        except CheckpointError as error:
+            raise Refused(Code.STORE, str(error)) from error
+        self.saved = self.position
         self.run.forget_after(step)
 
     def go_to(self, step: int) -> None:
@@ -240,7 +292,7 @@ class TrainingSession:
             "accuracy": self.accuracy,
             "steps": self.step,
             "lost_steps": self.lost_steps,
-            "server_seconds": round(sum(row["seconds"] for row in self.run.rows("step")), 3),
+            "server_seconds": round(sum(row["seconds"] for row in self.run.rows() if "seconds" in row), 3),
             **self.ledger.summary(),
             "model": self.config.model,
             "method": self.config.method_name,

@@ -189,6 +189,8 @@ class Server:
             return
         await self._take_over(call, hello)
         name, session, welcome = await self._in_thread(lambda: self._registry.open(call.client, hello))
+        if isinstance(session, TrainingSession):
+            await self._in_thread(partial(self._go_on, session))
         call.peer |= {"session": hello.session[:12], "mode": hello.mode}
         self._log.info("session opened", extra={"fields": {**call.peer, "step": getattr(session, "step", 0)}})
         self._telemetry.sessions.labels(hello.mode).inc()
@@ -284,9 +286,22 @@ class Server:
         if session.failed is not None and session.failed.code == Code.NOT_FINITE:
             return  # the weights did not move
         self._registry.stepped()
+        self._go_on(session)
         seconds = time.perf_counter() - started
         self._telemetry.step(seconds)
         self._loop.call_soon_threadsafe(self.on_step, session, seconds)
+
+    def _go_on(self, session: TrainingSession) -> None:
+        """Lets a session take the steps that wait for no frame, one at a time, so that others have their turn."""
+        if session.behind and not session.in_background and not self._stopping and self._registry.keeps(session):
+            session.in_background = True
+            self._compute.submit(self._replay, session)
+
+    def _replay(self, session: TrainingSession) -> None:
+        session.in_background = False
+        if session.behind and not self._stopping and self._registry.keeps(session):
+            session.replay()
+            self._go_on(session)
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
         return await self._loop.run_in_executor(self._compute, function)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from snello.errors import ProtocolError
 
-MAGIC, VERSION = b"snlo", 1
+MAGIC, VERSION = b"snlo", 2
 HEADER = struct.Struct("<4sBBHQIQ")
 MAX_JSON_BYTES = 1 << 20
 MAX_BODY_BYTES = 1 << 31
@@ -59,6 +59,8 @@ class Kind(IntEnum):
     GET_WEIGHTS = 22  # up: asks for the server half's weights
     SET_WEIGHTS = 23  # up: weights that the server's half continues with
     WEIGHTS = 24  # down: weights, or the word that they were taken
+    WAIT = 25  # up, when all is sent: asks how far the server is with the steps that it takes by itself
+    WAITED = 26  # down: how many are left
 
 
 class Flags(IntFlag):

@@ -25,6 +25,8 @@ class Code(str, Enum):
     IDLE = "idle"
     SHUTDOWN = "shutdown"
     STORAGE = "storage"
+    STORE = "store"
+    UNKNOWN_BASIS = "unknown-basis"
     NOT_FINITE = "not-finite"
     TAKEN_OVER = "taken-over"
     FORBIDDEN = "forbidden"
@@ -45,6 +47,8 @@ ADVICE = {
     Code.IDLE: "resume it with --resume, or raise --idle-seconds of `snello serve`",
     Code.SHUTDOWN: "resume it with --resume when the server runs again",
     Code.STORAGE: "who runs the server must free space in its --out folder; then resume it with --resume",
+    Code.STORE: "put the session's file back in the server's --out folder, or begin a new run with another --out",
+    Code.UNKNOWN_BASIS: "report it: the client sends such a frame again with its basis",
     Code.NOT_FINITE: "begin again with a lower --lr or more --warmup of `snello serve`, or with --precision fp32",
     Code.TAKEN_OVER: "another process uses the same --out: stop one of them",
     Code.FORBIDDEN: "ask who runs the server",
