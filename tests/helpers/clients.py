@@ -105,7 +105,7 @@ class Client:
             vit = ViT(known_model(self.config.model, "none", 3, self.config.image_size))
         vit.set_attention_paths(["explicit"] * vit.depth)
         terms = registry.sizes(3).terms
-        self.schedule = Schedule(num_train, self.config.batch_size, self.config.accumulate, self.config.epochs)
+        self.schedule = Schedule.of(self.config, num_train)
         codec = make_codec(self.config, terms.codec, vit.embed_dim)
         lower, _ = cut_model(vit, self.config)
         lower.model.to_empty(device="cpu")

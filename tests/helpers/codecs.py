@@ -20,6 +20,7 @@ EXAMPLES = {
     "c3sl": "c3sl(3)",
     "bottlenet": "bottlenet(0.5)",
     "fedlite": "fedlite(3)",
+    "pca": "pca(0.5)",
 }
 CHAINS = [
     "adc(0.2)+int8",
@@ -30,6 +31,10 @@ CHAINS = [
     "adc(0.5)+topk(0.5)+fedlite(2, 4)",
     "bottlenet(0.5)+topk(0.5)+int2(scale=pow2)",
     "int2(clip=1.5)",
+    "pca(1, down=0.5, dct=0)",
+    "adc(samples=1, tokens=0.5)+pca(1)",
+    "adc(0.5, rule=merge)+pca(0.5, basis=1)",
+    "bottlenet(0.5)+pca(1)",
     "adc(samples=1, tokens=0.5)+bottlenet(0.5)+int4(per=channel)",
     "adc(0.3, rule=merge)",
     "adc(samples=1, tokens=0.4, rule=merge)+int4",

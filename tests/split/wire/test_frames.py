@@ -151,7 +151,7 @@ def test_header_is_laid_out_as_documented():
     data = joined(Frame(Kind.FEATURE_GRADIENTS, 2**40 + 5, 2**31 + 6, {"gradients": torch.zeros(3)}, Flags.OVERFLOW))
     size = struct.calcsize(LAYOUT)
     assert HEADER.size == size
-    assert struct.unpack(LAYOUT, data[:size]) == (b"snlo", 1, 4, 2, 2**40 + 5, 2**31 + 6, len(data) - size)
+    assert struct.unpack(LAYOUT, data[:size]) == (b"snlo", 2, 4, 2, 2**40 + 5, 2**31 + 6, len(data) - size)
     assert parse_header(data) == (Kind.FEATURE_GRADIENTS, Flags.OVERFLOW, 2**40 + 5, 2**31 + 6, len(data) - size)
 
 
@@ -172,6 +172,8 @@ def test_numbers_of_kinds_and_flags_are_those_of_the_protocol():
         "GET_WEIGHTS": 22,
         "SET_WEIGHTS": 23,
         "WEIGHTS": 24,
+        "WAIT": 25,
+        "WAITED": 26,
     }
     assert {flag.name: flag.value for flag in Flags} == {"FORWARD_ONLY": 1, "OVERFLOW": 2, "SKIPPED": 4}
 
@@ -294,7 +296,7 @@ def raw(table: object, data: bytes = b"", *, length: int | None = None, body: in
     text = table if isinstance(table, bytes) else json.dumps(table, separators=(",", ":")).encode()
     text += b"" if isinstance(table, bytes) else b" " * (-(HEADER.size + 8 + len(text)) % 8)
     content = struct.pack("<Q", len(text) if length is None else length) + text + data
-    return struct.pack(LAYOUT, b"snlo", 1, 1, 0, 0, 0, len(content) if body is None else body) + content
+    return struct.pack(LAYOUT, b"snlo", 2, 1, 0, 0, 0, len(content) if body is None else body) + content
 
 
 def row(shape: object = (4,), offsets: object = (0, 4), dtype: object = "U8") -> dict[str, object]:
@@ -357,7 +359,7 @@ def test_trailing_bytes_are_refused(extra):
         ({"magic": b"snla"}, "no frame"),
         ({"magic": b"\x80\x04\x95\x00"}, "no frame"),  # how a pickle begins
         ({"version": 0}, "version 0"),
-        ({"version": 2}, "version 2"),
+        ({"version": 3}, "version 3"),
         ({"kind": 0}, "unknown kind of frame: 0"),
         ({"kind": 7}, "unknown kind of frame: 7"),
         ({"kind": 255}, "unknown kind of frame: 255"),

@@ -24,7 +24,7 @@ SESSION = "0123456789abcdef" * 2
 HELLO = Hello("train", SESSION, TERMS, PLAN, 3, "f" * 32, [2, 3])
 WELCOME = Welcome(1.5, "0.1.0", {"model": "test_vit"}, 10, "f" * 32, 3, True, False, 2, False)
 OTHER = {
-    "protocol": 2,
+    "protocol": VERSION + 1,
     "model": "other",
     "fingerprint": "f" * 16,
     "cut": 4,
