@@ -7,7 +7,7 @@ import pytest
 from snello.codecs import build
 from snello.codecs.base import Codec
 from snello.config.codec_text import Part, parse_codec
-from snello.config.registry import AUTO, CODECS
+from snello.config.registry import CODECS, GOALS
 from snello.errors import ConfigError
 
 ADC = Part("adc", (), (("samples", 1), ("tokens", 0.4)))
@@ -57,7 +57,7 @@ def test_a_part_prints_as_it_is_typed():
 
 @pytest.mark.parametrize("text", ["auto", " auto "])
 def test_auto_is_the_recommended_chain(text):
-    assert parse_codec(text) == parse_codec(AUTO) != []
+    assert parse_codec(text) == parse_codec(GOALS["auto"]) != []
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_chains_in_a_possible_order_are_made(text):
     assert len(codec.reducers) == len(parse_codec(text)) - 1 and codec.text == text
 
 
-@pytest.mark.parametrize("eval_text", ["adc(0.2)", "bottlenet(0.5)", "c3sl(2)", "topk(0.2)+int8", "auto"])
+@pytest.mark.parametrize("eval_text", ["adc(0.2)", "bottlenet(0.5)", "c3sl(2)", "topk(0.2)+int8", "adc(samples=1, tokens=0.4)+int4"])
 def test_evaluation_takes_one_format_only(eval_text):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the refusal is all that the user sees

@@ -114,6 +114,10 @@ class Format(ABC):
     example = ""
     needs_tokens = False
     """Whether it writes tokens only, (B, N, D)."""
+    varies = False
+    """Whether the bytes that it writes depend on the numbers, not on their shape alone."""
+    every = 1
+    """Packed arrays that share what the first of them says."""
 
     @abstractmethod
     def pack(self, x: Tensor, context: Context) -> Arrays:
@@ -247,6 +251,11 @@ class Codec(nn.Module):
     @property
     def _format(self) -> Format:
         return self.format if self.training else self.eval_format
+
+    @property
+    def varies(self) -> bool:
+        """Whether the bytes of an exchange depend on what is in it, not on its shape alone."""
+        return self.format.varies
 
     def client_parameters(self) -> Iterator[nn.Parameter]:
         """What trains on the client."""

@@ -8,7 +8,7 @@ import re
 import warnings
 from dataclasses import dataclass
 
-from snello.config.registry import AUTO, CODECS
+from snello.config.registry import CODECS, GOALS
 from snello.errors import ConfigError
 
 Value = int | float | str
@@ -31,14 +31,13 @@ class Part:
 
 
 def parse_codec(text: str, flag: str = "codec") -> list[Part]:
-    """The codecs that `text` chains, in order; `auto` is the recommended chain.
+    """The codecs that `text` chains, in order; `auto`, `small` and `smallest` are those chosen for that.
 
     Raises:
         ConfigError: where the text does not parse or names an unknown codec, with a caret at the place; it begins with
             `flag`.
     """
-    if text.strip() == "auto":
-        text = AUTO
+    text = GOALS.get(text.strip(), text)
     if len(text) > MAX_LENGTH:
         raise ConfigError(f"{flag} must have at most {MAX_LENGTH} characters, got {len(text)}")
     line = re.sub(r"\s", " ", text)

@@ -10,7 +10,7 @@ from snello.config.codec_text import parse_codec
 from snello.config.effect import Need, require_effect
 from snello.config.methods import AlastConfig, LoraConfig
 from snello.config.pictures import PICTURES_NEEDS, PicturesConfig
-from snello.config.registry import AUTO, RULES, MethodChoice, find
+from snello.config.registry import FROZEN_GOALS, GOALS, RULES, MethodChoice, find
 from snello.config.units import Link, parse_bytes
 from snello.config.values import flag, require_choices
 from snello.errors import ConfigError, require
@@ -42,10 +42,11 @@ class SplitConfig:
     cut: int = 0
     """Blocks in the client's half, in 1..depth-1; 0 does not cut."""
     codec: str = "auto"
-    """What compresses activations and gradients at the cut, as `adc(0.1)` or `adc(samples=1, tokens=0.4)+int4`;
-    `snello codecs` lists them; `auto` is the best measured one (docs/adc.md)."""
-    eval_codec: str = "int8"
-    """How activations travel in evaluation, where nothing is merged or dropped: none, bf16, fp16, int8, int4, int2."""
+    """What compresses activations and gradients at the cut, as `pca(2)` or `adc(0.1)+int8`; `snello codecs` lists them.
+    Measured best: `auto` costs no accuracy, `small` at most a point, `smallest` two (docs/codecs.md)."""
+    eval_codec: str = "pca(0.5)"
+    """How activations travel in evaluation, where nothing is merged or dropped: pca(...), none, bf16, fp16, int8,
+    int4, int2."""
     labels: Literal["server", "client"] = "server"
     """Who has the labels: the server, with classifier and loss, or the client (U-shape: labels never leave it)."""
     alast: Literal["client", "server", "both"] = "both"
@@ -88,8 +89,9 @@ class SplitConfig:
 
     @property
     def codec_text(self) -> str | None:
-        """The codec at the cut, `auto` resolved; None without a cut."""
-        return None if self.cut == 0 else AUTO if self.codec.strip() == "auto" else self.codec
+        """The codec at the cut, a goal as `auto` resolved; None without a cut."""
+        goals = FROZEN_GOALS if self.client == "frozen" else GOALS
+        return None if self.cut == 0 else goals.get(self.codec.strip(), self.codec)
 
     @property
     def freezes(self) -> bool:
@@ -193,8 +195,9 @@ class Recipe:
     """How attention is computed; `auto` measures once which is faster here."""
     grad_checkpointing: bool = False
     """Keep only the inputs of the blocks for the backward pass and compute the rest again: less memory, more time."""
-    eval_epochs: int = 1
-    """Epochs between two evaluations on the held-out pictures; the last epoch is always evaluated."""
+    eval_epochs: int | None = None
+    """Epochs between two evaluations on the held-out pictures; the last epoch is always evaluated. Default: 1, or with
+    --split.send-epochs only at the end."""
     patience: int = 0
     """Stop after this many epochs without a better accuracy; 0 never stops early."""
     checkpoint_steps: int = 200
@@ -207,8 +210,9 @@ class Recipe:
     NEEDS = RECIPE_NEEDS
 
     def __post_init__(self) -> None:
-        for name in ("last_k", "batch_size", "accumulate", "epochs", "eval_epochs"):
+        for name in ("last_k", "batch_size", "accumulate", "epochs"):
             require(getattr(self, name) >= 1, flag(name), "at least 1", getattr(self, name))
+        require(self.eval_epochs is None or self.eval_epochs >= 1, "--eval-epochs", "at least 1", self.eval_epochs)
         for name in ("clip_norm", "weight_decay", "patience", "checkpoint_steps"):
             require(getattr(self, name) >= 0, flag(name), "0 or more", getattr(self, name))
         require(0 <= self.seed < 2**63, "--seed", "in 0..2**63-1", self.seed)
@@ -245,6 +249,11 @@ class Recipe:
             raise ConfigError(f"{frozen} does not go with --split.max-bytes: say --split.send-epochs")
         if self.method_name == "alast" and split.alast == "client":
             raise ConfigError(f"{frozen} does not go with --split.alast client: nothing is left to budget there")
+
+    @property
+    def evaluates_every(self) -> int:
+        """Epochs between two evaluations."""
+        return self.eval_epochs or (self.epochs if self.split.stores else 1)
 
     @property
     def method_name(self) -> str:

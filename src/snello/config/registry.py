@@ -31,9 +31,11 @@ CODECS = {
     "fedlite": "snello.codecs.fedlite:FedLite",
     "pca": "snello.codecs.pca:PCA",
 }
-# Measured, see docs/adc.md: a nineteenth of the bytes and less than half of the server's compute for 2 points, and
-# nothing trained beside the model.
-AUTO = "adc(samples=1, tokens=0.4)+int4"
+# Measured, see docs/codecs.md: as good as uncompressed, within a point of it, and within two.
+GOALS = {"auto": "pca(1)", "small": "pca(1.5, down=1)", "smallest": "pca(2)"}
+"""What a codec is chosen for: the best measured one."""
+FROZEN_GOALS = {"auto": "pca(2)", "small": "pca(3)", "smallest": "pca(4.5)"}
+"""The same where the client's half is frozen, and its activations are sent once or a few times."""
 
 METHOD_CHOICES = ("auto", *METHODS)
 if TYPE_CHECKING:  # a type checker cannot read names out of a tuple

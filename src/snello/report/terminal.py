@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from snello.config import CodecsConfig
+from snello.config.registry import GOALS
 from snello.measure.comparison import Comparison, Progress, compared_with
 from snello.measure.plan import Plan, command, method_label
 from snello.runs.summary import Summary, Traffic
@@ -123,13 +124,16 @@ def print_codecs(config: CodecsConfig, rows: list[dict[str, Any]]) -> None:
         f"Bytes of one exchange: {config.model} cut after block {config.cut}, batch {config.batch_size}, "
         f"labels on the {config.labels}; headers, labels and scales included.\n"
     )
-    width = max(len(row["codec"]) for row in rows)
+    names = [f"{row['codec']} = {GOALS[row['codec']]}" if row["codec"] in GOALS else row["codec"] for row in rows]
+    width = max(map(len, names))
     print(f"{'':{width}}  {'bytes up':>12} {'bytes down':>12} {'ratio':>8} {'fewer':>8}")
-    for row in rows:
+    for name, row in zip(names, rows, strict=True):
         print(
-            f"{row['codec']:{width}}  {row['uplink_bytes']:>12} {row['downlink_bytes']:>12} {row['ratio']:>8.4f} "
-            f"{row['times_fewer']:>7.2f}x"
+            f"{name:{width}}  {row['uplink_bytes']:>12} {row['downlink_bytes']:>12} {row['ratio']:>8.4f} "
+            f"{row['times_fewer']:>7.2f}x{' *' if row['measured'] else ''}"
         )
+    if any(row["measured"] for row in rows):
+        print("\n* depends on the pictures: measured on some that ship with snello, the cost of a basis shared out.")
     parts = {part["name"]: part for row in rows for part in row["parts"]}
     for part in parts.values():
         options = f"\n    options: {part['options']}" if part["options"] else ""
@@ -137,7 +141,7 @@ def print_codecs(config: CodecsConfig, rows: list[dict[str, Any]]) -> None:
         print(f"\n{part['name']}: {part['what']}{options}{source}")
     print(
         "\nCodecs are chained with +, a number format last, as adc(samples=1, tokens=0.4)+int4; options are given in "
-        "order or by name. docs/adc.md explains them."
+        "order or by name. docs/codecs.md explains them."
     )
 
 

@@ -44,8 +44,10 @@ class Link(Protocol):
     def begin(self, step: int) -> None:
         """Begins an optimizer step."""
 
-    def settle(self, overflow: bool) -> None:
+    def settle(self, overflow: bool, share: float | None) -> None:
         """Tells the server that the step is over, and whether a gradient overflowed here: then both sides skip it.
+
+        `share` is that of the budget that was spent before the step, where the learning rate goes by it.
 
         Raises:
             TrainingError: where the server's gradients are not finite.
@@ -167,11 +169,15 @@ class SplitLearner(Learner):
 
     @override
     def update(self, lr: float) -> None:
-        self.link.settle(self._overflow)
+        self.link.settle(self._overflow, self.ledger.share_at_begin)
         with self._timed():
             self.half.update(lr, self._overflow)
         self.step += 1
         self.between_steps, self._at_begin = True, None
+
+    @override
+    def share_spent(self) -> float | None:
+        return self.ledger.share_spent()
 
     @override
     def behind(self) -> int:
@@ -323,10 +329,10 @@ class LocalLink:
         self._seconds = 0.0
         self.steps.go_to(step)
 
-    def settle(self, overflow: bool) -> None:
+    def settle(self, overflow: bool, share: float | None) -> None:
         """Moves the server's weights, and those that follow from what it has stored, but for what can wait."""
         with self._timed():
-            self._norm = self.steps.finish(overflow)
+            self._norm = self.steps.finish(overflow, share)
         while self.steps.behind and not self.steps.all_sent:
             self.catch_up()
 

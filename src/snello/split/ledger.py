@@ -1,5 +1,6 @@
 """What crossed a cut: bytes so far, what they would have been uncompressed, and how many steps a budget pays for."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -14,6 +15,11 @@ from snello.split.halves import ClientHalf
 from snello.split.traffic import Exchange, exchange_bytes, uncompressed_bytes
 from snello.split.wire.frames import Counters
 from snello.vit import ViT
+
+LEAST_SHARE = 100
+"""A step takes no less than this part of what numbers without any order would take."""
+SPARE = 1.1
+"""How much larger than the largest step so far the next one may be."""
 
 
 class Ledger:
@@ -30,10 +36,29 @@ class Ledger:
         self.link = None if split.link is None else Link.parse(split.link, "--split.link")
         self.max_bytes = None if split.max_bytes is None else parse_bytes(split.max_bytes, "--split.max-bytes")
         self._step_bytes: list[int] = []
+        self._largest_step = 0  # of those taken, where steps differ in bytes
 
     def begin(self) -> None:
         """Once per step."""
+        self._note()
         self._at_begin = self.counters.training, self._round_trips
+
+    def _note(self) -> None:
+        self._largest_step = max(self._largest_step, self.counters.training - self._at_begin[0])
+
+    def share_spent(self) -> float | None:
+        """Share of the budget that is spent, in [0, 1), where steps differ in bytes; None where steps count."""
+        return self._share(self.counters.training)
+
+    @property
+    def share_at_begin(self) -> float | None:
+        """The same before the step under way."""
+        return self._share(self._at_begin[0])
+
+    def _share(self, spent: int) -> float | None:
+        if self.max_bytes is None or not self.codec.varies:
+            return None
+        return min(spent / self.max_bytes, 1 - 1e-9)
 
     def exchanged(self, num_samples: int, round_trips: int, *, gradient: bool, feature_gradient: bool) -> None:
         """Notes an exchange that ended: pictures in it, conversations back and forth, and what went down and up."""
@@ -49,12 +74,16 @@ class Ledger:
     def plan(self, client: ClientHalf, step_samples: Sequence[int]) -> int | None:
         """Steps whose training bytes fit into the budget, given the pictures in each step of an epoch.
 
+        Where their bytes vary, the most that may fit: `spent` ends the run, and the learning rate goes by bytes.
+
         Raises:
             ConfigError: where not even one step fits.
         """
         if self.max_bytes is None:
             return None
         self._step_bytes = self._plan(client, step_samples)
+        if self.codec.varies and self._step_bytes[0] <= self.max_bytes:
+            return math.ceil(self.max_bytes / (min(self._step_bytes) / LEAST_SHARE))
         epochs, left = divmod(self.max_bytes, sum(self._step_bytes))
         begun = list(takewhile(lambda total: total <= left, accumulate(self._step_bytes)))
         steps = epochs * len(self._step_bytes) + len(begun)
@@ -69,7 +98,11 @@ class Ledger:
         """Whether the step after `step` steps would go over the budget."""
         if self.max_bytes is None:
             return False
-        return self.counters.training + self._step_bytes[step % len(self._step_bytes)] > self.max_bytes
+        due = self._step_bytes[step % len(self._step_bytes)]
+        if self.codec.varies and step:
+            self._note()
+            due = min(due, math.ceil(SPARE * self._largest_step))
+        return self.counters.training + due > self.max_bytes
 
     def _plan(self, client: ClientHalf, step_samples: Sequence[int]) -> list[int]:
         """The training bytes of an epoch's steps, with ALaST's budgets as they are now."""
@@ -126,9 +159,13 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """As values that JSON can hold."""
-        return {"counters": self.counters.state_dict(), "uncompressed": self.uncompressed}
+        self._note()
+        state = {"counters": self.counters.state_dict(), "uncompressed": self.uncompressed}
+        return state | {"largest_step": self._largest_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a `state_dict()`."""
         self.counters.load_state_dict(state["counters"])
         self.uncompressed = state["uncompressed"]
+        self._largest_step = state.get("largest_step", 0)
+        self._at_begin = self.counters.training, self._round_trips

@@ -217,17 +217,19 @@ class ServerSteps:
             self._format = number_format.snapshot()
             number_format.restore(others)
 
-    def finish(self, overflow: bool = False) -> Tensor:
+    def finish(self, overflow: bool = False, share: float | None = None) -> Tensor:
         """Moves the weights by the step that is due, unless a gradient overflowed here or on the client's side.
 
-        What is returned is the norm of the gradients, () float32.
+        `share` is that of a budget that was spent before the step, where the learning rate goes by it. What is
+        returned is the norm of the gradients, () float32.
 
         Raises:
             TrainingError: where it is not finite without a loss scale to blame; the weights are not touched.
         """
         self.model.swap_gradients(self._gradients)
         skipped, self._overflow, self._gradients, self.due = overflow or self._overflow, False, None, False
-        norm = self.model.update(self.schedule.lr_at(self.done, self.config.lr, self.config.warmup), skipped)
+        lr = self.schedule.lr(self.step - 1, self.config.lr, self.config.warmup, share)
+        norm = self.model.update(lr, skipped)
         self.done += 1
         return norm
 

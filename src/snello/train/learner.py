@@ -97,6 +97,10 @@ class Learner(ABC):
     def restart(self) -> None:
         """Goes back to where the step under way began."""
 
+    def share_spent(self) -> float | None:
+        """Share of a budget that is spent, in [0, 1), where it decides how far the run is; else steps do."""
+        return None
+
     def behind(self) -> int:
         """Steps that another side has left to take by itself after the last step, before there is a result."""
         return 0

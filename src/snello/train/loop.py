@@ -194,7 +194,7 @@ class Trainer:
             try:
                 loss = self._step()
                 rate = self.schedule.num_samples(self.progress.step - 1) / (time.perf_counter() - started)
-                self._show(self.progress.step, f"loss {loss:.4f}  {rate:.0f} pictures/s{self.learner.status()}")
+                self._show(self._shown_step, f"loss {loss:.4f}  {rate:.0f} pictures/s{self.learner.status()}")
                 self._after_step()
                 losses.append(loss)
             except GoBack as back:
@@ -202,6 +202,12 @@ class Trainer:
         if not losses and self.progress.step == self.total_steps and not self.progress.finished:
             self._wait()
         return losses
+
+    @property
+    def _shown_step(self) -> int:
+        """How far the run is, in steps; by what is spent where a budget decides and steps differ in bytes."""
+        share = self.learner.share_spent()
+        return self.progress.step if share is None else min(self.total_steps, round(share * self.total_steps))
 
     def _wait(self) -> None:
         """Lets another side take the steps that it has left by itself, some at a time, and then ends the run."""
@@ -273,8 +279,9 @@ class Trainer:
             self._stream = self._micro_steps(step)
         started = time.perf_counter()
         num_micro = self.schedule.num_micro(step)
-        self.learner.begin(step, self.schedule.progress(step), num_micro)
-        total, lr = torch.zeros((), device=self.device), self.schedule.lr(step, config.lr, config.warmup)
+        share = self.learner.share_spent()
+        self.learner.begin(step, self.schedule.progress(step) if share is None else share, num_micro)
+        total, lr = torch.zeros((), device=self.device), self.schedule.lr(step, config.lr, config.warmup, share)
         try:
             for _ in range(num_micro):
                 with self.ranks.together():
@@ -349,7 +356,7 @@ class Trainer:
             return
         at.epochs = self.schedule.epoch(at.step)
         at.finished = last
-        if last or at.epochs % config.eval_epochs == 0:
+        if last or at.epochs % config.evaluates_every == 0:
             self._evaluate_epoch()
             if not last and config.patience and at.epochs - at.best_epoch >= config.patience:
                 at.finished = True

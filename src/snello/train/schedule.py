@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 from snello.config import Recipe
 from snello.train.optim import lr_factor
 
+FINE = 1 << 20
+"""Parts of a run whose progress is no number of steps."""
+
 
 @dataclass(frozen=True)
 class Replay:
@@ -118,8 +121,13 @@ class Schedule:
         """Share of the run that is done before `step`, in [0, 1)."""
         return self.server_step(step) / self.server_steps
 
-    def lr(self, step: int, base: float, warmup: float) -> float:
-        """The learning rate of a step: linear warm-up, then a cosine to zero."""
+    def lr(self, step: int, base: float, warmup: float, share: float | None = None) -> float:
+        """The learning rate of a step: linear warm-up, then a cosine to zero.
+
+        They go over the steps; or where the `share` of the run that is done, in [0, 1), is known otherwise, over that.
+        """
+        if share is not None:
+            return base * lr_factor(min(int(share * FINE), FINE - 1), FINE, warmup)
         return self.lr_at(self.server_step(step), base, warmup)
 
     def lr_at(self, server_step: int, base: float, warmup: float) -> float:

@@ -42,7 +42,7 @@ class NetworkLink:
         """Begins an optimizer step."""
         self._waited, self._step = 0.0, step
 
-    def settle(self, overflow: bool) -> None:
+    def settle(self, overflow: bool, share: float | None) -> None:
         """Says with the next frame whether the step is skipped."""
         self._flags = Flags.SKIPPED if overflow else NOTHING
         self._step += 1

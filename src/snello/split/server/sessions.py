@@ -206,7 +206,7 @@ class TrainingSession:
         """Moves the weights by the step that has just ended; runs while the client computes, if it can."""
         started = time.perf_counter()
         try:
-            norm = self.steps.finish(overflow)
+            norm = self.steps.finish(overflow, self.ledger.share_at_begin)
         except TrainingError as error:
             self.failed = Refused(Code.NOT_FINITE, f"{error} at step {self.step}; its weights were not touched")
             return
