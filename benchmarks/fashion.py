@@ -12,6 +12,7 @@ import gzip
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 SOURCE = Path("/usr/share/datasets/fashion-mnist")
@@ -21,15 +22,20 @@ CLASSES = (
 PARTS = {"train": ("train", 1000), "test": ("t10k", 500)}
 
 
+def read(path: Path, header: int) -> NDArray[np.uint8]:
+    """The bytes behind the header of an idx file."""
+    with gzip.open(path) as file:
+        return np.frombuffer(file.read(), np.uint8, offset=header)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--source", type=Path, default=SOURCE)
     args = parser.parse_args()
     for part, (name, most) in PARTS.items():
-        pictures = np.frombuffer(gzip.open(args.source / f"{name}-images-idx3-ubyte.gz").read(), np.uint8, offset=16)
-        labels = np.frombuffer(gzip.open(args.source / f"{name}-labels-idx1-ubyte.gz").read(), np.uint8, offset=8)
-        pictures = pictures.reshape(-1, 28, 28)
+        pictures = read(args.source / f"{name}-images-idx3-ubyte.gz", 16).reshape(-1, 28, 28)
+        labels = read(args.source / f"{name}-labels-idx1-ubyte.gz", 8)
         for number, label in enumerate(CLASSES):
             folder = args.out / part / label
             folder.mkdir(parents=True, exist_ok=True)
