@@ -6,9 +6,9 @@
     python benchmarks/fewer_bytes.py work/ --cifar cifar10 --fashion fashion --out results/fewer_bytes.json
 
 The micro ViT cut after block 3, 5 000 pictures, batch 128, learning rate 1e-3, as in benchmarks/codecs.py. Settings
-were chosen on seed 0 of the five CIFAR-10 classes; Fashion-MNIST, all ten classes, has them unchanged. Accuracy is that of
-the last epoch on all test pictures, with int8 at the cut; bytes are all those of training, both ways, against
-uncompressed training for five epochs. Every run is a process of its own (`--jobs`), and what is finished is kept in the
+were chosen on seed 0 of the five CIFAR-10 classes; Fashion-MNIST, all ten classes, has them unchanged. Accuracy is that
+of the last epoch on all test pictures, with int8 at the cut; bytes are all those of training, both ways, against
+uncompressed training for five epochs. Every run is a process of its own (`--jobs`); what is finished is kept in the
 work folder, so the script goes on where it was cut off.
 """
 

@@ -188,13 +188,17 @@ def codecs_short(result: dict[str, Any]) -> str:
 
 def codec_cost(result: dict[str, Any]) -> str:
     """Seconds of a codec against those of a step."""
-    lines = ["| codec | ms | share of a step |", "|---|---|---|"]
-    lines += [f"| {row['codec']} | {1000 * row['seconds']:.0f} | {row['share']:.2%} |" for row in result["rows"]]
+    lines = ["| codec | ms | share of a step | the client's ms | of its step |", "|---|---|---|---|---|"]
+    for row in result["rows"]:
+        times = [f"{1000 * row['seconds']:.0f}", f"{row['share']:.2%}"]
+        times += [f"{1000 * row['client_seconds']:.0f}", f"{row['client_share']:.2%}"]
+        lines.append(_line([row["codec"], *times]))
     config, env, kmeans = result["config"], result["environment"], result["kmeans"]
     batch = config["batch_size"]
     note = (
         f"DeiT-S, batch {batch}, cut after block {config['cut']}, {config['precision']}, {env['device']}, "
-        f"{env['threads']} threads; a step (both halves, forward and backward) takes {result['step_seconds']:.1f} s. "
+        f"{env['threads']} threads; a step (forward and backward) takes {result['step_seconds']:.1f} s, the client's half "
+        f"{result['client_step_seconds']:.1f} s of it. "
         f"K-means alone on {batch} rows of 197: {1000 * kmeans['seconds']:.1f} ms, {kmeans['share']:.2%} of the "
         "client half's forward and backward pass of DeiT-T."
     )
