@@ -4,9 +4,8 @@
     python benchmarks/link_run.py work/ --data fashion --out results/link_run.json
 
 640 pictures at 224 pixels, five epochs at batch 128, cut after block 3; both halves in one process, with the time that
-10 Mbit/s and 20 ms would add for the bytes that crossed (`--split.link`). The model starts from random weights, which is
-harder on a codec than pretrained ones; accuracy is not looked at here. The upload is that of the same pictures as JPEG
-files of quality 90 at 224 pixels.
+10 Mbit/s and 20 ms would add for the bytes that crossed (`--split.link`). The model starts from random weights;
+accuracy is not looked at here. The upload is that of the same pictures as JPEG files of quality 90 at 224 pixels.
 """
 
 import argparse

@@ -197,8 +197,8 @@ def codec_cost(result: dict[str, Any]) -> str:
     batch = config["batch_size"]
     note = (
         f"DeiT-S, batch {batch}, cut after block {config['cut']}, {config['precision']}, {env['device']}, "
-        f"{env['threads']} threads; a step (forward and backward) takes {result['step_seconds']:.1f} s, the client's half "
-        f"{result['client_step_seconds']:.1f} s of it. "
+        f"{env['threads']} threads; a step (forward and backward) takes {result['step_seconds']:.1f} s, the client's "
+        f"half {result['client_step_seconds']:.1f} s of it. "
         f"K-means alone on {batch} rows of 197: {1000 * kmeans['seconds']:.1f} ms, {kmeans['share']:.2%} of the "
         "client half's forward and backward pass of DeiT-T."
     )
