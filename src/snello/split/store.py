@@ -21,10 +21,10 @@ from torch import Tensor
 from snello.errors import CheckpointError, ProtocolError
 from snello.runs.folder import RunFolder
 from snello.split.wire import frames
-from snello.split.wire.frames import HEADER, MAX_BODY_BYTES, Frame
+from snello.split.wire.frames import HEADER, Frame
 
 FRAMES_EACH = 8
-"""Frames whose samples make a step."""
+"""Frames whose samples make a step, or more where those hold too few."""
 MIXED = 17  # keeps the seeds of what is mixed apart from others
 
 
@@ -75,15 +75,22 @@ class Store:
         decode: makes samples of a frame.
         is_key: whether later frames can only be decoded when this one has been.
         max_memory: bytes of samples that are kept decoded; those of one frame are kept in any case.
+        max_disk: bytes that the file may have; None: any number.
     """
 
     def __init__(
-        self, run: RunFolder, decode: Callable[[Frame], Samples], is_key: Callable[[Frame], bool], max_memory: int
+        self,
+        run: RunFolder,
+        decode: Callable[[Frame], Samples],
+        is_key: Callable[[Frame], bool],
+        max_memory: int,
+        max_disk: int | None = None,
     ) -> None:
         self._run, self.decode, self._is_key, self._max_memory = run, decode, is_key, max_memory
+        self._max_disk = max_disk
         self._ends: list[int] = []
+        self._sums: list[int] = []  # checksums of the frames
         self._keys: list[int] = []
-        self._crc = 0
         self._decoded: OrderedDict[int, Samples] = OrderedDict()  # the last used at the end
 
     @property
@@ -104,9 +111,12 @@ class Store:
         """Adds a frame that was decoded to `samples`.
 
         Raises:
-            CheckpointError: where it cannot be written; the store is as it was.
+            ProtocolError: where it is more than the file may have.
+            CheckpointError: where it cannot be written. In either case the store is as it was.
         """
         data = b"".join(frames.write(frame))
+        if self._max_disk is not None and self.num_bytes + len(data) > self._max_disk:
+            raise ProtocolError(f"the frames of this run take more than the {self._max_disk} bytes that it was given")
         try:
             # Not "ab": what a write that broke off has left is overwritten.
             with self.path.open("r+b" if self.path.exists() else "wb") as file:
@@ -115,8 +125,8 @@ class Store:
                 file.truncate()
         except OSError as error:
             raise CheckpointError(f"could not write {self.path}: {error.strerror or error}") from error
-        self._crc = zlib.crc32(data, self._crc)
         self._keys += [len(self)] if self._is_key(frame) else []
+        self._sums.append(zlib.crc32(data))
         self._ends.append(self.num_bytes + len(data))
         self._keep(len(self) - 1, samples)
 
@@ -132,15 +142,22 @@ class Store:
         return self._decoded[index]
 
     def sync(self) -> None:
-        """Makes sure that what was appended is on the disk, before a checkpoint says so."""
+        """Makes sure that what was appended is on the disk, before a checkpoint says so.
+
+        Raises:
+            CheckpointError: where it is gone.
+        """
         if not self._ends:
             return
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._lost(error.strerror or error) from error
 
     def state_dict(self) -> dict[str, Any]:
         """As values that JSON can hold."""
-        return {"ends": list(self._ends), "keys": list(self._keys), "crc": self._crc}
+        return {"ends": list(self._ends), "sums": list(self._sums), "keys": list(self._keys)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to a `state_dict()`: what was appended since is cut off.
@@ -148,20 +165,18 @@ class Store:
         Raises:
             CheckpointError: where the file is gone, too short, or not what it was.
         """
-        end = state["ends"][-1] if state["ends"] else 0
-        crc = 0
+        begin = 0
         try:
-            if end or self.path.exists():
+            if state["ends"] or self.path.exists():
                 with self.path.open("r+b") as file:
-                    left = end
-                    while left and (data := file.read(min(left, 1 << 20))):
-                        crc, left = zlib.crc32(data, crc), left - len(data)
-                    if left or crc != state["crc"]:
-                        raise CheckpointError(f"{self.path} is damaged: {end} bytes of it belong to the checkpoint")
-                    file.truncate(end)
+                    for end, known in zip(state["ends"], state["sums"], strict=True):
+                        if zlib.crc32(file.read(end - begin)) != known:
+                            raise self._lost(f"{state['ends'][-1]} bytes of it belong to the checkpoint")
+                        begin = end
+                    file.truncate(begin)
         except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
-        self._ends, self._keys, self._crc = list(state["ends"]), list(state["keys"]), state["crc"]
+            raise self._lost(error.strerror or error) from error
+        self._ends, self._sums, self._keys = list(state["ends"]), list(state["sums"]), list(state["keys"])
         self._decoded.clear()
         for index in self._keys:
             self.samples(index)
@@ -172,9 +187,14 @@ class Store:
             with self.path.open("rb") as file:
                 file.seek(begin)
                 data = file.read(self._ends[index] - begin)
-            return frames.read([bytearray(data)], max(len(data) - HEADER.size, 0) or MAX_BODY_BYTES)
-        except (OSError, ProtocolError) as error:
-            raise CheckpointError(f"{self.path} can no longer be read: {error}") from error
+        except OSError as error:
+            raise self._lost(error.strerror or error) from error
+        if zlib.crc32(data) != self._sums[index]:
+            raise self._lost(f"frame {index} of it is not the one that came")
+        return frames.read([bytearray(data)], max(len(data) - HEADER.size, 0))
+
+    def _lost(self, why: object) -> CheckpointError:
+        return CheckpointError(f"{self.path} is gone or damaged: {why}")
 
     def _keep(self, index: int, samples: Samples) -> None:
         self._decoded[index] = samples
@@ -184,11 +204,19 @@ class Store:
 
 
 def draw(store: Store, num: int, seed: int) -> Samples:
-    """`num` samples of a few frames, both drawn from `seed`: decoding a frame for one sample is dear."""
+    """`num` samples, or all where there are fewer, of a few frames, both drawn from `seed`.
+
+    Decoding a frame for one sample is dear.
+    """
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(store), generator=generator)[:FRAMES_EACH].tolist()
-    joined = Samples.join([store.samples(index) for index in chosen])
-    return joined.pick(torch.randperm(len(joined.z), generator=generator)[:num])
+    parts: list[Samples] = []
+    held = 0
+    for index in torch.randperm(len(store), generator=generator).tolist():
+        if len(parts) >= FRAMES_EACH and held >= num:
+            break
+        parts.append(store.samples(index))
+        held += len(parts[-1].z)
+    return Samples.join(parts).pick(torch.randperm(held, generator=generator)[:num])
 
 
 def cutmix(samples: Samples, share: float, num_prefix_tokens: int, seed: int) -> Samples:
