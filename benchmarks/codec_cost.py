@@ -5,8 +5,8 @@
 
 In one process, in turn: a step of the uncompressed cut model (without the optimizer), then every codec on the
 activations of pictures that ship with snello, and on their gradient: encode, decode, encode the gradient, decode it,
-and back through the codec's own graph; what the client does of it (encode, decode the gradient) is timed apart. Medians.
-K-means is timed by itself against the client half's forward and backward pass of DeiT-T.
+and back through the codec's own graph; what the client does of it (encode, decode the gradient) is timed apart.
+Medians. K-means is timed by itself against the client half's forward and backward pass of DeiT-T.
 """
 
 import argparse

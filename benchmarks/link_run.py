@@ -109,15 +109,8 @@ def main() -> None:
     rows = []
     for name, split in RUNS.items():
         summary = json.loads((args.work / name.replace(" ", "-") / "summary.json").read_text())
-        figures = (
-            "uplink_bytes",
-            "downlink_bytes",
-            "client_seconds",
-            "server_seconds",
-            "link_seconds",
-            "steps",
-            "codec",
-        )
+        figures = ["codec", "steps", "uplink_bytes", "downlink_bytes"]
+        figures += ["client_seconds", "server_seconds", "link_seconds"]
         rows.append({"name": name, **split, **{figure: summary[figure] for figure in figures}})
     config = {"model": "deit_small_patch16_224", "link": LINK, "epochs": EPOCHS, "batch_size": 128, "cut": 3}
     result = {"config": config, "environment": environment(resolve_device(args.device)), "rows": rows}

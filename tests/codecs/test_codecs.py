@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers.codecs import context_of
 from torch import Tensor
 
 from snello.codecs.base import Arrays, Codec, Context, Message
@@ -534,3 +535,18 @@ def test_autocast_changes_nothing(text):
         decoded = within.decode(arrays).z
     assert all(torch.equal(value, arrays[name]) for name, value in expected.items())
     assert decoded.dtype == torch.float32 and torch.equal(decoded, plain.decode(expected).z)
+
+
+@pytest.mark.parametrize("text", ["pca(1)", "int8", "adc(samples=1, tokens=0.5)+pca(1)"])
+def test_autocast_around_a_codec_changes_nothing(text):
+    z, context = noise(B, N, D), context_of(noise(B, N, D))
+    results = []
+    for enabled in (False, True):
+        client, server = Codec(text, embed_dim=D), Codec(text, embed_dim=D)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            message = client.encode(z, context)
+            decoded = server.decode(message.arrays)
+            down = server.encode_gradient(decoded.leaf.detach(), context)
+            results.append((decoded.z, client.decode_gradient(message, down)))
+    for plain, cast in zip(*results, strict=True):
+        assert plain.dtype == cast.dtype == torch.float32 and torch.equal(plain, cast)

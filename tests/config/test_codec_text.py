@@ -226,7 +226,9 @@ def test_chains_in_a_possible_order_are_made(text):
     assert len(codec.reducers) == len(parse_codec(text)) - 1 and codec.text == text
 
 
-@pytest.mark.parametrize("eval_text", ["adc(0.2)", "bottlenet(0.5)", "c3sl(2)", "topk(0.2)+int8", "adc(samples=1, tokens=0.4)+int4"])
+@pytest.mark.parametrize(
+    "eval_text", ["adc(0.2)", "bottlenet(0.5)", "c3sl(2)", "topk(0.2)+int8", "adc(samples=1, tokens=0.4)+int4"]
+)
 def test_evaluation_takes_one_format_only(eval_text):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the refusal is all that the user sees

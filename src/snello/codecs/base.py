@@ -283,10 +283,9 @@ class Codec(nn.Module):
 
     def decode(self, arrays: Mapping[str, Tensor], *, with_gradient: bool = True) -> Decoded:
         """The tokens that the server computes with; without gradient nothing is to go down."""
-        leaf = self._format.unpack({**arrays, "values": arrays["activations"]})
-        leaf.requires_grad_(self.training and with_gradient)
-        with torch.autocast(leaf.device.type, enabled=False):
-            z = leaf
+        with torch.autocast(arrays["activations"].device.type, enabled=False):
+            leaf = z = self._format.unpack({**arrays, "values": arrays["activations"]})
+            leaf.requires_grad_(self.training and with_gradient)
             for part, side in self._backwards(arrays):
                 z = part.decode(z, side)
         return Decoded(z, leaf, self.sizes(arrays))
@@ -319,7 +318,8 @@ class Codec(nn.Module):
     def encode_gradient(self, gradient: Tensor, context: Context) -> Arrays:
         """The leaf's gradient as arrays for the way down; a TrainingError where it is not finite."""
         _require_finite(gradient, "gradients", self.text)
-        packed = self.format.pack_gradient(gradient, context)
+        with torch.autocast(gradient.device.type, enabled=False):
+            packed = self.format.pack_gradient(gradient, context)
         return {"gradients": packed.pop("values")} | packed
 
     def gradient_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
@@ -328,7 +328,8 @@ class Codec(nn.Module):
 
     def decode_gradient(self, message: Message, arrays: Mapping[str, Tensor]) -> Tensor:
         """The gradient with respect to `message.sent`, of its shape and dtype."""
-        gradient = self.format.unpack_gradient({**arrays, "values": arrays["gradients"]})
+        with torch.autocast(message.sent.device.type, enabled=False):
+            gradient = self.format.unpack_gradient({**arrays, "values": arrays["gradients"]})
         return self.format.correct(gradient, message.sent, message.arrays).to(message.sent.dtype)
 
     def is_key(self, arrays: Mapping[str, Tensor]) -> bool:
