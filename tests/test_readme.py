@@ -15,14 +15,15 @@ from conftest import tiny_vit, write_pictures
 import snello
 from snello.codecs import codec_class
 from snello.config import AlastConfig
-from snello.config.registry import CODECS
+from snello.config.registry import CODECS, FROZEN_GOALS, GOALS
 from snello.split.wire.frames import Kind
 from snello.split.wire.refusals import Code
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 DOCS = (ROOT / "docs" / "alast.md").read_text()
-ADC_DOCS = (ROOT / "docs" / "adc.md").read_text()
+CUT_DOCS = (ROOT / "docs" / "cut.md").read_text()
+CODEC_DOCS = (ROOT / "docs" / "codecs.md").read_text()
 PROTOCOL_DOCS = (ROOT / "docs" / "protocol.md").read_text()
 TROUBLESHOOTING = (ROOT / "docs" / "troubleshooting.md").read_text()
 
@@ -104,7 +105,7 @@ def test_the_docs_name_every_code_of_refusal_and_every_kind_of_frame() -> None:
 
 
 def test_the_python_code_of_split_learning_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = blocks(ADC_DOCS, "python")
+    (block,) = blocks(CUT_DOCS, "python")
     exec(block.replace("steps=10", "steps=1"), {"snello": snello, "folder": tmp_path / "run"})
     assert "'uplink_bytes': " in capsys.readouterr().out
 
@@ -124,12 +125,15 @@ def test_the_docs_name_every_option_of_alast() -> None:
         assert f"`{name}`" in DOCS or f"`{name.removesuffix('s')}" in DOCS, name
 
 
-def test_the_docs_name_every_codec_and_every_option_of_adc() -> None:
+def test_the_docs_name_every_codec_and_the_options_of_those_with_many() -> None:
     for name in CODECS:
-        assert re.search(rf"`{name}[`(]", ADC_DOCS), name
-    for name in ("adc", "int4"):
+        assert re.search(rf"`{name}[`(]", CODEC_DOCS), name
+    for name in ("adc", "int4", "pca"):
         for option in inspect.signature(codec_class(name)).parameters:
-            assert f"`{option}`" in ADC_DOCS, option
+            assert f"`{option}`" in CODEC_DOCS, option
+    for goals in (GOALS, FROZEN_GOALS):
+        for name, text in goals.items():
+            assert re.search(rf"\| `{name}` \|.*`{re.escape(text)}`", CODEC_DOCS), text
 
 
 def test_the_tables_are_what_the_results_say() -> None:

@@ -3,6 +3,8 @@
 halves.py       the two halves and their conversation
 build.py        making them from a model and settings
 learner.py      what the training loop drives
+store.py        what a server keeps of a frozen client, and draws from it
+steps.py        the steps that a client takes with a server's half, and those that follow from the store
 traffic.py      exact bytes of an exchange, from shapes
 ledger.py       bytes so far, and budgets of bytes
 checkpoints.py  the last two checkpoints of one side
