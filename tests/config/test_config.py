@@ -323,6 +323,90 @@ def test_the_group_of_a_file_lies_over_the_defaults_of_its_config(tmp_path):
     assert from_dict(ServeConfig, {"split": {"codec": "int8"}}).split.cut == ServeConfig().split.cut == 3
 
 
+FROZEN = ["--split.cut", "3", "--split.client", "frozen"]
+SENDING = [*FROZEN, "--split.send-epochs", "2"]
+FIRST = ["--split.cut", "3", "--split.client", "epochs:2"]
+UNFIT = [
+    (["--split.client", "frozen"], "--split.client has no effect without --split.cut"),
+    (["--split.cut", "3", "--split.client", "epochs:0"], "--split.client must be trains, frozen or epochs:N, got 'ep"),
+    (["--split.cut", "3", "--split.client", "epochs:x"], "--split.client must be trains, frozen or epochs:N"),
+    (["--split.cut", "3", "--split.client", "epochs:"], "--split.client must be trains, frozen or epochs:N"),
+    (["--split.cut", "3", "--split.client", "Frozen"], "--split.client must be trains, frozen or epochs:N"),
+    (["--split.cut", "3", "--split.client", "epochs:1 "], "--split.client must be trains, frozen or epochs:N"),
+    ([*FROZEN, "--split.send-epochs", "0"], "--split.send-epochs must be at least 1, got 0"),
+    ([*SENDING, "--split.replay", "-1"], "--split.replay must be at least 0, got -1"),
+    ([*FROZEN, "--split.cutmix", "1.1"], "--split.cutmix must be in [0, 1], got 1.1"),
+    ([*FROZEN, "--split.cutmix", "nan"], "--split.cutmix must be in [0, 1], got nan"),
+    (["--split.cut", "3", "--split.send-epochs", "2"], "--split.send-epochs has no effect without --split.client froz"),
+    (["--split.cut", "3", "--split.replay", "2"], "--split.replay has no effect without --split.send-epochs"),
+    ([*FROZEN, "--split.replay", "2"], "--split.replay has no effect without --split.send-epochs"),
+    (
+        ["--split.cut", "3", "--split.labels", "client", "--split.cutmix", "0.5"],
+        "--split.cutmix has no effect with --split.labels client",
+    ),
+    ([*FROZEN, "--split.labels", "client"], "--split.client frozen does not go with --split.labels client"),
+    ([*FIRST, "--split.labels", "client"], "--split.client epochs:2 does not go with --split.labels client"),
+    ([*SENDING, "--split.labels", "client"], "--split.client frozen does not go with --split.labels client"),
+    ([*FROZEN, "--split.max-bytes", "5MB"], "--split.client frozen does not go with --split.max-bytes: say --split.s"),
+    (
+        [*FROZEN, "--method", "alast", "--split.alast", "client"],
+        "--split.client frozen does not go with --split.alast client",
+    ),
+    ([*SENDING, "--epochs", "1"], "--epochs 1 is less than --split.send-epochs 2 needs: raise it to 2"),
+    ([*FIRST, "--epochs", "2"], "--epochs 2 is less than --split.client epochs:2 needs: raise it to 3"),
+    (
+        [*FIRST, "--split.send-epochs", "3", "--epochs", "4"],
+        "--epochs 4 is less than --split.client epochs:2 and --split.send-epochs 3 need together: raise it to 5",
+    ),
+    (
+        [*SENDING, "--split.replay", "2", "--epochs", "5"],
+        "--epochs 5 is too few: 2 epochs sent and --split.replay 2 take 6; raise it, or leave --split.replay out",
+    ),
+    (
+        [*FIRST, "--split.send-epochs", "1", "--split.replay", "3"],
+        "--epochs 5 is too few: 2 epochs trained, 1 sent and --split.replay 3 take 6",
+    ),
+]
+
+
+@pytest.mark.parametrize("cls", [FinetuneConfig, ServeConfig])
+@pytest.mark.parametrize(("args", "message"), UNFIT, ids=lambda value: str(value)[-60:])
+def test_what_does_not_go_with_a_frozen_client(cls, args, message):
+    if cls is ServeConfig and "without --split.cut" in message:
+        args = [*args, "--split.cut", "0"]
+        message = "--split.cut must be at least 1"
+    assert message in error_of(parse, *args, cls=cls)
+
+
+def test_a_store_belongs_to_one_half():
+    args = [*SENDING, "--sessions", "shared"]
+    assert "--split.send-epochs does not go with --sessions shared" in error_of(parse, *args, cls=ServeConfig)
+    parse(*FROZEN, "--sessions", "shared", cls=ServeConfig)
+    assert "--max-disk has no effect without --split.send-epochs" in error_of(
+        parse, *FROZEN, "--max-disk", "1GB", cls=ServeConfig
+    )
+    assert "--max-disk" in error_of(parse, *SENDING, "--max-disk", "much", cls=ServeConfig)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "options", "sent", "replayed"),
+    [
+        (5, {}, 5, 0),
+        (5, {"client": "frozen"}, 5, 0),
+        (12, {"client": "frozen", "send_epochs": 2}, 2, 5),
+        (13, {"client": "frozen", "send_epochs": 2}, 2, 5),
+        (12, {"client": "frozen", "send_epochs": 12}, 12, 0),
+        (12, {"client": "frozen", "send_epochs": 2, "replay": 1}, 2, 1),
+        (12, {"client": "frozen", "send_epochs": 2, "replay": 0}, 2, 0),
+        (12, {"client": "epochs:4", "send_epochs": 2}, 6, 3),
+        (6, {"client": "epochs:4", "send_epochs": 2}, 6, 0),
+    ],
+)
+def test_what_a_frozen_client_sends_and_the_server_replays(epochs, options, sent, replayed):
+    config = FinetuneConfig(epochs=epochs, split=SplitConfig(cut=3, **options))
+    assert (config.split.sent_epochs(epochs), config.split.replayed(epochs)) == (sent, replayed)
+
+
 def test_a_flag_mends_what_is_out_of_range_in_a_file(tmp_path):
     file = write(tmp_path / "a.yaml", "lr: 0\nalast: {min_budget: 0.95}\n")
     assert "--alast.min-budget must be in (0, 0.9]" in error_of(parse, "--config", file)

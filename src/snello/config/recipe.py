@@ -123,11 +123,14 @@ class SplitConfig:
         """Raises a ConfigError where so many epochs are too few for what is sent and replayed."""
         trained, sent = self.trained_epochs, self.send_epochs or int(self.freezes)
         if epochs < trained + sent:
-            parts = f"--split.client {self.client} and --split.send-epochs {sent}"
-            raise ConfigError(f"--epochs {epochs} is less than {parts} need together: raise it to {trained + sent}")
-        need = trained + sent * (1 + (self.replay or 0))
-        if epochs < need:
-            why = f"{sent} epochs sent and --split.replay {self.replay} take {need}"
+            parts = [f"--split.client {self.client}"] if trained else []
+            parts += [f"--split.send-epochs {sent}"] if self.stores else []
+            need = " and ".join(parts) + (" need together" if len(parts) == 2 else " needs")
+            raise ConfigError(f"--epochs {epochs} is less than {need}: raise it to {trained + sent}")
+        least = trained + sent * (1 + (self.replay or 0))
+        if epochs < least:
+            what = f"{trained} epochs trained, {sent} sent" if trained else f"{sent} epochs sent"
+            why = f"{what} and --split.replay {self.replay} take {least}"
             raise ConfigError(f"--epochs {epochs} is too few: {why}; raise it, or leave --split.replay out")
 
 

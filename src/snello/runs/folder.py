@@ -18,6 +18,7 @@ checkpoints/        the last two, where the other half is on a server, instead o
 """
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -44,7 +45,8 @@ FREE = frozenset((
     "config", "data_root", "out", "resume", "compare", "track", "workers", "checkpoint_steps", "check_pictures",
     # of a server
     "listen", "certs", "auth", "insecure_loopback", "insecure_plaintext_for_everyone_on_the_network_to_read",
-    "max_sessions", "max_memory", "idle_seconds", "release_weights", "accept_weights", "metrics_port", "log_format",
+    "max_sessions", "max_memory", "max_disk", "idle_seconds", "release_weights", "accept_weights", "metrics_port",
+    "log_format",
 ))  # fmt: skip
 C = TypeVar("C")
 R = TypeVar("R", bound=Machine)
@@ -232,7 +234,7 @@ class RunFolder:
             raise CheckpointError(f"{text}; free space, then resume with --resume") from error
 
     def rows(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
-        """The rows of metrics.jsonl, all or of one kind (`step`, `eval`), without a line cut off by a crash."""
+        """The rows of metrics.jsonl, all or of a kind (`step`, `replay`, `eval`), without a line cut off by a crash."""
         if not self.metrics_file.exists():
             return
         for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
@@ -243,9 +245,19 @@ class RunFolder:
             if kind is None or row["kind"] == kind:
                 yield row
 
-    def forget_after(self, step: int) -> None:
-        """Drops the metrics of what came after `step` steps: a resumed run does it again."""
-        kept = [row for row in self.rows() if row["step"] <= step]
+    def forget_after(self, step: int, server_step: float = math.inf, epochs: float = math.inf) -> None:
+        """Drops the metrics of what came after `step` steps: a resumed run does it again.
+
+        After the last of them come steps of a server by itself and an evaluation: those after `server_step` of its
+        steps, and those of more than `epochs`, are dropped too.
+        """
+        most = {"replay": ("server_step", server_step), "eval": ("epoch", epochs)}
+
+        def is_kept(row: dict[str, Any]) -> bool:
+            name, last = most.get(row["kind"], ("step", step))
+            return bool(row["step"] <= step and row.get(name, 0) <= last)
+
+        kept = [row for row in self.rows() if is_kept(row)]
         with replacing(self.metrics_file) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 

@@ -17,9 +17,10 @@ def make_codec(config: Recipe, text: str, embed_dim: int) -> Codec:
     """The codec of a run, equal on both sides.
 
     Raises:
-        ConfigError: where the text does not parse or an option is out of range.
+        ConfigError: where the text does not parse, an option is out of range, or the codec has weights to train on a
+            client that is frozen.
     """
-    return Codec(
+    codec = Codec(
         text,
         embed_dim=embed_dim,
         eval_text=config.split.eval_codec,
@@ -27,6 +28,10 @@ def make_codec(config: Recipe, text: str, embed_dim: int) -> Codec:
         flag="--split.codec",
         eval_flag="--split.eval-codec",
     )
+    if config.split.freezes and any(True for _ in codec.client_parameters()):
+        frozen = f"--split.client {config.split.client}"
+        raise ConfigError(f"--split.codec {text} does not go with {frozen}: it has weights that train on the client")
+    return codec
 
 
 def meta_vit(config: Recipe, num_classes: int, architecture: Mapping[str, Any] | None = None) -> ViT:
@@ -36,7 +41,7 @@ def meta_vit(config: Recipe, num_classes: int, architecture: Mapping[str, Any] |
 
 
 def modules_of(model: nn.Module, codec: Codec) -> dict[str, nn.Module]:
-    """What has weights to save, by name."""
+    """What has a state to save, by name."""
     return {"model": model} | ({"codec": codec} if codec.state_dict() else {})
 
 

@@ -56,8 +56,8 @@ class Link(Protocol):
     def behind(self) -> int:
         """Steps on stored samples that the server has left, when all has been sent."""
 
-    def catch_up(self) -> None:
-        """Lets the server take some of them."""
+    def catch_up(self) -> dict[str, Any]:
+        """Lets the server take some of them, and returns what is logged of it."""
 
     def metrics(self) -> dict[str, Any]:
         """What is logged of the step: above all the seconds that the other side took."""
@@ -184,8 +184,8 @@ class SplitLearner(Learner):
         return self.link.behind()
 
     @override
-    def catch_up(self) -> None:
-        self.link.catch_up()
+    def catch_up(self) -> dict[str, Any]:
+        return self.link.catch_up()
 
     @override
     def restart(self) -> None:
@@ -334,16 +334,18 @@ class LocalLink:
         with self._timed():
             self._norm = self.steps.finish(overflow, share)
         while self.steps.behind and not self.steps.all_sent:
-            self.catch_up()
+            self._replayed.append(self.catch_up()["loss"])
 
     def behind(self) -> int:
         """Steps on stored samples that are left when all has been sent."""
         return self.steps.behind
 
-    def catch_up(self) -> None:
+    def catch_up(self) -> dict[str, Any]:
         """Takes one of them."""
+        before = self._seconds
         with self._timed():
-            self._replayed.append(self.steps.replay())
+            loss = self.steps.replay()
+        return {"server_step": self.steps.done, "loss": loss, "server_seconds": round(self._seconds - before, 4)}
 
     def metrics(self) -> dict[str, Any]:
         """Seconds of the server's half, and the norm of its gradients."""

@@ -246,6 +246,7 @@ class ServerSteps:
         config, half, at = self.config, self.model.half, self.done
         num = min(config.batch_size * config.accumulate, self.schedule.num_train)
         samples = draw(self.store, num, mix(config.seed, DRAWN, at))
+        num = len(samples.z)  # fewer at first, and where samples were merged
         share = REPLAYED_SHARE if config.split.cutmix is None else config.split.cutmix
         if share and half.mixes(samples.z.shape[1]):
             samples = cutmix(samples, share, half.vit.num_prefix_tokens, mix(config.seed, MIXED, at, REPLAYED))
@@ -257,7 +258,7 @@ class ServerSteps:
             loss += float(half.learn(part, len(part.z) / num))
         if not math.isfinite(loss):
             self.model.swap_gradients(None)
-            raise TrainingError("the loss is not finite")
+            raise TrainingError("the loss on stored samples is not finite")
         self.model.update(self.schedule.lr_at(at, config.lr, config.warmup), half.overflows())
         self.done += 1
         return loss

@@ -105,8 +105,9 @@ class Learner(ABC):
         """Steps that another side has left to take by itself after the last step, before there is a result."""
         return 0
 
-    def catch_up(self) -> None:
-        """Lets it take some of them."""
+    def catch_up(self) -> dict[str, Any]:
+        """Lets it take some of them, and returns what is logged of it; nothing where the other side logs it."""
+        return {}
 
     def spent(self, step: int) -> bool:
         """Whether the budget leaves no room for another step after `step` of them."""

@@ -8,6 +8,7 @@ the learning rate of the step. So a checkpoint holds weights, optimizer state, t
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,12 @@ class Trainer:
             if not self.learner.behind():
                 self._after_step()
                 return
-            self.learner.catch_up()
+            started = time.perf_counter()
+            with self._explaining(self.total_steps):
+                row = self.learner.catch_up()
+            if row:  # trackers count steps of the run, and these are none
+                row = {"kind": "replay", "step": self.total_steps, **row}
+                self.run.log(row | {"seconds": round(time.perf_counter() - started, 4)})
             self._show(self.total_steps, f"{self.learner.behind()} steps of the server are left")
             # Steps of its own are not steps of the run, so checkpoints go by time here.
             if time.monotonic() - self._saved > SAVE_SECONDS:
@@ -235,7 +241,8 @@ class Trainer:
 
     def _summary(self) -> Summary:
         """The run's result, without costs."""
-        rows, at, config = list(self.run.rows("step")), self.progress, self.config
+        rows = [row for row in self.run.rows() if row["kind"] in ("step", "replay")]
+        at, config = self.progress, self.config
         return Summary(
             accuracy=at.accuracy,
             **self._by_class(),
@@ -269,7 +276,7 @@ class Trainer:
         if not crossed:
             return None
         timed = [field.name for field in fields(Traffic) if field.name.endswith("_seconds")]
-        seconds = {name: round(sum(row[name] for row in rows), 3) for name in timed if rows and name in rows[0]}
+        seconds = {name: round(sum(row.get(name, 0) for row in rows), 3) for name in timed if rows and name in rows[0]}
         return Traffic(**crossed, **seconds, jpeg_bytes=self.splits.train.file_bytes(), **self.place.traffic())
 
     def _step(self) -> float:
@@ -282,7 +289,7 @@ class Trainer:
         share = self.learner.share_spent()
         self.learner.begin(step, self.schedule.progress(step) if share is None else share, num_micro)
         total, lr = torch.zeros((), device=self.device), self.schedule.lr(step, config.lr, config.warmup, share)
-        try:
+        with self._explaining(step + 1):
             for _ in range(num_micro):
                 with self.ranks.together():
                     work = next(self._stream)
@@ -294,16 +301,22 @@ class Trainer:
             if not total.isfinite() or not finite:
                 raise TrainingError(f"the {'gradient' if total.isfinite() else 'loss'} is not finite")
             self.learner.update(lr)
-        except TrainingError as error:
-            file = self.place.checkpoint()
-            kept = "no checkpoint had been saved yet" if file is None else f"the last good checkpoint is {file}"
-            advice = "try a lower --lr, more --warmup, or --precision fp32"
-            raise TrainingError(f"{error} at step {step + 1}; {kept}; {advice}") from error
         self.progress.step = step + 1
         row = {"kind": "step", "step": step + 1, "epoch": self.schedule.epoch(step), "loss": float(total), "lr": lr}
         row |= {name: float(norm) for name, norm in norms.items()} | self.learner.metrics()
         self._log(row | {"seconds": round(time.perf_counter() - started, 4)})
         return float(total)
+
+    @contextmanager
+    def _explaining(self, step: int) -> Iterator[None]:
+        """Says of a TrainingError where it was, what is kept and what may help."""
+        try:
+            yield
+        except TrainingError as error:
+            file = self.place.checkpoint()
+            kept = "no checkpoint had been saved yet" if file is None else f"the last good checkpoint is {file}"
+            advice = "try a lower --lr, more --warmup, or --precision fp32"
+            raise TrainingError(f"{error} at step {step}; {kept}; {advice}") from error
 
     def _log(self, row: dict[str, Any]) -> None:
         """Writes down a step or an evaluation."""
@@ -393,7 +406,8 @@ class Trainer:
         self.trackers.close()  # they begin anew where the run does
         self.learner.load_state_dict(state["learner"])
         self.progress = Progress(**state["progressed"])
-        self.ranks.on_main(lambda: self.run.forget_after(self.progress.step))
+        at, done = self.progress, state["learner"].get("done", math.inf)
+        self.ranks.on_main(lambda: self.run.forget_after(at.step, done, at.epochs))
 
     def _go_back(self, error: GoBack) -> None:
         """Resumes where the place says, after steps were lost."""

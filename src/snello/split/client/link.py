@@ -53,10 +53,11 @@ class NetworkLink:
             self._left = self._ask() if self._replays else 0
         return self._left
 
-    def catch_up(self) -> None:
-        """Gives the server time for some of them."""
+    def catch_up(self) -> dict[str, Any]:
+        """Gives the server time for some of them; it logs them itself."""
         time.sleep(ASK_SECONDS)
         self._left = self._ask()
+        return {}
 
     def _ask(self) -> int:
         left = control_values(self.connection.request(control(Kind.WAIT, {}), self._step)).get("left")
