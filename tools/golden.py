@@ -33,7 +33,8 @@ MODEL = ["--model", "test_vit", "--weights", "none", "--image-size", "48"]
 MACHINE = ["--device", "cpu", "--attention", "explicit"]
 SMALL = ["--epochs", "2", "--batch-size", "8", "--seed", "3", "--precision", "fp32", "--checkpoint-steps", "0"]
 ALAST = ["--method", "alast", "--alast.alpha", "5"]
-CUT = ["--method", "full", "--split.cut", "2", "--split.codec"]
+EVALUATED = ["--split.eval-codec", "int8"]  # the default when they were made
+CUT = ["--method", "full", *EVALUATED, "--split.cut", "2", "--split.codec"]
 RUNS: dict[str, list[str]] = {
     "alast": ALAST,
     "alast-merge-flops": [*ALAST, "--alast.rule", "merge", "--alast.flops", "0.7", "--alast.blocks", "5"],
@@ -46,14 +47,16 @@ RUNS: dict[str, list[str]] = {
     "cut-adc-int8": [*CUT, "adc(0.1)+int8", "--accumulate", "2"],
     "cut-bottlenet-u-shape": [*CUT, "bottlenet(0.2)+int4", "--split.labels", "client"],
     "cut-u-shape-int8": [*CUT, "int8", "--split.labels", "client"],
-    "cut-alast-both": [*ALAST, "--split.cut", "3", "--split.codec", "adc(samples=0.6, tokens=0.5)+int4"],
+    "cut-alast-both": [*ALAST, *EVALUATED, "--split.cut", "3", "--split.codec", "adc(samples=0.6, tokens=0.5)+int4"],
     "cut-max-bytes": [*CUT, "topk(0.1)", "--split.max-bytes", "1MB", "--split.link", "10mbit/20ms"],
+    "cut-pca": [*CUT, "pca(1, basis=3)"],
+    "cut-frozen-replay": [*CUT, "pca(2)", "--split.client", "frozen", "--split.send-epochs", "1"],
 }
 """Runs of `snello finetune` by their flags."""
 SERVED: dict[str, list[str]] = {
     "serve-join": [*CUT, "adc(0.1)+int8"],
     "serve-join-u-shape-alast-client": [
-        *[*ALAST, "--split.cut", "3", "--split.codec", "int8", "--split.labels", "client"],
+        *[*ALAST, *EVALUATED, "--split.cut", "3", "--split.codec", "int8", "--split.labels", "client"],
         *["--split.alast", "client"],
     ],
 }

@@ -2,8 +2,8 @@
 
 Paper: Communication Efficient Split Learning of ViTs with Attention-based Double Compression, arXiv:2509.15058.
 The paper's xi is `ratio`; both factors are its square root. Deviations from the released code, each with its reason in
-docs/codecs.md: the token factor is really sqrt(xi) (there it is its fourth root), no cluster is ever empty, prefix tokens
-are a number, labels travel as a list and sizes, and every byte is counted.
+docs/codecs.md: the token factor is really sqrt(xi) (there it is its fourth root), no cluster is ever empty, prefix
+tokens are a number, labels travel as a list and sizes, and every byte is counted.
 
 B: samples, N: tokens including P prefix tokens, D: embed dim, T: merged samples, k: kept tokens including prefix ones.
 """

@@ -201,8 +201,8 @@ class Decoded:
 class Codec(nn.Module):
     """A chain of reducers and a format, for either side of the cut.
 
-    In eval mode nothing is merged or dropped: activations travel in `eval_format`, through those reducers only around
-    which the model is trained.
+    In eval mode nothing is merged or dropped: activations travel in the format `eval_text`, through those reducers only
+    around which the model is trained.
 
     Args:
         text: as `adc(0.2)+int8`, see `snello.config.codec_text`.
@@ -229,7 +229,8 @@ class Codec(nn.Module):
         self.text = text
         with seeded(mix(seed, 0xC0DEC)):  # a codec's starting weights are its own affair
             reducers = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(text, flag)]
-            self.eval_format = _one_format(eval_text, eval_flag, embed_dim, seed)
+            # In a tuple, as it remembers nothing that a checkpoint would have to keep.
+            self._evaluation = (_one_format(eval_text, eval_flag, embed_dim, seed),)
         self.format: Format = reducers.pop() if isinstance(reducers[-1], Format) else codec_class("none")()
         _check_order(reducers, self.format, f"{flag} {text!r}")
         self._all: list[Reducer] = reducers
@@ -250,7 +251,7 @@ class Codec(nn.Module):
 
     @property
     def _format(self) -> Format:
-        return self.format if self.training else self.eval_format
+        return self.format if self.training else self._evaluation[0]
 
     @property
     def varies(self) -> bool:

@@ -24,19 +24,17 @@ Codes = NDArray[np.int32]
 
 def write(codes: Codes, groups: Groups) -> tuple[bytes, Arrays]:
     """Codes (B, N, K) as side information and as arrays: `values`, and those beyond the coder's range by themselves."""
-    masks, counts, symbols, outliers = [], [], [], []
+    masks, parts, outliers = [], [], []
     for tokens in groups:
         group = codes[:, tokens].reshape(-1, codes.shape[2]).T  # (K, n)
         used = (group != 0).any(axis=1)
         group = group[used]
-        outliers.append(group[np.abs(group) >= rans.LARGEST])
         masks.append(used)
-        symbols.append(group.clip(-rans.LARGEST, rans.LARGEST).astype(np.int8))
-        counts.append(_histogram(symbols[-1]))
-    parameters = rans.fit(np.concatenate(counts))
-    rows = _rows([group.shape for group in symbols])
-    data = rans.encode(np.concatenate([group.ravel() for group in symbols]), rows, rans.Tables.of(parameters))
-    arrays = {"values": torch.from_numpy(data)}
+        parts.append(group.clip(-rans.LARGEST, rans.LARGEST).astype(np.int8))
+        outliers.append(group[np.abs(group) >= rans.LARGEST])
+    where = rans.places(np.concatenate([part.ravel() for part in parts]), _rows([part.shape for part in parts]))
+    parameters = rans.fit(rans.histograms(where, sum(map(len, parts))))
+    arrays = {"values": torch.from_numpy(rans.encode(where, rans.Tables.of(parameters)))}
     rare = np.concatenate(outliers)
     if len(rare):
         arrays["indices.outliers"] = torch.from_numpy(rare)
@@ -55,15 +53,20 @@ def read(side: rans.Bytes, arrays: Mapping[str, Tensor], groups: Groups, shape: 
     values = arrays["values"]
     if values.dtype != torch.uint8 or values.ndim != 1:
         raise ProtocolError("the words of the entropy coder must be bytes")
-    symbols = rans.decode(values.cpu().numpy(), _rows(shapes), rans.Tables.of(parameters)).astype(np.int32)
-    _put_outliers(symbols, arrays)
+    symbols = rans.decode(values.cpu().numpy(), _rows(shapes), rans.Tables.of(parameters))
+    beyond = np.flatnonzero(np.abs(symbols) == rans.LARGEST)  # these stand for numbers that come by themselves
+    outliers = _outliers(arrays, len(beyond))
     codes = np.zeros((B, N, K), np.int32)
     begin = 0
     for mask, tokens, (num, length) in zip(masks, groups, shapes, strict=True):
+        end = begin + num * length
+        part = symbols[begin:end].astype(np.int32)
+        first, last = np.searchsorted(beyond, (begin, end))
+        part[beyond[first:last] - begin] = outliers[first:last]
         group = np.zeros((length, K), np.int32)
-        group[:, mask] = symbols[begin : begin + num * length].reshape(num, length).T
+        group[:, mask] = part.reshape(num, length).T
         codes[:, tokens] = group.reshape(B, len(tokens), K)
-        begin += num * length
+        begin = end
     return codes
 
 
@@ -77,23 +80,15 @@ def _parse(side: rans.Bytes, num_groups: int, num_components: int) -> tuple[NDAr
     return masks.reshape(num_groups, num_components), parameters.reshape(-1, 3)
 
 
-def _histogram(symbols: NDArray[np.int8]) -> NDArray[np.int64]:
-    """How often each symbol occurs in each row."""
-    size = 2 * rans.LARGEST + 1
-    flat = symbols.astype(np.int64) + rans.LARGEST + np.arange(len(symbols))[:, None] * size
-    return np.bincount(flat.ravel(), minlength=len(symbols) * size).reshape(len(symbols), size)
-
-
-def _rows(shapes: Sequence[tuple[int, ...]]) -> NDArray[np.int64]:
+def _rows(shapes: Sequence[tuple[int, ...]]) -> NDArray[np.int32]:
     """The table of each symbol, for groups of (tables, symbols of each)."""
     lengths = np.concatenate([np.full(num, length) for num, length in shapes])
-    return np.repeat(np.arange(len(lengths)), lengths)
+    return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
 
 
-def _put_outliers(symbols: Codes, arrays: Mapping[str, Tensor]) -> None:
-    """Symbols at either end stand for numbers that come by themselves, in order."""
-    beyond = np.flatnonzero(np.abs(symbols) == rans.LARGEST)
-    rare = arrays.get("indices.outliers", torch.zeros(0, dtype=torch.int32)).cpu()
-    if rare.dtype != torch.int32 or rare.shape != (len(beyond),):
-        raise ProtocolError(f"{rare.numel()} outliers came, where {len(beyond)} were due")
-    symbols[beyond] = rare.numpy()
+def _outliers(arrays: Mapping[str, Tensor], num: int) -> Codes:
+    """The `num` numbers beyond the coder's range."""
+    outliers = arrays.get("indices.outliers", torch.zeros(0, dtype=torch.int32))
+    if outliers.dtype != torch.int32 or outliers.shape != (num,):
+        raise ProtocolError(f"outliers of shape {tuple(outliers.shape)} came, where {num} were due")
+    return outliers.cpu().numpy()

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from snello.codecs import components
 from snello.codecs.base import Arrays, Context, Format, Shape, announced_shape, integer, number
-from snello.errors import ProtocolError, SnelloWarning, require
+from snello.errors import ProtocolError, SnelloWarning, TrainingError, require
 
 KEPT = 2
 """Bases that a receiver keeps: frames that were under way may still name the one before."""
@@ -32,6 +32,8 @@ POOR_DB = 3.0
 """Below this signal-to-noise ratio the user is told that little is left."""
 BANDS = (1, 3, 6)
 """Where bands of frequencies begin, by the sum of both frequencies; band 0 is the mean over the grid."""
+FINEST = 1e-5
+"""No step is a smaller part of the root mean square: the numbers themselves are hardly finer."""
 DEAD_ZONE = 0.6
 """Below so many steps a number becomes zero: fewer bytes than half a step at the same accuracy."""
 _HEADER = struct.Struct("<8sfHB")
@@ -47,17 +49,25 @@ class Basis:
     rows: int = 0
     """Samples that it was made of; known to the sender alone."""
 
-    @property
+    @cached_property
     def name(self) -> bytes:
         """Eight bytes that tell bases apart."""
         text = str(tuple(self.codes.shape)).encode() + self.codes.numpy().tobytes()
         return hashlib.blake2b(text, digest_size=8).digest()
 
-    def directions(self, device: torch.device) -> Tensor:
-        """The directions, (D, K) float32, each of length 1."""
+    @cached_property
+    def directions(self) -> Tensor:
+        """The directions, (D, K) float64, each of length 1."""
         whole = self.codes.to(torch.int64)
         lengths = (whole * whole).sum(dim=0).double().sqrt().clamp_min(1)
-        return (whole / lengths).float().to(device)
+        directions: Tensor = whole / lengths
+        return directions
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """What gives the components of a token, (D, K) float64: rounding leaves the directions not quite orthogonal."""
+        inverse: Tensor = torch.linalg.solve(self.directions.T @ self.directions, self.directions.T).T
+        return inverse
 
 
 @dataclass(frozen=True)
@@ -117,7 +127,7 @@ class PCA(nn.Module, Format):
 
     source = "https://doi.org/10.1109/79.952802"
     example = "1"
-    needs_tokens = True
+    needs_tokens = varies = True
 
     def __init__(
         self,
@@ -134,7 +144,7 @@ class PCA(nn.Module, Format):
         self._up = _Way(_Options(self.step, centre=True, dct=bool(dct)))
         self._down = _Way(_Options(gradients, centre=False, dct=False))
         self._kept = KEPT
-        self._warned = False
+        self._alone = self._warned = False
 
     @override
     def pack(self, x: Tensor, context: Context) -> Arrays:
@@ -158,18 +168,26 @@ class PCA(nn.Module, Format):
 
     def _pack(self, x: Tensor, context: Context, way: _Way) -> Arrays:
         options, x = way.options, x.float()
-        num_prefix, dct = min(context.num_prefix_tokens, x.shape[1]), False
+        num_prefix, side = min(context.num_prefix_tokens, x.shape[1]), 0
         means = _means(x, num_prefix) if options.centre else x.new_zeros(2, x.shape[2])
-        centred = _shift(x, -means, num_prefix)
-        basis, is_new = way.basis_for(centred, self.every)
+        centred = x - _by_token(means, num_prefix, x.shape[1])
+        rms = _rms(centred)
+        if not math.isfinite(rms):
+            raise TrainingError("numbers are too large for pca: their sum is beyond what 32 bits hold")
+        if self._alone:
+            basis, is_new = _principal(centred, options.step), True
+        else:
+            basis, is_new = way.basis_for(centred, self.every)
+        step = min(max(options.step, FINEST) * rms, 1e38)
+        if step < 1e-37:  # of nothing but zeros
+            step, rms = 1.0, 0.0
+        exact = centred @ (basis.inverse / step).float().to(x.device)
         if options.dct and (side := _side(x.shape[1] - num_prefix)) > 1:
-            centred, dct = _transform(centred, num_prefix, side), True
-        step = options.step * _rms(centred)
-        step = step if step > 1e-37 else 1.0  # of nothing but zeros
-        exact = centred @ basis.directions(x.device) / step
+            exact = _transform(exact, num_prefix, side)
+        dct = side > 1
         codes = (exact.abs() + (1 - DEAD_ZONE)).floor().copysign(exact)
         if options.centre and is_new:
-            self._warn(centred / step, exact, codes)
+            self._warn((rms / step) ** 2 * x.numel(), exact, codes)
         whole = codes.clamp(-(2**31) + 128, 2**31 - 128).to(torch.int32).cpu().numpy()
         side_bytes, arrays = components.write(whole, _groups(x.shape[1], num_prefix, dct))
         header = _HEADER.pack(basis.name, step, num_prefix, dct)
@@ -195,15 +213,16 @@ class PCA(nn.Module, Format):
             raise ProtocolError("a cosine transform came without a square grid of patches")
         groups = _groups(N, num_prefix, bool(dct))
         codes = components.read(side[begin:], arrays, groups, (B, N, basis.codes.shape[1]))
-        x: Tensor = (torch.from_numpy(codes).to(device).float() * step) @ basis.directions(device).T
+        x = torch.from_numpy(codes).to(device).float()
         if dct:
             x = _transform(x, num_prefix, grid, back=True)
+        tokens: Tensor = x @ (basis.directions * step).float().to(device).T
         if not way.options.centre:
-            return x
+            return tokens
         means = torch.frombuffer(bytearray(side[_HEADER.size : begin]), dtype=torch.bfloat16).float().view(2, D)
         if not bool(means.isfinite().all()):
             raise ProtocolError("a mean token is not finite")
-        return _shift(x, means.to(device), num_prefix)
+        return tokens.add_(_by_token(means.to(device), num_prefix, N))
 
     def _basis(self, arrays: Mapping[str, Tensor], name: bytes, dim: int, way: _Way) -> Basis:
         """The basis that a frame names, which may come with it."""
@@ -211,7 +230,12 @@ class PCA(nn.Module, Format):
             codes = arrays["scales.basis"].cpu()
             if codes.dtype != torch.int8 or codes.ndim != 2 or len(codes) != dim or not 1 <= codes.shape[1] <= dim:
                 raise ProtocolError(f"a basis of shape {tuple(codes.shape)} came with tokens of {dim} dimensions")
-            way.learn(Basis(codes.contiguous()), self._kept)
+            basis = Basis(codes.clone(memory_format=torch.contiguous_format))  # else it would hold the whole frame
+            if basis.name != name:
+                raise ProtocolError("a frame came with another basis than it names")
+            if not self._alone:
+                way.learn(basis, self._kept)
+            return basis
         if name not in way.known:
             raise ProtocolError("a frame names a basis that is not here", code="unknown-basis")
         if len(way.known[name].codes) != dim:
@@ -241,7 +265,7 @@ class PCA(nn.Module, Format):
 
     @override
     def for_evaluation(self) -> None:
-        self.every = 1  # each frame is a key: nothing has to be remembered from one evaluation to the next
+        self._alone = True  # nothing has to be remembered from one evaluation to the next
 
     @override
     def get_extra_state(self) -> Tensor:
@@ -267,9 +291,10 @@ class PCA(nn.Module, Format):
                 rows, way.age = tensors[f"{name}.numbers"].tolist()
                 way.current = Basis(tensors[f"{name}.current"], rows)
 
-    def _warn(self, x: Tensor, exact: Tensor, codes: Tensor) -> None:
-        """Says once where so little is left of x (B, N, D) that hardly anything can be learned from it; in steps."""
-        signal = float(x.double().square().sum())
+    def _warn(self, signal: float, exact: Tensor, codes: Tensor) -> None:
+        """Says once where so little is left that hardly anything can be learned from it; `signal` is the sum of the
+        squares of all numbers, in steps.
+        """
         # The basis is orthonormal up to rounding, so what is lost outside and inside of it adds up.
         kept = float((2 * exact * codes - codes.square()).double().sum())
         snr = 10 * math.log10(signal / max(signal - kept, signal * 1e-9)) if signal > 0 else math.inf
@@ -287,17 +312,21 @@ def _positive(value: float, name: str) -> float:
 
 def _means(x: Tensor, num_prefix: int) -> Tensor:
     """The mean prefix token and the mean patch (2, D), as the other side will have them."""
-    parts = (x[:, :num_prefix], x[:, num_prefix:])
-    means = [part.mean(dim=(0, 1)) if part.numel() else x.new_zeros(x.shape[2]) for part in parts]
+    tokens = x.mean(dim=0)  # over both dimensions at once it takes ten times as long
+    parts = (tokens[:num_prefix], tokens[num_prefix:])
+    means = [part.mean(dim=0) if part.numel() else x.new_zeros(x.shape[2]) for part in parts]
     return torch.stack(means).bfloat16().float()
 
 
-def _shift(x: Tensor, means: Tensor, num_prefix: int) -> Tensor:
-    """x (B, N, D) with the first of `means` (2, D) added to prefix tokens, and the second to patches."""
-    return torch.cat((x[:, :num_prefix] + means[0], x[:, num_prefix:] + means[1]), dim=1)
+def _by_token(means: Tensor, num_prefix: int, num_tokens: int) -> Tensor:
+    """The first of `means` (2, D) for each prefix token and the second for each patch, (N, D)."""
+    return torch.cat((means[:1].expand(num_prefix, -1), means[1:].expand(num_tokens - num_prefix, -1)))
 
 
 def _rms(x: Tensor) -> float:
+    rms = float(torch.linalg.vector_norm(x)) / math.sqrt(x.numel())
+    if 1e-12 < rms < 1e12:
+        return rms
     largest = float(x.abs().max())
     return largest * float((x / largest).square().mean().sqrt()) if largest > 0 else 0.0
 
@@ -324,17 +353,20 @@ def _side(num_patches: int) -> int:
 
 @lru_cache(maxsize=8)
 def _cosines(side: int) -> Tensor:
-    """The orthonormal cosine transform of a grid, (side^2, side^2) float32."""
+    """The orthonormal cosine transform, (side, side) float32."""
     index = torch.arange(side, dtype=torch.float64)
     table = torch.cos(math.pi / side * (index + 0.5) * index.unsqueeze(1)) * math.sqrt(2 / side)
     table[0] /= math.sqrt(2)
-    return torch.kron(table, table).float()
+    return table.float()
 
 
 def _transform(x: Tensor, num_prefix: int, side: int, *, back: bool = False) -> Tensor:
-    """x (B, N, D) with its grid of patches as frequencies, or back."""
+    """x (B, N, K) with its grid of patches as frequencies, or back."""
     table = _cosines(side).to(x.device)
-    return torch.cat((x[:, :num_prefix], (table.T if back else table) @ x[:, num_prefix:]), dim=1)
+    table = table.T if back else table
+    rows = table @ x[:, num_prefix:].reshape(len(x), side, -1)
+    grid = table @ rows.view(len(x) * side, side, -1)
+    return torch.cat((x[:, :num_prefix], grid.view(len(x), side * side, -1)), dim=1)
 
 
 @lru_cache(maxsize=64)

@@ -8,6 +8,7 @@ A table has three bytes: how many symbols are not zero, how fast the others beco
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +47,15 @@ class Tables:
     """(T * _ALPHABET,): slots of each symbol."""
     start: NDArray[np.uint32]
     """(T * _ALPHABET,): slots of the symbols below."""
-    slots: NDArray[np.uint32]
-    """(T * SLOTS,): of the symbol in a slot, its frequency, the slots of it before this one, and the symbol."""
+
+    @cached_property
+    def slots(self) -> NDArray[np.uint32]:
+        """(T * SLOTS,): of the symbol in a slot, its frequency, the slots of it before this one, and the symbol."""
+        num = len(self.frequency) // _ALPHABET
+        first = (self.frequency << 20) - (self.start << 8) + np.tile(np.arange(_ALPHABET, dtype=np.uint32), num)
+        slots = np.repeat(first, self.frequency).reshape(num, SLOTS)
+        slots += np.arange(SLOTS, dtype=np.uint32) << 8
+        return slots.ravel()
 
     @classmethod
     def of(cls, parameters: Bytes) -> "Tables":
@@ -57,8 +65,7 @@ class Tables:
             ProtocolError: for a largest symbol of 0 or above LARGEST.
         """
         if not len(parameters):
-            empty = np.zeros(0, np.uint32)
-            return cls(empty, empty, empty)
+            return cls(np.zeros(0, np.uint32), np.zeros(0, np.uint32))
         share, decay, largest = parameters.astype(np.int64).T
         if (largest < 1).any() or (largest > LARGEST).any():
             raise ProtocolError("a table of the entropy coder has an impossible largest symbol")
@@ -76,56 +83,62 @@ class Tables:
         frequency[:, LARGEST + magnitude] = frequency[:, LARGEST - magnitude] = each
         frequency[:, LARGEST] = SLOTS - frequency.sum(axis=1)
         start = frequency.cumsum(axis=1) - frequency
-        symbol = np.arange(_ALPHABET)
-        packed = (frequency << 20 | symbol).astype(np.uint32)
-        counts = frequency.ravel()
-        before = np.tile(np.arange(SLOTS, dtype=np.uint32), len(share)) - np.repeat(start.ravel(), counts)
-        slots = np.repeat(packed.ravel(), counts) | (before << 8).astype(np.uint32)
-        return cls(counts.astype(np.uint32), start.ravel().astype(np.uint32), slots)
+        return cls(frequency.ravel().astype(np.uint32), start.ravel().astype(np.uint32))
 
 
 def fit(counts: Ints) -> Bytes:
-    """Parameters (T, 3) of tables for symbols that occur `counts` (T, 2 * LARGEST + 1) times; none has only zeros."""
+    """Parameters (T, 3) of tables for symbols that occur `counts` (T, 2 * LARGEST + 1) times."""
     total, zeros = counts.sum(axis=1), counts[:, LARGEST]
     magnitude = np.abs(np.arange(_ALPHABET) - LARGEST)
     others = np.maximum(total - zeros, 1)
     share = np.abs(SHARES - (others * SLOTS / np.maximum(total, 1))[:, None]).argmin(axis=1)
     mean = (counts * magnitude).sum(axis=1) / others
     decay = np.rint(256 * (1 - 1 / np.maximum(mean, 1))).clip(0, 255)
-    largest = ((counts > 0) * magnitude).max(axis=1)
+    largest = ((counts > 0) * magnitude).max(axis=1).clip(1)
     return np.stack((share, decay, largest), axis=1).astype(np.uint8)
 
 
 def num_lanes(num_symbols: int) -> int:
     """Coders side by side: many are fast, but each costs two bytes."""
-    return min(1024, 1 << (num_symbols // 4096).bit_length())
+    return min(2048, 1 + num_symbols // 2048)
 
 
-def encode(symbols: NDArray[np.int8], rows: Ints, tables: Tables) -> Bytes:
-    """The bytes of `symbols` (n,), each by the table that `rows` (n,) names for it."""
-    lanes = num_lanes(len(symbols))
-    where = rows * _ALPHABET + symbols + LARGEST
-    steps = -(-len(symbols) // lanes)
+def places(symbols: NDArray[np.int8], rows: NDArray[np.int32]) -> Ints:
+    """Where each of `symbols` (n,) stands in tables one after the other, when `rows` (n,) names a table for it."""
+    where = rows.astype(np.int64)
+    where *= _ALPHABET
+    where += symbols
+    where += LARGEST
+    return where
+
+
+def histograms(where: Ints, num: int) -> Ints:
+    """How often each symbol of `num` tables occurs, (num, 2 * LARGEST + 1), given the symbols' `places`."""
+    return np.bincount(where, minlength=num * _ALPHABET).reshape(num, _ALPHABET)
+
+
+def encode(where: Ints, tables: Tables) -> Bytes:
+    """The bytes of symbols (n,), given their `places` in the tables."""
+    num = len(where)
+    lanes = num_lanes(num)
+    steps = -(-num // lanes)
     frequency, start = np.zeros((2, steps * lanes), np.uint32)
-    frequency[: len(where)], start[: len(where)] = tables.frequency[where], tables.start[where]
-    frequency[len(where) :] = SLOTS // 2  # nothing stands there: one bit each, and the decoder drops it
-    frequency, start = frequency.reshape(steps, lanes), start.reshape(steps, lanes)
-    inverse = 1.0 / frequency
-    limit = frequency << (32 - BITS)
+    frequency[:num], start[:num] = tables.frequency[where], tables.start[where]
+    frequency[num:] = SLOTS // 2  # nothing stands there: one bit each, and the decoder drops it
     state = np.full(lanes, LOW, np.uint32)
     words: list[NDArray[np.uint16]] = []
-    for step in range(steps - 1, -1, -1):
-        full = np.flatnonzero(state >= limit[step])
+    for own, below in zip(frequency.reshape(steps, lanes)[::-1], start.reshape(steps, lanes)[::-1], strict=True):
+        full = np.flatnonzero(state >= own << (32 - BITS))
         taken = state[full]
         words.append(taken.astype(np.uint16))
         state[full] = taken >> 16
         # The half keeps the quotient 2^-13 away from the next whole number: more than doubles are off by.
-        whole = ((state + 0.5) * inverse[step]).astype(np.uint32)
-        state += whole * (SLOTS - frequency[step]) + start[step]
+        whole = ((state + 0.5) / own).astype(np.uint32)
+        state += whole * (SLOTS - own) + below
     return np.concatenate((state.view(np.uint16), *reversed(words))).view(np.uint8)
 
 
-def decode(data: Bytes, rows: Ints, tables: Tables) -> NDArray[np.int8]:
+def decode(data: Bytes, rows: NDArray[np.int32], tables: Tables) -> NDArray[np.int8]:
     """The symbols (n,) that `encode` was given, by the tables that `rows` (n,) names for them.
 
     Raises:
@@ -138,14 +151,14 @@ def decode(data: Bytes, rows: Ints, tables: Tables) -> NDArray[np.int8]:
         raise ProtocolError(f"{len(data)} bytes are not those of {num} symbols")
     words = np.ascontiguousarray(data).view(np.uint16)
     state, words = words[: 2 * lanes].copy().view(np.uint32), words[2 * lanes :]
-    begins = np.full(steps * lanes, len(tables.slots), np.int64)
-    begins[:num] = rows * SLOTS
-    slots, base = np.append(tables.slots, _padding()), begins.reshape(steps, lanes)
-    found = np.empty((steps, lanes), np.uint32)
+    begins = np.full(steps * lanes, len(tables.slots), np.int32)
+    np.multiply(rows, SLOTS, out=begins[:num])
+    slots = np.append(tables.slots, _padding())
+    found = np.empty((steps, lanes), np.uint8)
     at = 0
-    for step in range(steps):
-        entry = slots[base[step] + (state & (SLOTS - 1))]
-        found[step] = entry
+    for begin, row in zip(begins.reshape(steps, lanes), found, strict=True):
+        entry = slots[begin + (state & (SLOTS - 1)).view(np.int32)]
+        row[:] = entry & 0xFF
         state = (entry >> 20) * (state >> BITS) + (entry >> 8 & (SLOTS - 1))
         low = np.flatnonzero(state < LOW)
         after = at + len(low)
@@ -155,7 +168,7 @@ def decode(data: Bytes, rows: Ints, tables: Tables) -> NDArray[np.int8]:
         at = after
     if at != len(words) or (state != LOW).any():
         raise ProtocolError("the words of the entropy coder are damaged: it does not end where it began")
-    symbols: NDArray[np.int8] = ((found.ravel()[:num] & 0xFF).astype(np.int16) - LARGEST).astype(np.int8)
+    symbols: NDArray[np.int8] = (found.ravel()[:num] - np.uint8(LARGEST)).view(np.int8)
     return symbols
 
 

@@ -52,6 +52,11 @@ def load_checkpoint(
     return state
 
 
+def with_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those that a trained model consists of: a codec that only remembers something is none."""
+    return {name: module for name, module in modules.items() if next(module.parameters(), None) is not None}
+
+
 def load_into(module: nn.Module, state: Mapping[str, Tensor], misfit: str) -> None:
     """Loads weights; a CheckpointError that begins with `misfit` where they are another model's."""
     try:

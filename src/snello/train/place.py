@@ -134,7 +134,7 @@ class Place(ABC):
 
     def save_best(self, learner: Learner) -> None:
         """Writes the weights that are the best so far, adapters merged, and beside them the adapters."""
-        for name, module in learner.modules.items():
+        for name, module in checkpoint.with_weights(learner.modules).items():
             files.save_tensors(self.run.weights_files[name], merged_state(module))
         learner.save_adapters(self.run.adapter_folder)
 

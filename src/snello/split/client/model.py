@@ -7,7 +7,7 @@ from torch import Tensor
 
 from snello.devices import Precision
 from snello.files import load_tensors
-from snello.runs.checkpoint import load_into
+from snello.runs.checkpoint import load_into, with_weights
 from snello.runs.folder import RunFolder
 from snello.split.build import cut_model, make_codec, modules_of
 from snello.split.client.connection import Connection
@@ -39,7 +39,7 @@ class JoinedModel(Evaluator):
         lower, _ = cut_model(vit, config)
         lower.model.to_empty(device=device)
         half = ClientHalf(lower, config, codec, num_classes, device, precision)
-        for name, module in modules_of(lower.model, codec).items():
+        for name, module in with_weights(modules_of(lower.model, codec)).items():
             path = run.weights_files[name]
             load_into(module, load_tensors(path)[0], f"{path} does not fit")
         terms = make_terms(vit.model, config, codec.text, num_classes, resolved.precision)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from snello import files
 from snello.config import ServeConfig
 from snello.errors import CheckpointError, ProtocolError, TrainingError
+from snello.runs.checkpoint import with_weights
 from snello.runs.folder import RunFolder
 from snello.split.build import replace_weights
 from snello.split.checkpoints import Checkpoints
@@ -243,7 +244,7 @@ class TrainingSession:
                 raise ProtocolError("an accuracy must be in [0, 1]")
             self.accuracy = accuracy
         if values.get("best") is True:
-            for name, module in self.model.modules.items():
+            for name, module in with_weights(self.model.modules).items():
                 files.save_tensors(self.run.weights_files[name], module.state_dict())
         self.save()
         if accuracy is not None:
@@ -322,7 +323,7 @@ class InferenceSession:
 
     def __init__(self, model: ServerModel, run: RunFolder, sizes: Sizes, config: ServeConfig) -> None:
         self.model, self.config, self.max_body = model, config, sizes.max_frame
-        for name, module in model.modules.items():
+        for name, module in with_weights(model.modules).items():
             module.load_state_dict(files.load_tensors(run.weights_files[name])[0])
 
     def take(self, data: bytearray) -> Answer:
