@@ -15,7 +15,7 @@ from snello.data.loaders import Batch, batches, eval_loader, eval_transform
 from snello.devices import autocast, resolve_device, resolve_precision
 from snello.errors import DataError
 from snello.files import load_tensors
-from snello.runs.checkpoint import load_into
+from snello.runs.checkpoint import load_into, with_weights
 from snello.runs.folder import RunFolder
 from snello.split.learner import make_split_learner
 from snello.train.place import Setup
@@ -64,7 +64,7 @@ class Predictor:
         schedule = Schedule(1, config.batch_size, 1, 1)
         setup = Setup(config, len(self.classes), self.device, self.precision, schedule, self.resolved.codec)
         learner = make_split_learner(vit, setup)
-        if "codec" in learner.modules:
+        if "codec" in with_weights(learner.modules):
             load_into(learner.modules["codec"], load_tensors(run.codec_file)[0], f"{run.codec_file} does not fit")
         return learner.evaluator
 

@@ -1,6 +1,7 @@
 """Runs across a cut: what they leave behind, exact resume, the budget, the command line, sessions."""
 
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -108,6 +109,8 @@ CUT_OFF = {
     "buffer": {"codec": "adc(0.5, buffer=2)"},
     "budget": {"codec": "adc(0.5)", "max_bytes": "150kB"},
     "counted only": {"codec": "adc(0.5)+int2", "frames": False},
+    "pca": {"codec": "pca(1, basis=3)"},
+    "pca, budget": {"codec": "pca(1, basis=3)", "max_bytes": "60kB"},
 }
 
 
@@ -151,13 +154,26 @@ def test_the_budget_knows_what_will_be_sent(split, labels, method):
     assert 0.9 * 300_000 < summary["uplink_bytes"] + summary["downlink_bytes"] <= 300_000
 
 
+@pytest.mark.slow
+def test_where_steps_differ_in_bytes_the_learning_rate_goes_by_them(split):
+    config = with_codec(split, "pca(1, basis=3)", max_bytes="100kB")
+    summary = finetune(config, QUIET)
+    assert 80_000 < summary["uplink_bytes"] + summary["downlink_bytes"] <= 100_000
+    rows = rows_of(config.out, "step")
+    assert len({b["uplink_bytes"] - a["uplink_bytes"] for a, b in itertools.pairwise(rows)}) > 3
+    rates = [row["lr"] for row in rows]
+    assert rates[-1] < 0.1 * max(rates) and rates.index(max(rates)) < len(rates) / 2
+
+
 def test_a_budget_that_holds_no_step_is_refused(split):
     with pytest.raises(ConfigError, match=r"--split\.max-bytes 1kB is less than the \d+ bytes of one step"):
         finetune(with_codec(split, "none", max_bytes="1kB"), QUIET)
+    with pytest.raises(ConfigError, match=r"--split\.max-bytes 1kB is less than the \d+ bytes of one step"):
+        finetune(with_codec(split, "pca(1)", max_bytes="1kB"), QUIET)
     assert not split.out.exists()
 
 
-@pytest.mark.parametrize("codec", ["adc(0.5)+int4", "bottlenet(0.5)"])
+@pytest.mark.parametrize("codec", ["adc(0.5)+int4", "bottlenet(0.5)", "pca(1)", "bottlenet(0.5)+pca(1)"])
 @pytest.mark.parametrize("labels", ["server", "client"])
 @pytest.mark.slow
 def test_evaluate_gives_what_training_measured(split, pictures, codec, labels):

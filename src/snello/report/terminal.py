@@ -169,4 +169,5 @@ def print_traffic(console: Console, traffic: Traffic) -> None:
     where, seconds = server_time(traffic.wait_seconds, traffic.server_seconds)
     took = f"client {traffic.client_seconds:.1f} s, {where} {seconds:.1f} s"
     link = "" if traffic.link_seconds is None else f", the link would take {traffic.link_seconds:.1f} s"
-    say(console, f"{less}, {max(against, 1 / against):.1f}x {files}; {took}{link}")
+    stored = "" if traffic.server_steps is None else f"; the server took {traffic.server_steps} steps on them"
+    say(console, f"{less}, {max(against, 1 / against):.1f}x {files}; {took}{link}{stored}")

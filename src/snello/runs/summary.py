@@ -27,6 +27,8 @@ class Traffic:
     eval_bytes: int
     uplink_bytes_by_kind: dict[str, int]
     downlink_bytes_by_kind: dict[str, int]
+    server_steps: int | None = None
+    """Steps of the server's half, on what was sent and on what it has stored, where it stores anything."""
     client_seconds: float | None = None
     server_seconds: float | None = None
     """Time of the server's half, where both are in one process."""

@@ -93,7 +93,7 @@ class SplitLearner(Learner):
         self.evaluator = Evaluator(self.half, self.exchange)
         self.ledger = Ledger(vit, config, self.codec, setup.num_classes)
         schedule = setup.schedule
-        self._steps_per_epoch = schedule.steps_per_epoch
+        self._schedule = schedule
         self.max_steps = self.ledger.plan(self.half, [schedule.num_samples(i) for i in range(schedule.steps_per_epoch)])
         self.step = 0
         """Steps done."""
@@ -112,7 +112,7 @@ class SplitLearner(Learner):
         self.link.begin(step)
         self._seconds, self._overflow = 0.0, False
         split = self.config.split
-        first = split.trained_epochs * self._steps_per_epoch if split.freezes else math.inf
+        first = split.trained_epochs * self._schedule.steps_per_epoch if split.freezes else math.inf
         self.half.freeze(step >= first)
         if step == first:
             self.codec.forget()  # the server keeps what comes from now on, and no frame from before
@@ -222,6 +222,8 @@ class SplitLearner(Learner):
 
     @override
     def describe(self) -> str:
+        if self.config.split.client == "frozen":
+            return "the client's half is frozen"
         return f"the client's half {self.half.method.describe()}"
 
     @override
@@ -230,7 +232,8 @@ class SplitLearner(Learner):
 
     @override
     def traffic(self) -> dict[str, Any]:
-        return self.ledger.summary()
+        own = {} if self._schedule.replay is None else {"server_steps": self._schedule.server_steps}
+        return self.ledger.summary() | own
 
     @override
     def state_dict(self) -> dict[str, Any]:
