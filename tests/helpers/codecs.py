@@ -57,6 +57,8 @@ INPUTS: dict[str, Callable[[], Tensor]] = {
     "tiny": lambda: 1e-30 * noise(B, N, D),
     "two numbers": lambda: noise(1, 2, 1),
     "one number": lambda: noise(1, 1, 1),
+    "square grid": lambda: noise(B, 10, D),
+    "a token each": lambda: noise(B, 1, D),
     "float16": lambda: noise(B, N, D).half(),
     "bfloat16": lambda: noise(B, N, D).bfloat16(),
     "non-contiguous": lambda: noise(N, B, D).transpose(0, 1),

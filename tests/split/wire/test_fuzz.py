@@ -239,6 +239,9 @@ SESSIONS = {
     "topk": {"codec": "topk(0.2)"},
     "c3sl": {"codec": "c3sl(2)"},
     "fedlite": {"codec": "fedlite(8)"},
+    "pca, a frame with a basis": {"codec": "pca(0.5, basis=2)"},
+    "pca, a frame without": {"codec": "pca(1, down=0.5)"},
+    "pca, u-shape": {"codec": "pca(0.5, basis=1)", "labels": "client"},
 }
 
 
