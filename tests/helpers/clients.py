@@ -2,9 +2,10 @@
 
 import copy
 import hashlib
+import json
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +52,7 @@ SMALL: dict[str, Any] = {
 
 def serve_config(**options: Any) -> ServeConfig:
     """A server of timm's test ViT, cut after block 4 of 6; options of the cut and of the server."""
-    names = ("cut", "codec", "labels")
+    names = ("cut", "codec", "labels", "client", "send_epochs", "replay", "cutmix")
     of_cut = {name: options.pop(name) for name in names if name in options}
     return ServeConfig(**{**SMALL, **options}, split=SplitConfig(**{"cut": 4, "codec": "none", **of_cut}))
 
@@ -201,10 +202,39 @@ class Client:
     def save(self, **values: Any) -> Frame:
         return self.request(control(Kind.SAVE, values))
 
+    def left(self) -> int:
+        """The steps that the server says it has left to take by itself."""
+        left: int = control_values(self.carry(self.request(control(Kind.WAIT, {}))))["left"]
+        return left
+
+    def keep(self) -> "Kept":
+        """What a checkpoint of this side holds."""
+        remote = self.remote
+        parts = remote.half.vit.model.state_dict(), remote.half.optimizer.state_dict(), remote.codec.state_dict()
+        return Kept(json.dumps(remote.state_dict()), *copy.deepcopy(parts))
+
+    def go_back(self, kept: "Kept") -> None:
+        """Stands where this side did when `kept` was made."""
+        own, optimizer, codec = copy.deepcopy((kept.model, kept.optimizer, kept.codec))
+        self.remote.half.vit.model.load_state_dict(own)
+        self.remote.half.optimizer.load_state_dict(optimizer)
+        self.remote.codec.load_state_dict(codec)
+        self.remote.load_state_dict(json.loads(kept.state))
+
     @property
     def weights(self) -> str:
         """Digest of this half."""
         return digest(self.remote.half.vit.model.state_dict())
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint of a client."""
+
+    state: str
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    codec: dict[str, Any]
 
 
 def to_bytes(frame: Frame) -> bytearray:

@@ -36,12 +36,19 @@ class Pile:
     def restart(self, folder: Path, max_memory: int = 1 << 30) -> None:
         """A store as a process has that has just begun."""
         self.archive = self.sender.archive()
-        self.archive.forget()
         self.archive.format.restore(None)
-        self.archive.format.keep_all()
-        self.store = Store(RunFolder(folder), self.decode, lambda f: self.archive.is_key(f.arrays), max_memory)
+        self.store = Store(RunFolder(folder), self, max_memory)
 
-    def decode(self, frame: Frame) -> Samples:
+    def is_key(self, frame: Frame) -> bool:
+        return self.archive.is_key(frame.arrays)
+
+    def snapshot(self) -> Any:
+        return self.archive.format.snapshot()
+
+    def restore(self, state: Any) -> None:
+        self.archive.format.restore(state)
+
+    def __call__(self, frame: Frame) -> Samples:
         self.decoded += 1
         z = self.archive.decode(frame.arrays, with_gradient=False).z.bfloat16()
         targets = torch.nn.functional.one_hot(torch.arange(len(z)) % CLASSES, CLASSES).float()
@@ -54,7 +61,7 @@ class Pile:
         """Appends frames, and returns them."""
         made = [self.frame(number, batch) for number in numbers]
         for frame in made:
-            self.store.append(frame, self.decode(frame))
+            self.store.append(frame, self(frame))
         self.decoded = 0
         return made
 
@@ -89,7 +96,7 @@ def test_the_file_is_the_frames_one_after_the_other(pile, codec):
 def test_what_is_read_again_is_what_came_bit_for_bit(pile, codec):
     it = pile(codec, max_memory=0)
     made = it.add(*range(6))
-    kept = [it.decode(frame) for frame in made]
+    kept = [it(frame) for frame in made]
     assert all(same(it.store.samples(index), kept[index]) for index in (3, 0, 5, 1, 4, 2))
 
 
@@ -108,16 +115,19 @@ def test_no_more_is_kept_decoded_than_there_is_memory_for(pile):
     assert none.decoded == 1, "those of one frame are kept in any case"
 
 
+@pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize("at", [0, 1, 3, 5])
-def test_what_lies_beyond_a_checkpoint_is_cut_off(pile, tmp_path, at):
+def test_what_lies_beyond_a_checkpoint_is_cut_off(pile, tmp_path, at, killed):
     it = pile("pca(1, basis=2)")
     it.add(*range(at))
     state, content = it.store.state_dict(), it.store.path.read_bytes() if at else b""
     sender = it.sender.format.snapshot()
     it.add(*range(at, 7))
-    it.restart(tmp_path / "run")
+    if killed:
+        it.restart(tmp_path / "run")
     it.sender.format.restore(sender)
     it.store.load_state_dict(state)
+    assert len(it.snapshot()[0][2]) == len(state["keys"]), "no key is known but those in the file"
     assert it.store.path.read_bytes() == content and len(it.store) == at and it.store.state_dict() == state
     it.add(8)
     assert it.store.path.stat().st_size == it.store.num_bytes > len(content)
@@ -212,11 +222,11 @@ def test_a_file_that_is_gone_when_a_checkpoint_is_due(pile):
 def test_more_than_it_may_have_is_refused(pile):
     it = pile()
     it.add(0)
-    it.store._max_disk = 2 * it.store.num_bytes
+    it.store.max_disk = 2 * it.store.num_bytes
     it.add(1)
     state, frame = it.store.state_dict(), it.frame(2, batch=1)
     with pytest.raises(ProtocolError, match=r"more than the \d+ bytes that it was given"):
-        it.store.append(frame, it.decode(frame))
+        it.store.append(frame, it(frame))
     assert it.store.state_dict() == state and it.store.path.stat().st_size == it.store.num_bytes
 
 
@@ -247,7 +257,7 @@ def test_a_full_disk_leaves_it_as_it_was(pile, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     frame = it.frame(2)
-    samples = it.decode(frame)
+    samples = it(frame)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", lambda self, *args, **options: Full(opened(self, *args, **options)))
         with pytest.raises(CheckpointError, match=r"could not write .*store\.frames: No space left on device"):

@@ -18,10 +18,9 @@ checkpoints/        the last two, where the other half is on a server, instead o
 """
 
 import json
-import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -245,19 +244,11 @@ class RunFolder:
             if kind is None or row["kind"] == kind:
                 yield row
 
-    def forget_after(self, step: int, server_step: float = math.inf, epochs: float = math.inf) -> None:
-        """Drops the metrics of what came after `step` steps: a resumed run does it again.
-
-        After the last of them come steps of a server by itself and an evaluation: those after `server_step` of its
-        steps, and those of more than `epochs`, are dropped too.
+    def forget_after(self, step: int, is_later: Callable[[dict[str, Any]], bool] = lambda row: False) -> None:
+        """Drops the metrics of what came after `step` steps, and rows that are later though their step is not: a
+        resumed run does it again.
         """
-        most = {"replay": ("server_step", server_step), "eval": ("epoch", epochs)}
-
-        def is_kept(row: dict[str, Any]) -> bool:
-            name, last = most.get(row["kind"], ("step", step))
-            return bool(row["step"] <= step and row.get(name, 0) <= last)
-
-        kept = [row for row in self.rows() if is_kept(row)]
+        kept = [row for row in self.rows() if row["step"] <= step and not is_later(row)]
         with replacing(self.metrics_file) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 

@@ -7,7 +7,6 @@ client's own. Nothing here knows whether frames come over a network.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -48,8 +47,7 @@ class ServerModel:
 
     def store(self, run: RunFolder, max_memory: int) -> Store:
         """An empty store for frames of this half in a run's folder."""
-        codec = self.codec.archive()
-        return Store(run, partial(self.half.samples, codec=codec), lambda f: codec.is_key(f.arrays), max_memory)
+        return Store(run, _Archive(self.half), max_memory)
 
     def update(self, lr: float, overflow: bool) -> Tensor:
         """Clips and moves the weights, unless a gradient overflowed; returns the norm of the gradients, () float32.
@@ -95,6 +93,25 @@ class ServerModel:
         self.half.method.load_state_dict(state["method"])
         self.half.optimizer.zero_grad(set_to_none=True)
         self.half.scaler.load_state_dict(state["scaler"])
+
+
+class _Archive:
+    """Decodes stored frames of a half (a `snello.split.store.Decoder`)."""
+
+    def __init__(self, half: ServerHalf) -> None:
+        self._half, self._codec = half, half.codec.archive()
+
+    def __call__(self, frame: Frame) -> Samples:
+        return self._half.samples(frame, self._codec)
+
+    def is_key(self, frame: Frame) -> bool:
+        return self._codec.is_key(frame.arrays)
+
+    def snapshot(self) -> Any:
+        return self._codec.format.snapshot()
+
+    def restore(self, state: Any) -> None:
+        self._codec.format.restore(state)
 
 
 class ServerSteps:
@@ -189,7 +206,7 @@ class ServerSteps:
             came = f"{frame.kind.name.lower().replace('_', ' ')} of step {frame.step}.{frame.micro} came"
             raise Refused(Code.OUT_OF_TURN, f"{came}, the server is at {self.position}")
         with self._own_format():
-            undo = self.model.snapshot() if self._undo else None
+            undo = self._snapshot() if self._undo else None
             try:
                 answer = self._answer(frame)
             except BaseException:
@@ -201,6 +218,17 @@ class ServerSteps:
         self._add(self.model.swap_gradients(None))
         self._overflow = self.model.half.overflow
         return self._advance(answer)
+
+    def _snapshot(self) -> Callable[[], None]:
+        """`ServerModel.snapshot`, and the keys that belong to stored frames: no others may be known."""
+        undo, keys = self.model.snapshot(), None if self.store is None else self.store.decode.snapshot()
+
+        def undo_all() -> None:
+            undo()
+            if self.store is not None:
+                self.store.decode.restore(keys)
+
+        return undo_all
 
     @contextmanager
     def _own_format(self) -> Iterator[None]:
@@ -242,7 +270,7 @@ class ServerSteps:
             TrainingError: where loss or gradients are not finite; the weights are not touched.
             CheckpointError: where the store can no longer be read.
         """
-        assert self.store is not None
+        assert self.store is not None and self.behind > 0
         config, half, at = self.config, self.model.half, self.done
         num = min(config.batch_size * config.accumulate, self.schedule.num_train)
         samples = draw(self.store, num, mix(config.seed, DRAWN, at))

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -67,13 +67,28 @@ class Samples:
         return cls(z, targets, weights, torch.cat(sizes) if sizes else None)
 
 
+class Decoder(Protocol):
+    """Makes samples of frames, in any order once it has decoded those that are keys."""
+
+    def __call__(self, frame: Frame) -> Samples:
+        """The samples of a frame."""
+
+    def is_key(self, frame: Frame) -> bool:
+        """Whether later frames can only be decoded when this one has been."""
+
+    def snapshot(self) -> Any:
+        """What it remembers of keys."""
+
+    def restore(self, state: Any) -> None:
+        """Remembers what it did at a `snapshot()`; None: nothing."""
+
+
 class Store:
     """Frames in an append-only file.
 
     Args:
         run: the folder that the file is in, which is made with the first frame.
-        decode: makes samples of a frame.
-        is_key: whether later frames can only be decoded when this one has been.
+        decode: makes samples of a frame; it knows no keys but those in the file.
         max_memory: bytes of samples that are kept decoded; those of one frame are kept in any case.
         max_disk: bytes that the file may have; None: any number.
     """
@@ -81,13 +96,11 @@ class Store:
     def __init__(
         self,
         run: RunFolder,
-        decode: Callable[[Frame], Samples],
-        is_key: Callable[[Frame], bool],
+        decode: Decoder,
         max_memory: int,
         max_disk: int | None = None,
     ) -> None:
-        self._run, self.decode, self._is_key, self._max_memory = run, decode, is_key, max_memory
-        self._max_disk = max_disk
+        self._run, self.decode, self._max_memory, self.max_disk = run, decode, max_memory, max_disk
         self._ends: list[int] = []
         self._sums: list[int] = []  # checksums of the frames
         self._keys: list[int] = []
@@ -115,8 +128,8 @@ class Store:
             CheckpointError: where it cannot be written. In either case the store is as it was.
         """
         data = b"".join(frames.write(frame))
-        if self._max_disk is not None and self.num_bytes + len(data) > self._max_disk:
-            raise ProtocolError(f"the frames of this run take more than the {self._max_disk} bytes that it was given")
+        if self.max_disk is not None and self.num_bytes + len(data) > self.max_disk:
+            raise ProtocolError(f"the frames of this run take more than the {self.max_disk} bytes that it was given")
         try:
             # Not "ab": what a write that broke off has left is overwritten.
             with self.path.open("r+b" if self.path.exists() else "wb") as file:
@@ -125,7 +138,7 @@ class Store:
                 file.truncate()
         except OSError as error:
             raise CheckpointError(f"could not write {self.path}: {error.strerror or error}") from error
-        self._keys += [len(self)] if self._is_key(frame) else []
+        self._keys += [len(self)] if self.decode.is_key(frame) else []
         self._sums.append(zlib.crc32(data))
         self._ends.append(self.num_bytes + len(data))
         self._keep(len(self) - 1, samples)
@@ -178,6 +191,7 @@ class Store:
             raise self._lost(error.strerror or error) from error
         self._ends, self._sums, self._keys = list(state["ends"]), list(state["sums"]), list(state["keys"])
         self._decoded.clear()
+        self.decode.restore(None)
         for index in self._keys:
             self.samples(index)
 

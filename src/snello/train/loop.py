@@ -406,8 +406,14 @@ class Trainer:
         self.trackers.close()  # they begin anew where the run does
         self.learner.load_state_dict(state["learner"])
         self.progress = Progress(**state["progressed"])
-        at, done = self.progress, state["learner"].get("done", math.inf)
-        self.ranks.on_main(lambda: self.run.forget_after(at.step, done, at.epochs))
+        at, done = self.progress, state["learner"].get("done", 0)
+
+        def is_later(row: dict[str, Any]) -> bool:
+            """What a server did by itself after the last step, and the evaluation after that."""
+            name, last = ("server_step", done) if row["kind"] == "replay" else ("epoch", at.epochs)
+            return bool(row["kind"] != "step" and row[name] > last)
+
+        self.ranks.on_main(lambda: self.run.forget_after(at.step, is_later))
 
     def _go_back(self, error: GoBack) -> None:
         """Resumes where the place says, after steps were lost."""

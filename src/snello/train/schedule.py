@@ -117,6 +117,13 @@ class Schedule:
             return step if self.replay is None else self.replay.total
         return self.replay.server_step(step)
 
+    def checkpoint(self, step: int, finished: bool) -> int:
+        """The number of a checkpoint after `step` steps: theirs, or one more for the end of a run with a replay.
+
+        Before its last evaluation such a run has a checkpoint of the last step already: the client may leave then.
+        """
+        return step + int(finished and self.replay is not None and step >= self.total_steps)
+
     def progress(self, step: int) -> float:
         """Share of the run that is done before `step`, in [0, 1)."""
         return self.server_step(step) / self.server_steps

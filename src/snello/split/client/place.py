@@ -24,6 +24,7 @@ from snello.split.wire.handshake import Hello, RunShape, Terms, Welcome, hash_of
 from snello.train.display import say
 from snello.train.learner import Learner
 from snello.train.place import GoBack, Place, Progress, Setup, State
+from snello.train.schedule import Schedule
 from snello.vit import ViT
 
 
@@ -69,6 +70,7 @@ class RemotePlace(Place):
         self._terms: Terms
         self._plan: RunShape
         self._welcome: Welcome
+        self._schedule: Schedule
         self._state: Callable[[], State]
 
     @override
@@ -84,7 +86,9 @@ class RemotePlace(Place):
         lower.model.to_empty(device=setup.device)
         link = NetworkLink(self.connection, replays=setup.schedule.replay is not None)
         learner = self.learner = SplitLearner(vit, lower, codec, setup, link)
-        schedule = replace(setup.schedule, buffer=learner.buffer, max_steps=learner.max_steps)
+        schedule = self._schedule = replace(setup.schedule, buffer=learner.buffer, max_steps=learner.max_steps)
+        if schedule.replay is not None:  # before it answers, the server takes its steps on what it has stored
+            self.connection.slowest_times += 2 * schedule.replay.each
         self._plan = RunShape(schedule.num_train, schedule.total_steps, hash_of(list(self._classes)))
         self._terms = make_terms(vit.model, config, codec.text, setup.num_classes, setup.precision)
         self.checkpoints = Checkpoints(self._folder, learner.modules, learner.optimizers)
@@ -172,10 +176,11 @@ class RemotePlace(Place):
             return None
         state = self.checkpoints.load(welcome.step)
         self._incarnation = welcome.incarnation
-        self.rolled_back += before - welcome.step
+        step = min(welcome.step, before)
+        self.rolled_back += before - step
         self._print(
-            f"the server went on from step {welcome.step}, so this side goes back to it too: "
-            f"{before - welcome.step} steps are done again, nothing is lost"
+            f"the server went on from step {step}, so this side goes back to it too: "
+            f"{before - step} steps are done again, nothing is lost"
         )
         return state
 
@@ -199,7 +204,7 @@ class RemotePlace(Place):
 
     def _save_here(self, state: State) -> None:
         progress = Progress(**state["progressed"])
-        self.checkpoints.save(progress.step, state)
+        self.checkpoints.save(self._schedule.checkpoint(progress.step, progress.finished), state)
         self.save_method(progress, state)
 
     @override

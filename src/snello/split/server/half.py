@@ -1,7 +1,5 @@
 """The server's half of a fresh model, and what can be said of one from shapes alone."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -53,19 +51,18 @@ class Sizes:
         """Bytes of weights, gradients and AdamW's moments."""
         decoded = config.batch_size * codec.buffer * self.vit.embed_dim * 2
         decoded *= self.vit.num_prefix_tokens + self.vit.num_patches
-        least, share = (
-            FRAMES_EACH * decoded,
-            parse_bytes(config.max_memory, "--max-memory") // (2 * config.max_sessions),
-        )
-        self.stored_memory: int = max(least, share) if config.split.stores else 0
+        share = parse_bytes(config.max_memory, "--max-memory") // (2 * config.max_sessions)
+        self.stored_memory: int = max(FRAMES_EACH * decoded, share) if config.split.stores else 0
         """Bytes of decoded samples that a session keeps."""
         self._exchange_up = exchange_bytes(codec, Exchange.of(self.vit, config.batch_size, num_classes, "server"))[0]
 
     def stored_disk(self, schedule: Schedule) -> int:
-        """Bytes that the frames of a run take at most: those of numbers without any order."""
+        """Bytes that the frames of a run take at most: those of numbers without any order, and a quarter more, as the
+        number of merged rows depends on the values.
+        """
         assert schedule.replay is not None
-        steps = range(schedule.replay.first, schedule.total_steps)
-        return sum(math.ceil(schedule.num_samples(step) / schedule.batch_size) for step in steps) * self._exchange_up
+        epochs = (schedule.total_steps - schedule.replay.first) // schedule.steps_per_epoch
+        return epochs * schedule.batches_per_epoch * self._exchange_up * 5 // 4
 
 
 def make_vit(config: ServeConfig, num_classes: int) -> ViT:

@@ -32,6 +32,7 @@ from snello.split.steps import ServerModel
 from snello.split.wire.frames import Frame, Kind, control, weights_frame
 from snello.split.wire.handshake import Hello, RunShape, Welcome, parse, recipe_values
 from snello.split.wire.refusals import Code, Refused
+from snello.train.schedule import Schedule
 from snello.vit import AttentionPath
 from snello.vit.attention import faster_attention
 
@@ -124,6 +125,9 @@ class Registry:
         if known is not None and known != plan:
             raise Refused(Code.MISMATCH, f"pictures and steps: the session began with {known}, the client has {plan}")
         has_state = hello.step is not None or bool(hello.checkpoints)
+        due = Schedule.of(self.config, plan.num_train).total_steps
+        if self.config.split.stores and plan.total_steps != due:
+            raise Refused(Code.MISMATCH, f"steps: the client wants {plan.total_steps}, its pictures make {due}")
         if known is None and has_state:
             raise Refused(Code.UNKNOWN_SESSION, "the server has nothing of this session")
         name = session_name(client, hello.session)
@@ -150,6 +154,7 @@ class Registry:
             session = self._make(client, hello.session, plan, sizes)
         self._in_memory[name] = session
         session.incarnation = uuid.uuid4().hex
+        step: int | None = None
         if new:
             session.save()
             whose = {"session": hello.session, "client": client, "plan": asdict(plan)}
@@ -157,8 +162,9 @@ class Registry:
         elif self._is_shared:
             self._resume_shared(session, hello)
         else:
-            session.go_back(self._common(session, hello))
-        values = self._position(session, back=has_state and (not self._is_shared or hello.step is None))
+            step = self._common(session, hello)
+            session.go_back(step)
+        values = self._position(session, step, back=has_state and (not self._is_shared or hello.step is None))
         if has_state:
             return session, control(Kind.WELCOME, values)
         values["fresh"] = True
@@ -171,8 +177,10 @@ class Registry:
             return False
         return hello.step <= session.step <= hello.step + 1
 
-    def _position(self, session: TrainingSession, back: bool = False) -> dict[str, Any]:
-        place = {"incarnation": session.incarnation, "step": session.step, "back": back}
+    def _position(self, session: TrainingSession, checkpoint: int | None = None, back: bool = False) -> dict[str, Any]:
+        """Where a session stands: at a checkpoint of that number, where it went back to one."""
+        step = session.step if checkpoint is None else checkpoint
+        place = {"incarnation": session.incarnation, "step": step, "back": back}
         return self._welcome(**place, lost_steps=session.lost_steps)
 
     def _common(self, session: TrainingSession, hello: Hello) -> int:
@@ -216,20 +224,26 @@ class Registry:
         run.path.mkdir(parents=True, exist_ok=True)
         upper = self._shared_half(plan, sizes) if self._is_shared else self._new_half(sizes.terms.num_classes)
         made = TrainingSession(client, run, upper, sizes, plan, self.config)
-        self._require_disk(made, sizes)
+        self._require_disk(made)
         return made
 
-    def _require_disk(self, session: TrainingSession, sizes: Sizes) -> None:
+    def _require_disk(self, session: TrainingSession) -> None:
         """Refuses a session whose frames would not fit on the disk, before it begins."""
         if session.steps.store is None:
             return
-        need, most = sizes.stored_disk(session.schedule), parse_bytes(self.config.max_disk, "--max-disk")
-        files = [path for path in self.run.path.glob(f"sessions/*/{session.run.store_file.name}") if path.is_file()]
-        used = sum(path.stat().st_size for path in files if path != session.run.store_file)
-        free = shutil.disk_usage(session.run.path).free
-        if need > min(most - used, free):
-            text = f"the store of this run needs up to {need} bytes on the server's disk; others hold {used}"
+        need, own = session.stored_disk, session.run.store_file
+        used = {path: path.stat().st_size for path in self.run.path.glob(f"sessions/*/{own.name}") if path.is_file()}
+        for other in self._in_memory.values():  # what they have yet to send has its place too
+            if not other.finished:
+                file = other.run.store_file
+                used[file] = max(used.get(file, 0), other.stored_disk)
+        had = used.pop(own, 0)
+        held, free = sum(used.values()), shutil.disk_usage(session.run.path).free
+        room = parse_bytes(self.config.max_disk, "--max-disk") - held
+        if need > room or need - had > free:
+            text = f"the store of this run needs up to {need} bytes on the server's disk; others hold {held}"
             raise Refused(Code.FULL, f"{text} of --max-disk {self.config.max_disk}, and {free} bytes are free")
+        session.steps.store.max_disk = room
 
     def _new_half(self, num_classes: int, **changes: Any) -> ServerModel:
         config = replace(self.config, **changes)

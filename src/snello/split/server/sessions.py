@@ -69,6 +69,8 @@ class TrainingSession:
         whole = Schedule.of(config, plan.num_train)
         self.schedule = replace(whole, buffer=model.codec.buffer, max_steps=plan.total_steps)
         store = None if self.schedule.replay is None else model.store(run, sizes.stored_memory)
+        self.stored_disk = 0 if store is None else sizes.stored_disk(self.schedule)
+        """Bytes that its frames may take."""
         self.steps = ServerSteps(model, self.schedule, shared=self.shared, store=store)
         own = ({}, {}) if self.shared else (model.modules, model.optimizers)
         self.checkpoints = Checkpoints(run.path / "checkpoints", *own)
@@ -81,6 +83,7 @@ class TrainingSession:
         self.failed: Refused | None = None
         self.saved = (-1, -1)
         """The `position` of the last checkpoint."""
+        self._evaluated = False  # after the last step of all
         self.in_background = False
         """Whether the next of its own steps is waiting for its turn."""
         self._last: tuple[tuple[Kind, int, int], list[bytes]] | None = None
@@ -103,8 +106,9 @@ class TrainingSession:
 
     @property
     def position(self) -> tuple[int, int]:
-        """Steps that were sent, and those that the half has taken: what a checkpoint stands for."""
-        return self.steps.step, self.steps.done
+        """A checkpoint's number, and the steps that the half has taken."""
+        # What an evaluation adds to the ledger must not get into a checkpoint that the client may yet go back to.
+        return self.schedule.checkpoint(self.step, self._evaluated), self.steps.done
 
     def take(self, data: bytearray) -> Answer:
         """Applies a frame, or recognizes that it has been applied, and answers it; see `Session`."""
@@ -144,12 +148,14 @@ class TrainingSession:
             if frame.kind not in (Kind.WAIT, Kind.SAVE):
                 self._catch_up()
             if frame.kind == Kind.EVALUATION:
-                return self.steps.evaluate(frame), None
+                answer = self.steps.evaluate(frame)
+                self._evaluated = self.steps.all_sent
+                return answer, None
             return self._control(frame), None
         except TrainingError as error:
             raise Refused(Code.NOT_FINITE, str(error)) from error
         except CheckpointError as error:
-            raise Refused(Code.STORAGE, f"the server could not save its checkpoint: {error}") from error
+            raise Refused(Code.STORAGE, f"the server could not save: {error}") from error
 
     def _catch_up(self) -> None:
         """Takes the few steps on stored samples that come before the next frame; after the last they are too many."""
@@ -166,15 +172,21 @@ class TrainingSession:
         started = time.perf_counter()
         try:
             loss = self.steps.replay()
-            row = {"kind": "replay", "step": self.step, "server_step": self.steps.done, "loss": loss}
-            self._log(row | {"seconds": round(time.perf_counter() - started, 4)})
-            every = self.config.checkpoint_steps
-            if self.steps.all_sent and (not self.behind or (every and self.steps.done % every == 0)):
-                self.save()
         except TrainingError as error:
-            self.failed = Refused(Code.NOT_FINITE, f"{error} at step {self.steps.done} of the server")
+            self.failed = Refused(Code.NOT_FINITE, f"{error} at step {self.steps.done + 1} of the server")
+            return
         except CheckpointError as error:
-            self.failed = Refused(Code.STORAGE, str(error))
+            self.failed = Refused(Code.STORE, str(error))
+            return
+        row = {"kind": "replay", "step": self.step, "server_step": self.steps.done, "loss": loss}
+        self._log(row | {"seconds": round(time.perf_counter() - started, 4)})
+        every = self.config.checkpoint_steps
+        due = not self.behind or (every and self.steps.done % every == 0)
+        if due and self.steps.all_sent and self.failed is None:
+            try:
+                self.save()
+            except CheckpointError as error:
+                self.failed = Refused(Code.STORAGE, f"the server could not save: {error}")
 
     def _require_between_steps(self, frame: Frame) -> None:
         if not self.between_steps or frame.step != self.step:
@@ -259,16 +271,17 @@ class TrainingSession:
         """
         own = {} if self.shared else self.model.state_dict()
         rest = {"ledger": self.ledger.state_dict(), "accuracy": self.accuracy, **self.steps.state_dict()}
-        self.checkpoints.save(self.step, {"upper": own, **rest})
+        self.checkpoints.save(self.position[0], {"upper": own, **rest})
         self.saved = self.position
 
-    def go_back(self, step: int) -> None:
+    def go_back(self, number: int) -> None:
         """Goes to a checkpoint, and forgets what came later.
 
         Raises:
             CheckpointError: where it is not there or damaged.
+            Refused: where what it needs of the store is not there.
         """
-        state = self.checkpoints.load(step)
+        state, step = self.checkpoints.load(number), min(number, self.schedule.total_steps)
         if not self.shared:
             self.model.load_state_dict(state["upper"])
         self.ledger.load_state_dict(state["ledger"])
@@ -278,8 +291,15 @@ class TrainingSession:
             self.steps.load_state_dict(step, state)
         except CheckpointError as error:
             raise Refused(Code.STORE, str(error)) from error
+        self._evaluated = number > step
         self.saved = self.position
-        self.run.forget_after(step)
+
+        def is_later(row: dict[str, Any]) -> bool:
+            replayed = row["kind"] == "replay" and row["server_step"] > self.steps.done
+            at_the_end = self.schedule.checkpoint(row["step"], finished=True) > number
+            return replayed or (row["kind"] == "eval" and at_the_end)
+
+        self.run.forget_after(step, is_later)
 
     def go_to(self, step: int) -> None:
         """Waits for `step` next, whatever was under way."""

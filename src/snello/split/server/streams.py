@@ -299,9 +299,14 @@ class Server:
 
     def _replay(self, session: TrainingSession) -> None:
         session.in_background = False
-        if session.behind and not self._stopping and self._registry.keeps(session):
+        if not session.behind or self._stopping or not self._registry.keeps(session):
+            return
+        try:
             session.replay()
-            self._go_on(session)
+        except Exception:
+            self._log.exception("a step on stored samples could not be taken")
+            session.failed = Refused(Code.INTERNAL, f"the server failed in a step of its own after step {session.step}")
+        self._go_on(session)
 
     async def _in_thread(self, function: Callable[[], T]) -> T:
         return await self._loop.run_in_executor(self._compute, function)

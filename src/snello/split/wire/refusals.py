@@ -37,7 +37,7 @@ ADVICE = {
     Code.VERSION: "install the same version of snello on both sides",
     Code.CREDENTIALS: "check --certs and --name; `snello doctor` looks closer; who runs the server can make new ones",
     Code.MISMATCH: "start the server with the settings that the run began with, or begin a new run with another --out",
-    Code.FULL: "wait until a session ends, or raise --max-sessions or --max-memory of `snello serve`",
+    Code.FULL: "wait until a session ends, or raise --max-sessions, --max-memory or --max-disk of `snello serve`",
     Code.UNKNOWN_SESSION: "put the server's --out folder back, or begin a new run with another --out",
     Code.NO_CHECKPOINT: "put the deleted checkpoints back, or begin a new run with another --out",
     Code.MALFORMED: "install the same version of snello on both sides; report it if they are",
