@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ class Setting:
     epochs: int = EPOCHS
     send_epochs: int | None = None
     """Of a frozen client; None for one that trains."""
+    replay: int | None = None
+    """Steps on stored samples after each one that is sent; the others follow when all is sent."""
     cutmix: float | None = None
     tasks: tuple[str, ...] = ("cifar", "fashion")
     group: str = "a client that trains"
@@ -58,9 +60,12 @@ SETTINGS = (
     Setting("auto", "pca(1)"),
     Setting("small", "pca(1.5, down=1)"),
     Setting("smallest", "pca(2)"),
-    Setting("frozen, auto, 2 epochs sent", "pca(2)", 12, 2, group=FROZEN),
-    Setting("frozen, small, 3 epochs sent", "pca(3)", 20, 3, group=FROZEN),
-    Setting("frozen, smallest, 3 epochs sent", "pca(4.5)", 20, 3, group=FROZEN),
+    Setting("frozen, auto, 2 epochs sent", "pca(2)", 12, 2, 0, group=FROZEN),
+    Setting("frozen, small, 3 epochs sent", "pca(3)", 20, 3, 0, group=FROZEN),
+    Setting("frozen, smallest, 3 epochs sent", "pca(4.5)", 20, 3, 0, group=FROZEN),
+    Setting("frozen, auto, 2 epochs sent, replayed between", "pca(2)", 12, 2, 5, group=FROZEN),
+    Setting("frozen, small, 3 epochs sent, replayed between", "pca(3)", 20, 3, 5, group=FROZEN),
+    Setting("frozen, smallest, 3 epochs sent, replayed between", "pca(4.5)", 20, 3, 5, group=FROZEN),
     Setting("ADC as published", "adc(0.1)", group=OTHERS),
     Setting("40 % of the tokens, 4 bits", "adc(samples=1, tokens=0.4)+int4", tasks=CIFAR, group=OTHERS),
     Setting("the same, the others merged", "adc(samples=1, tokens=0.4, rule=merge)+int4", tasks=CIFAR, group=OTHERS),
@@ -92,8 +97,9 @@ class Run:
 
 def train(run: Run, args: argparse.Namespace) -> None:
     setting, out = run.setting, run.folder(args.work)
-    frozen = {"client": "frozen", "send_epochs": setting.send_epochs} if setting.send_epochs else {}
-    split = SplitConfig(cut=CUT, codec=setting.codec, eval_codec="int8", cutmix=setting.cutmix, **frozen)  # type: ignore[arg-type]
+    split = SplitConfig(cut=CUT, codec=setting.codec, eval_codec="int8", cutmix=setting.cutmix)
+    if setting.send_epochs:
+        split = replace(split, client="frozen", send_epochs=setting.send_epochs, replay=setting.replay)
     config = FinetuneConfig(
         data=str(few(args, run.task)),
         method="full",
@@ -166,11 +172,22 @@ def rows_of(task: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 "training_bytes": statistics.mean(sent),
                 "times_fewer": first["training_bytes"] / statistics.mean(sent) if first else 1.0,
                 "train_time_s": [run["train_time_s"] for run in runs],
-                "device": runs[0]["device"],
+                "device": environment(resolve_device(args.device))["device"],
                 "precision": runs[0]["precision"],
             }
         )
     return rows
+
+
+def together(here: list[dict[str, Any]], there: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of two machines in the order of the settings; each says where it was made. Those of here come first."""
+    rows = {(row["task"], row["name"]): row for row in [*there, *here]}
+    ordered = [rows[task, s.name] for task in PER_CLASS for s in SETTINGS if (task, s.name) in rows]
+    for row in ordered:
+        first = rows[row["task"], SETTINGS[0].name]
+        row["below"] = first["accuracy"] - row["accuracy"]
+        row["times_fewer"] = first["training_bytes"] / row["training_bytes"]
+    return ordered
 
 
 def main() -> None:
@@ -187,6 +204,7 @@ def main() -> None:
     parser.add_argument("--only", help="the settings whose names contain this")
     parser.add_argument("--one", nargs=3, metavar=("SETTING", "TASK", "SEED"), help=argparse.SUPPRESS)
     parser.add_argument("--no-train", action="store_true", help="only make the table of what is finished")
+    parser.add_argument("--add", type=Path, help="results of another machine, whose rows fill in what is not here")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.one:
@@ -226,13 +244,15 @@ def _start(run: Run, args: argparse.Namespace) -> None:
 
 def write(args: argparse.Namespace) -> None:
     """The results file and the picture, of all that is finished."""
-    config = {"cut": CUT, "batch_size": BATCH, "lr": LR, "per_class": PER_CLASS, "epochs": EPOCHS}
-    result = {
+    config: dict[str, Any] = {"cut": CUT, "batch_size": BATCH, "lr": LR, "per_class": PER_CLASS, "epochs": EPOCHS}
+    result: dict[str, Any] = {
         "config": config,
         "environment": environment(resolve_device(args.device)),
         "jpeg_bytes": {task: jpeg_bytes(few(args, task)) for task in PER_CLASS},
         "rows": [row for task in PER_CLASS for row in rows_of(task, args)],
     }
+    if args.add:
+        result["rows"] = together(result["rows"], json.loads(args.add.read_text())["rows"])
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     if args.picture:
         from fewer_bytes_picture import draw

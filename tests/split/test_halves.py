@@ -264,7 +264,7 @@ def test_tokens_dropped_on_the_client_shorten_what_is_sent():
 
 
 def test_evaluation_is_counted_apart_and_drops_nothing():
-    cut = make_cut(tiny_vit(), "adc(0.1)+int2")
+    cut = make_cut(tiny_vit(), "adc(0.1)+int2", eval_codec="int8")
     cut.evaluator.eval()
     images, _ = batch(6)
     with torch.no_grad():

@@ -107,7 +107,9 @@ class SplitLearner(Learner):
     def begin(self, step: int, progress: float, num_micro: int) -> None:
         self.step = step
         if self.link.may_break:
-            self._at_begin = {"method": self.half.method.state_dict(), "ledger": self.ledger.state_dict()}
+            remembered = self.codec.format.snapshot()
+            method, ledger = self.half.method.state_dict(), self.ledger.state_dict()
+            self._at_begin = {"method": method, "ledger": ledger, "format": remembered}
         self.ledger.begin()
         self.link.begin(step)
         self._seconds, self._overflow = 0.0, False
@@ -192,6 +194,7 @@ class SplitLearner(Learner):
         if self._at_begin is not None:
             self.half.method.load_state_dict(self._at_begin["method"])
             self.ledger.load_state_dict(self._at_begin["ledger"])
+            self.codec.format.restore(self._at_begin["format"])
         self._forget()
 
     @override
@@ -239,6 +242,8 @@ class SplitLearner(Learner):
     def state_dict(self) -> dict[str, Any]:
         """A step that has begun, but of which the server knows nothing yet, has not."""
         begun = self._at_begin if self.between_steps else None
+        if begun is not None:
+            self.codec.format.restore(begun["format"])  # what is saved beside this, with the codec's weights
         other = self.link.state_dict()
         own = self.half.method.state_dict() if begun is None else begun["method"]
         return {

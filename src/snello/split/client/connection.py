@@ -117,6 +117,8 @@ class Connection:
         self._sequence = 0
         self._deadline: float | None = None  # of trying again: from the first loss on, until an answer comes
         self._pause = 0.0
+        self.slowest_times = 10
+        """How much longer than the slowest answer so far the next one may take, beside the patience."""
         self.repeated_bytes = 0
         """Bytes of frames that had to be sent again."""
 
@@ -194,7 +196,7 @@ class Connection:
     def _answer(self, parts: list[bytes], size: int) -> Frame:
         assert self._line is not None
         started = time.perf_counter()
-        seconds = self._patience + 10 * self._slowest + size / SLOWEST_LINK
+        seconds = self._patience + self.slowest_times * self._slowest + size / SLOWEST_LINK
         data = wait_for(self._line.talk(parts, self.max_body, seconds))
         self._slowest = max(self._slowest, time.perf_counter() - started)
         return frames.read([data], self.max_body)
