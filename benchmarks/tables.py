@@ -181,7 +181,7 @@ def fewer_bytes(result: dict[str, Any]) -> str:
         sent = row["epochs"] if row["send_epochs"] is None else row["send_epochs"]
         jpeg = result["jpeg_bytes"][row["task"]]
         cells = [f"{TASKS[row['task']]}: {row['name']}", f"`{row['codec']}`", f"{row['epochs']}, {sent}"]
-        cells += [len(row["seeds"]), _accuracy(row), f"{100 * row['below']:.1f}", _times(row["times_fewer"])]
+        cells += [str(len(row["seeds"])), _accuracy(row), f"{100 * row['below']:.1f}", _times(row["times_fewer"])]
         cells += [f"{row[way] / 1e6:.2f}" for way in ("uplink_bytes", "downlink_bytes")]
         cells += [f"{row['training_bytes'] / jpeg:.2f}", f"{_link_seconds(row['training_bytes'], sent):.0f}"]
         lines.append(_line([*cells, "H100" if "H100" in row["device"] else "CPU"]))
