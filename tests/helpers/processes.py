@@ -114,10 +114,11 @@ def _run(args: list[str], log: str, wrong: Wrong) -> None:
 
     from snello import cli
     from snello.report import pictures
-    from snello.split.client import connection
+    from snello.split.client import connection, link
 
     torch.set_num_threads(1)
     connection.random = SimpleNamespace(uniform=lambda low, high: min(high, 0.1))  # pauses before it connects again
+    link.ASK_SECONDS = 0.05  # the steps that a server takes by itself are few here
     pictures.plot_traffic = lambda run: None  # takes longer than the run
     _lead_astray(wrong)
     sys.exit(cli.main(args))

@@ -45,7 +45,13 @@ JOIN = [
 ]
 LAST = 14
 """Steps: 7 in each of two epochs; checkpoints are of 0, 3, 6, 7, 9, 12 and 14."""
-UP = (*UPLINK_KINDS, Kind.HELLO, Kind.SAVE, Kind.FINISH)
+FROZEN = [
+    *("--split.codec", "pca(2)", "--split.client", "frozen", "--split.send-epochs", "1", "--split.replay", "1"),
+    *("--epochs", "10"),
+]
+"""The client sends one epoch, and the server takes 70 steps in all."""
+SENT, TAKEN = 7, 70
+UP = (*UPLINK_KINDS, Kind.HELLO, Kind.SAVE, Kind.WAIT, Kind.FINISH)
 SIDES = ("client", "server")
 COUNTED = (
     "uplink_bytes", "downlink_bytes", "eval_bytes", "uncompressed_bytes", "uplink_bytes_by_kind",
@@ -76,6 +82,11 @@ class Scene:
         self.out = self.folder / "client"
         self.server_out = self.folder / "server"
         self.port = free_port()
+
+    @property
+    def last(self) -> int:
+        """The number of the last checkpoint."""
+        return SENT + 1 if self.recipe == FROZEN else LAST
 
     def start(self, *rules: Rule, seconds: float = 0.0, **wrong: Wrong) -> "Scene":
         """Server, proxy and client; `wrong` says what is wrong with either."""
@@ -197,10 +208,12 @@ class Result:
             summary = json.loads((run / "summary.json").read_text())
             rows = [{k: v for k, v in row.items() if k != "wait_seconds"} for row in rows_of(run)]
             values |= {f"{side} rows": rows, f"{side} counts": {k: summary[k] for k in COUNTED if k in summary}}
-            assert steps_in(run / "checkpoints")[-1] == LAST
-            for file in (run / "model.safetensors", run / "checkpoints" / f"step-{LAST:09}.safetensors"):
+            assert steps_in(run / "checkpoints")[-1] == scene.last
+            for file in (run / "model.safetensors", run / "checkpoints" / f"step-{scene.last:09}.safetensors"):
                 loaded, values[f"{side} {file.name}"] = load_tensors(file)
                 tensors |= {f"{side} {file.name} {name}": value for name, value in loaded.items()}
+        if (store := session / "store.frames").exists():
+            values["store"] = hashlib.sha256(store.read_bytes()).hexdigest()
         ours, theirs = values["client counts"], values["server counts"]
         assert all(ours[name] == theirs[name] for name in ours.keys() & theirs.keys() - {"accuracy"})
         return cls(values, tensors)
@@ -381,6 +394,99 @@ def test_a_server_with_shared_sessions_is_killed(scene, table, labels):
     scene.end()
     fault = f"before GRADIENTS of step 10, shared sessions, labels at the {labels}"
     table.append(("kill -9 of the server", fault, str(scene.summary["lost_steps"]), "0", scene.told))
+
+
+# ----------------------------------------------------------------------------------------------- freeze and replay
+
+REPLAYING = [
+    (Kind.ACTIVATIONS, 4, 1),
+    (Kind.GRADIENTS, 4, 1),
+    (Kind.SAVED, 6, 1),
+    (Kind.SAVED, SENT, 1),
+    (Kind.WAITED, SENT, 2),
+    (Kind.EVALUATED, SENT, 1),
+    (Kind.SAVED, SENT, 2),
+    (Kind.FINISHED, SENT, 1),
+]
+"""Messages, with their steps and which of those it is: while the client sends, while the server goes on by itself, and
+when it is asked for the result. The side that is not killed does not get the message."""
+
+
+@pytest.mark.parametrize("kind, step, nth", [pytest.param(*m, id=f"{m[0].name}-{m[1]}-{m[2]}") for m in REPLAYING])
+@pytest.mark.parametrize("who", SIDES)
+def test_killed_while_a_server_replays(scene, same, who, kind, step, nth):
+    scene.recipe = FROZEN
+    scene.start(scene.killing(who, kind, step, "before", nth))
+    scene.wait()
+    if who == "client":
+        scene.rejoin()
+    else:
+        scene.serve(resume=True)
+    same(f"kill -9 of the {who}", f"before {kind.name} {nth} of step {step}, client frozen")
+
+
+def replayed(scene: Scene) -> int:
+    """The steps that the server has taken by itself, as its rows say."""
+    return len(rows_of(session_of(scene), "replay"))
+
+
+def test_killed_again_and_again_while_a_server_replays(scene, same):
+    scene.recipe = FROZEN
+    scene.start(scene.killing("server", Kind.WAITED, SENT, "before", 2))
+    scene.wait()
+    for who in ("client", "server", "client"):
+        scene.side(who).kill()
+        scene.serve(resume=True).wait_for("listening on") if not scene.server.alive else None
+        before = replayed(scene)
+        scene.join(resume=True)
+        until(lambda before=before: replayed(scene) != before or not scene.client.alive, "a step of the server")
+    same("kill -9 of both in turn", "while the server takes the steps it has left")
+
+
+@pytest.mark.parametrize("server_stops", [False, True])
+def test_a_client_leaves_when_all_is_sent(scene, same, server_stops):
+    """And the server goes on by itself, or does when it has been stopped and its client is back."""
+    scene.recipe = FROZEN
+    scene.start(scene.rule(lambda: scene.client.send(signal.SIGINT), Kind.WAITED, SENT, nth=2))
+    assert scene.client.wait() == 130, scene.client
+    line = resume_line(scene.client)
+    if server_stops:
+        stop(scene)
+        before = replayed(scene)
+        assert before < TAKEN - SENT
+        scene.serve(resume=True).wait_for("listening on")
+        assert replayed(scene) == before, "nothing is lost"
+    else:
+        until(lambda: replayed(scene) == TAKEN - SENT, "all steps of the server")
+    scene.snello(line)
+    same("Ctrl-C to the client", f"when all is sent; the server {'is stopped too' if server_stops else 'goes on'}")
+    assert scene.summary["rolled_back_steps"] == 0
+
+
+def test_sigterm_to_a_server_that_replays(scene, same):
+    scene.recipe = FROZEN
+    scene.start(scene.rule(lambda: stop(scene), Kind.WAIT, SENT, nth=2))
+    scene.wait()
+    scene.serve(resume=True)
+    same("SIGTERM to the server", "while it takes the steps it has left")
+    assert scene.summary["rolled_back_steps"] == 0
+
+
+@pytest.mark.parametrize("what", ["deleted", "damaged"])
+def test_a_store_is_harmed_while_the_server_is_down(scene, same, what):
+    scene.recipe = FROZEN
+    scene.start(scene.killing("server", Kind.WAITED, SENT, "before", 2))
+    scene.wait()
+    store = session_of(scene) / "store.frames"
+    data = store.read_bytes()
+    store.unlink() if what == "deleted" else store.write_bytes(data[:1000] + bytes(len(data) - 1000))
+    scene.serve(resume=True)
+    assert scene.client.wait() == 2, scene.client
+    line = only_error(scene.client)
+    assert "store.frames is gone or damaged" in line and "(store); put the session's file back" in line
+    store.write_bytes(data)
+    scene.rejoin()
+    same(f"store {what}", "while the server is down; then with its file again")
 
 
 # ------------------------------------------------------------------------------- certificates, tokens, versions, TLS
