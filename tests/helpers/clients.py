@@ -54,7 +54,9 @@ def serve_config(**options: Any) -> ServeConfig:
     """A server of timm's test ViT, cut after block 4 of 6; options of the cut and of the server."""
     names = ("cut", "codec", "labels", "client", "send_epochs", "replay", "cutmix")
     of_cut = {name: options.pop(name) for name in names if name in options}
-    return ServeConfig(**{**SMALL, **options}, split=SplitConfig(**{"cut": 4, "codec": "none", **of_cut}))
+    return ServeConfig(
+        **{**SMALL, **options}, split=SplitConfig(**{"cut": 4, "codec": "none", "eval_codec": "int8", **of_cut})
+    )
 
 
 def registry_in(folder: Path, **options: Any) -> Registry:

@@ -489,6 +489,29 @@ def test_a_store_is_harmed_while_the_server_is_down(scene, same, what):
     same(f"store {what}", "while the server is down; then with its file again")
 
 
+def test_a_client_comes_back_with_other_pictures(scene, same, tmp_path):
+    """Of the same number: what is stored would not be theirs."""
+    scene.recipe, mine, others = FROZEN, tmp_path / "mine", tmp_path / "others"
+    shutil.copytree(scene.pictures, mine)
+    write_pictures(others / "train", {"blue": 9, "green": 9, "red": 8}, seed=7)
+    write_pictures(others / "val", {"blue": 3, "green": 3, "red": 3}, seed=8)
+    scene.pictures = tmp_path / "pictures"
+    mine.rename(scene.pictures)
+    scene.start(scene.killing("client", Kind.ACTIVATIONS, 4, "before"))
+    scene.wait()
+    scene.pictures.rename(mine)
+    others.rename(scene.pictures)
+    before = fingerprints(scene.out / "checkpoints")
+    scene.join(resume=True)
+    assert scene.client.wait() == 2, scene.client
+    assert "the pictures are not those the run was started with" in only_error(scene.client)
+    assert fingerprints(scene.out / "checkpoints") == before
+    scene.pictures.rename(others)
+    mine.rename(scene.pictures)
+    scene.rejoin()
+    same("other pictures", "a client comes back with as many others; then with its own")
+
+
 # ------------------------------------------------------------------------------- certificates, tokens, versions, TLS
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of, with_method
+import yaml
+from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of, with_method, write_pictures
 from helpers.resuming import cut_off, whole
 from timm.layers import DropPath
 from torch import nn
@@ -361,6 +362,33 @@ def test_other_pictures_are_refused(small, tmp_path):
     next((data / "train" / "red").iterdir()).unlink()
     with pytest.raises(ConfigError, match=r"the pictures are not those .*\(num_train\)"):
         finetune(resumed(config), QUIET)
+
+
+def test_other_pictures_of_the_same_number_are_refused(small, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    shutil.copytree(small.data, data)
+    config = replace(small, data=data, checkpoint_steps=3)
+    cut_off(config, monkeypatch, Trainer, "_backward", 5)
+    file = next((data / "train" / "red").iterdir())
+    before, state = file.read_bytes(), {path: path.read_bytes() for path in config.out.iterdir() if path.is_file()}
+    write_pictures(data / "train", {"other": 1}, seed=3)
+    (data / "train" / "other" / "000.png").rename(file)
+    (data / "train" / "other").rmdir()
+    with pytest.raises(ConfigError, match=r"the pictures are not those .*\(labels or sizes of files\)$"):
+        finetune(resumed(config), QUIET)
+    assert state == {path: path.read_bytes() for path in config.out.iterdir() if path.is_file()}
+    file.write_bytes(before)
+    finetune(resumed(config), QUIET)
+
+
+def test_a_run_of_a_version_that_noted_no_fingerprint_goes_on(small, monkeypatch):
+    config = replace(small, checkpoint_steps=3)
+    cut_off(config, monkeypatch, Trainer, "_backward", 5)
+    file = RunFolder(config.out).config_file
+    values = yaml.safe_load(file.read_text())
+    assert values["resolved"].pop("fingerprint")
+    file.write_text(yaml.safe_dump(values))
+    assert finetune(resumed(config), QUIET)["steps"] == 14
 
 
 def test_nothing_to_resume(small, tmp_path):

@@ -50,6 +50,8 @@ class Resolved(Machine):
     num_train: int = 0
     num_val: int = 0
     num_skipped: int = 0
+    fingerprint: str | None = None
+    """What tells the pictures from others of the same number; None where an older version has not noted it."""
     processes: int = 1
     codec: str | None = None
     """The codec at the cut, `auto` resolved; None without a cut."""

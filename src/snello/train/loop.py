@@ -120,6 +120,7 @@ class Trainer:
             num_train=len(splits.train),
             num_val=len(splits.val),
             num_skipped=splits.num_skipped,
+            fingerprint=f"{splits.train.fingerprint()}-{splits.val.fingerprint()}",
             processes=ranks.size,
             codec=saved.codec if saved else config.split.codec_text,
             server=self.place.server,
@@ -433,6 +434,8 @@ class Trainer:
             )
         names = ("classes", "num_train", "num_val")
         changed = [name for name in names if getattr(saved, name) != getattr(now, name)]
+        if not changed and saved.fingerprint not in (None, now.fingerprint):
+            changed = ["labels or sizes of files"]
         if changed:
             raise ConfigError(f"--resume: the pictures are not those the run was started with ({', '.join(changed)})")
         for name in ("versions", "threads"):

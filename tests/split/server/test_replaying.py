@@ -15,10 +15,12 @@ from helpers.clients import (
     answer_of,
     picture,
     registry_in,
+    serve_config,
     take,
     to_bytes,
     weights,
 )
+from helpers.servers import Running, anyone, connected, until
 
 from snello.errors import CheckpointError, ProtocolError, TrainingError
 from snello.split.halves import ServerHalf
@@ -444,6 +446,44 @@ def test_sessions_in_the_tail_are_saved_at_the_end(client, whole):
     to_the_end(client.session)
     evaluated(client)
     assert ended(client) == whole()
+
+
+def test_others_are_served_while_a_session_is_in_its_tail(tmp_path):
+    """It has hours of steps left, and its client has gone."""
+    config = serve_config(**{**FROZEN, "epochs": 100_000})
+    with Running(config, tmp_path / "server") as server:
+        client, other = Client(server.registry), Client(server.registry)
+        with connected(server, client) as connection:
+            client.train(carry=connection.exchange)
+        session = server.registry._in_memory[anyone(client)]
+        until(lambda: session.steps.done > 10)
+        with connected(server, other) as connection:
+            done = session.steps.done
+            other.train(carry=connection.exchange)
+            waiting = connection.request(control(Kind.WAIT, {}), SENT)
+            assert control_values(waiting)["left"] > 200_000
+            connection.request(control(Kind.SAVE, {}), SENT)
+        until(lambda: session.steps.done > done + 3)
+        both = [session, server.registry._in_memory[anyone(other)]]
+    assert all(one.behind and one.saved == one.position for one in both), "and a server that stops saves them all"
+
+
+def test_what_fails_in_the_background_is_told_when_its_client_asks(tmp_path, monkeypatch, caplog):
+    config = serve_config(**{**FROZEN, "epochs": 1000})
+    with Running(config, tmp_path / "server") as server:
+        client = Client(server.registry)
+        with connected(server, client) as connection:
+            client.train(carry=connection.exchange)
+
+            def broken(self: ServerSteps) -> float:
+                raise RuntimeError("no such thing")
+
+            monkeypatch.setattr(ServerSteps, "replay", broken)
+            session = server.registry._in_memory[anyone(client)]
+            until(lambda: session.failed)
+            with pytest.raises(Refused, match=r"the server failed in a step of its own after step 3") as caught:
+                connection.request(control(Kind.WAIT, {}), SENT)
+        assert caught.value.code == Code.INTERNAL and server.logged("a step on stored samples could not be taken")
 
 
 # ----------------------------------------------------------------------------------------- files, disks, bad numbers
