@@ -255,7 +255,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "accumulate": {"accumulate": 2},
     "epochs": {"client": "epochs:1"},
     "alast": {"method": "alast", "alast": "server"},
-    "no tail": {"replay": None},
+    "no tail": {"replay": 2},
     "no replay": {"replay": 0},
     "mixed": {"cutmix": 0.5},
 }
@@ -438,7 +438,7 @@ def test_early_stopping_leaves_the_tail_out(frozen, monkeypatch):
 @pytest.mark.parametrize("send_epochs", [None, 1])
 def test_a_codec_that_trains_on_the_client(frozen, tmp_path, client, send_epochs):
     """In one process, at the server and at the client, before anything is written."""
-    config = changed(frozen, codec="bottlenet(0.5)", client=client, send_epochs=send_epochs, replay=None)
+    config = changed(frozen, codec="bottlenet(0.5)", client=client, send_epochs=send_epochs, replay=0)
     message = rf"--split\.codec bottlenet\(0\.5\) does not go with --split\.client {client}"
     with pytest.raises(ConfigError, match=message):
         finetune(config, QUIET)

@@ -21,12 +21,12 @@ def of(num_train: int = 26, *, epochs: int = 6, accumulate: int = 1, **split: ob
         ({"client": "frozen"}, 42, None),
         ({"client": "epochs:2"}, 42, None),
         ({"client": "frozen", "send_epochs": 6}, 42, Replay(0, 0, 42)),
-        ({"client": "frozen", "send_epochs": 1}, 7, Replay(0, 5, 42)),
-        ({"client": "frozen", "send_epochs": 2}, 14, Replay(0, 2, 42)),
+        ({"client": "frozen", "send_epochs": 1, "replay": 5}, 7, Replay(0, 5, 42)),
+        ({"client": "frozen", "send_epochs": 2}, 14, Replay(0, 0, 42)),
         ({"client": "frozen", "send_epochs": 4}, 28, Replay(0, 0, 42)),
-        ({"client": "frozen", "send_epochs": 1, "replay": 0}, 7, Replay(0, 0, 42)),
+        ({"client": "frozen", "send_epochs": 1}, 7, Replay(0, 0, 42)),
         ({"client": "frozen", "send_epochs": 1, "replay": 3}, 7, Replay(0, 3, 42)),
-        ({"client": "epochs:2", "send_epochs": 1}, 21, Replay(14, 3, 42)),
+        ({"client": "epochs:2", "send_epochs": 1, "replay": 3}, 21, Replay(14, 3, 42)),
         ({"client": "epochs:3", "send_epochs": 2}, 35, Replay(21, 0, 42)),
     ],
     ids=str,
@@ -63,7 +63,7 @@ def test_server_steps(split, num_train, accumulate):
 
 
 def test_nothing_is_left_where_replay_fills_the_epochs():
-    schedule = of(client="frozen", send_epochs=2)
+    schedule = of(client="frozen", send_epochs=2, replay=2)
     assert schedule.server_step(14) - schedule.server_step(13) == 1 + schedule.replay.each
     tail = of(client="frozen", send_epochs=2, replay=1)
     assert tail.server_step(14) - tail.server_step(13) == 1 + 1 + 14

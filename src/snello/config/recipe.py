@@ -61,9 +61,9 @@ class SplitConfig:
     send_epochs: int | None = None
     """Of --epochs, those whose activations a frozen client sends; the server trains the others on what it has stored.
     Default: all."""
-    replay: int | None = None
-    """Steps on stored samples after each one that is sent; what is left of --epochs follows when all is sent. Default:
-    as many as --epochs allows, so that nothing is left."""
+    replay: int = 0
+    """Steps on stored samples after each one that is sent; what is left of --epochs follows when all is sent, which is
+    better: samples are then drawn from all that there is."""
     cutmix: float | None = None
     """Share of the samples, in [0, 1], into which the server puts a part of another one's patches, with as much of its
     label. Default: 0.8 of those that are drawn from what is stored, where few views would be learned by heart, and
@@ -80,9 +80,10 @@ class SplitConfig:
             parse_bytes(self.max_bytes, "--split.max-bytes")
         fits = re.fullmatch(r"trains|frozen|epochs:[1-9]\d{0,8}", self.client) is not None
         require(fits, "--split.client", "trains, frozen or epochs:N", repr(self.client))
-        for name in ("send_epochs", "replay"):
-            value, least = getattr(self, name), int(name == "send_epochs")
-            require(value is None or value >= least, flag(f"split.{name}"), f"at least {least}", value)
+        require(
+            self.send_epochs is None or self.send_epochs >= 1, "--split.send-epochs", "at least 1", self.send_epochs
+        )
+        require(self.replay >= 0, "--split.replay", "0 or more", self.replay)
         require(self.cutmix is None or 0 <= self.cutmix <= 1, "--split.cutmix", "in [0, 1]", self.cutmix)
         if self.link is not None:
             Link.parse(self.link, "--split.link")
@@ -112,13 +113,6 @@ class SplitConfig:
         """Of so many epochs, those whose activations are sent."""
         return epochs if self.send_epochs is None else self.trained_epochs + self.send_epochs
 
-    def replayed(self, epochs: int) -> int:
-        """Steps on stored samples after each one that a frozen client sends, in a run of so many epochs."""
-        if self.send_epochs is None:
-            return 0
-        most = (epochs - self.trained_epochs) // self.send_epochs - 1
-        return most if self.replay is None else self.replay
-
     def require_epochs(self, epochs: int) -> None:
         """Raises a ConfigError where so many epochs are too few for what is sent and replayed."""
         trained, sent = self.trained_epochs, self.send_epochs or int(self.freezes)
@@ -127,11 +121,11 @@ class SplitConfig:
             parts += [f"--split.send-epochs {sent}"] if self.stores else []
             need = " and ".join(parts) + (" need together" if len(parts) == 2 else " needs")
             raise ConfigError(f"--epochs {epochs} is less than {need}: raise it to {trained + sent}")
-        least = trained + sent * (1 + (self.replay or 0))
+        least = trained + sent * (1 + self.replay)
         if epochs < least:
             what = f"{trained} epochs trained, {sent} sent" if trained else f"{sent} epochs sent"
             why = f"{what} and --split.replay {self.replay} take {least}"
-            raise ConfigError(f"--epochs {epochs} is too few: {why}; raise it, or leave --split.replay out")
+            raise ConfigError(f"--epochs {epochs} is too few: {why}; raise it, or lower --split.replay")
 
 
 RECIPE_NEEDS: tuple[Need, ...] = (

@@ -55,7 +55,7 @@ class Schedule:
         if not split.stores:
             return made
         per_epoch = made.steps_per_epoch
-        first, each = split.trained_epochs * per_epoch, split.replayed(config.epochs)
+        first, each = split.trained_epochs * per_epoch, split.replay
         return replace(made, replay=Replay(first, each, config.epochs * per_epoch))
 
     @property
