@@ -52,7 +52,12 @@ def timed(function: Callable[[], object], device: torch.device) -> float:
 
 
 def make_cut(model: str, args: argparse.Namespace, device: torch.device) -> SplitLearner:
-    config = FinetuneConfig(model=model, method="full", split=SplitConfig(cut=CUT, codec="none", frames=False))
+    config = FinetuneConfig(
+        model=model,
+        method="full",
+        batch_size=args.batch_size,
+        split=SplitConfig(cut=CUT, codec="none", frames=False),
+    )
     vit = ViT(create_model(model, "none", args.classes).to(device))
     vit.set_attention_paths([args.attention] * vit.depth)
     size = args.batch_size

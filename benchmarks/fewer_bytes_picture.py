@@ -21,18 +21,21 @@ def draw(result: dict[str, Any], path: Path) -> None:
     for axes, (task, title) in zip(panels, TITLES.items(), strict=True):
         rows = [row for row in result["rows"] if row["task"] == task]
         for index, group in enumerate(dict.fromkeys(row["group"] for row in rows)):
-            mine = [row for row in rows if row["group"] == group]
-            axes.errorbar(
-                [row["training_bytes"] / 1e6 for row in mine],
-                [100 * row["accuracy"] for row in mine],
-                yerr=[100 * (row["spread"] or 0) for row in mine],
-                fmt="osD^"[index % 4],
-                color=f"C{index}",
-                label=group,
-            )
-            for row in mine:
+            for between in (False, True):
+                mine = [row for row in rows if row["group"] == group and bool(row["replay"]) == between]
+                axes.errorbar(
+                    [row["training_bytes"] / 1e6 for row in mine],
+                    [100 * row["accuracy"] for row in mine],
+                    yerr=[100 * (row["spread"] or 0) for row in mine],
+                    fmt="osD^"[index % 4],
+                    color=f"C{index}",
+                    fillstyle="none" if between else "full",
+                    label=None if not mine else "the same, replayed between" if between else group,
+                )
+            for row in (row for row in rows if row["group"] == group and not row["replay"]):
+                below = row["name"] == "small"  # beside its neighbour
                 at = (row["training_bytes"] / 1e6, 100 * row["accuracy"])
-                axes.annotate(row["codec"], at, fontsize=7, xytext=(5, 4), textcoords="offset points")
+                axes.annotate(row["codec"], at, fontsize=7, xytext=(6, -9 if below else 3), textcoords="offset points")
         jpeg = result["jpeg_bytes"][task] / 1e6
         axes.axvline(jpeg, color="black", linestyle="--", linewidth=1)
         axes.annotate(
@@ -44,7 +47,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("training traffic, both ways, MB")
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("test accuracy, %")
-    panels[0].legend(fontsize=8, loc="lower right")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=120)
 
 

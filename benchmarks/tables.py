@@ -191,6 +191,7 @@ def fewer_bytes(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _bytes_note(result)])
 
 
+SMALLEST = "frozen, smallest, 3 epochs sent, replayed between"
 TASKS = {"cifar": "CIFAR-10", "fashion": "Fashion-MNIST"}
 
 
@@ -205,8 +206,8 @@ def fewer_bytes_short(result: dict[str, Any]) -> str:
         "uncompressed": "`none`",
         "auto": "`auto`, the default",
         "small": "`small`",
-        "frozen, small, 3 epochs sent": "`small`, the client frozen, 3 epochs sent",
-        "frozen, smallest, 3 epochs sent": "`smallest`, the client frozen, 3 epochs sent",
+        "frozen, auto, 2 epochs sent": "`auto`, the client frozen, 2 epochs sent",
+        SMALLEST: "`smallest`, the client frozen, 3 epochs sent",
         "ADC as published": "`adc(0.1)`, ADC as published",
     }
     rows = {(row["task"], row["name"]): row for row in result["rows"]}

@@ -312,7 +312,8 @@ def _positive(value: float, name: str) -> float:
 
 def _means(x: Tensor, num_prefix: int) -> Tensor:
     """The mean prefix token and the mean patch (2, D), as the other side will have them."""
-    tokens = x.mean(dim=0)  # over both dimensions at once it takes ten times as long
+    num = len(x)
+    tokens = (x.new_ones(1, num) @ x.reshape(num, -1)).view(x.shape[1:]) / num  # ten times as fast as `mean`
     parts = (tokens[:num_prefix], tokens[num_prefix:])
     means = [part.mean(dim=0) if part.numel() else x.new_zeros(x.shape[2]) for part in parts]
     return torch.stack(means).bfloat16().float()
