@@ -15,7 +15,7 @@ from snello.config import AlastConfig, FinetuneConfig, SplitConfig
 from snello.errors import ConfigError, ProtocolError, TrainingError
 from snello.methods.alast import AlastMethod
 from snello.seeds import mix
-from snello.split.halves import Targets
+from snello.split.labels import Targets
 from snello.split.wire.frames import ARRAY_KINDS, Flags, Frame, Kind
 from snello.train.learner import CODEC
 from snello.train.optim import make_optimizer, set_lr

@@ -11,7 +11,7 @@ import torch
 from helpers.clients import CODEC_TEXTS, Client, Largest, registry_in, to_bytes
 
 from snello.codecs import rans
-from snello.codecs.pca import Basis
+from snello.codecs.bases import Basis
 from snello.errors import ProtocolError
 from snello.split.wire import frames
 from snello.split.wire.frames import Frame

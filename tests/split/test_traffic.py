@@ -11,7 +11,7 @@ from helpers.halves import Cut
 from snello.codecs.base import Codec, Message, number_type
 from snello.config import FinetuneConfig, SplitConfig
 from snello.errors import ProtocolError
-from snello.split.halves import Targets, labels_from_arrays, labels_to_arrays
+from snello.split.labels import Targets, labels_from_arrays, labels_to_arrays
 from snello.split.traffic import Exchange, exchange_bytes, uncompressed_bytes
 from snello.split.wire import frames
 from snello.split.wire.frames import UPLINK_KINDS, Kind

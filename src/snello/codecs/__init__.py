@@ -8,7 +8,8 @@ bottlenet.py  reducer: a trained encoder and decoder
 floats.py     formats: numbers as they are, or in 16 bits
 integers.py   formats: 8, 4 or 2 bits, really packed
 fedlite.py    format: indices into a codebook
-pca.py        format: principal components, rounded and entropy-coded; components.py, rans.py: how those are written
+pca.py        format: principal components, rounded and entropy-coded; with bases.py, which both sides have,
+              frequencies.py, a cosine transform over the patches, and components.py and rans.py, which write them
 
 `adc(0.2)+int4` chains them: any number of reducers, which leave fewer numbers, and at most one format, which comes last
 and says how those travel.

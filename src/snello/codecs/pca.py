@@ -6,14 +6,11 @@ the rotation few components hold nearly all of the variance, and the coder write
 B: samples, N: tokens including P prefix tokens, D: embed dim, K: components of the basis.
 """
 
-import hashlib
 import math
 import struct
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,90 +21,18 @@ from typing_extensions import override
 
 from snello.codecs import components
 from snello.codecs.base import Arrays, Context, Format, Shape, announced_shape, integer, number
+from snello.codecs.bases import KEPT, Basis, Options, Way, principal
+from snello.codecs.frequencies import grid_side, groups_of, transform
 from snello.errors import ProtocolError, SnelloWarning, TrainingError, require
 
-KEPT = 2
-"""Bases that a receiver keeps: frames that were under way may still name the one before."""
 POOR_DB = 3.0
 """Below this signal-to-noise ratio the user is told that little is left."""
-BANDS = (1, 3, 6)
-"""Where bands of frequencies begin, by the sum of both frequencies; band 0 is the mean over the grid."""
 FINEST = 1e-5
 """No step is a smaller part of the root mean square: the numbers themselves are hardly finer."""
 DEAD_ZONE = 0.6
 """Below so many steps a number becomes zero: fewer bytes than half a step at the same accuracy."""
 _HEADER = struct.Struct("<8sfHB")
 """Of the side information: the basis, the step, P, and whether patches went through a cosine transform."""
-
-
-@dataclass(frozen=True)
-class Basis:
-    """K directions in the space of tokens, in 8 bits; both sides compute with the same rounded numbers."""
-
-    codes: Tensor
-    """(D, K) int8."""
-    rows: int = 0
-    """Samples that it was made of; known to the sender alone."""
-
-    @cached_property
-    def name(self) -> bytes:
-        """Eight bytes that tell bases apart."""
-        text = str(tuple(self.codes.shape)).encode() + self.codes.numpy().tobytes()
-        return hashlib.blake2b(text, digest_size=8).digest()
-
-    @cached_property
-    def directions(self) -> Tensor:
-        """The directions, (D, K) float64, each of length 1."""
-        whole = self.codes.to(torch.int64)
-        lengths = (whole * whole).sum(dim=0).double().sqrt().clamp_min(1)
-        directions: Tensor = whole / lengths
-        return directions
-
-    @cached_property
-    def inverse(self) -> Tensor:
-        """What gives the components of a token, (D, K) float64: rounding leaves the directions not quite orthogonal."""
-        inverse: Tensor = torch.linalg.solve(self.directions.T @ self.directions, self.directions.T).T
-        return inverse
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What one direction is written with."""
-
-    step: float
-    centre: bool
-    dct: bool
-
-
-class _Way:
-    """The bases of one direction."""
-
-    def __init__(self, options: _Options) -> None:
-        self.options = options
-        self.current: Basis | None = None
-        """What is sent with."""
-        self.age = 0
-        """Frames sent since it was made, that one included."""
-        self.known: dict[bytes, Basis] = {}
-        """What came, by name, the last at the end."""
-
-    def learn(self, basis: Basis, most: int) -> None:
-        """Keeps a basis that came, and the `most` last ones in all."""
-        self.known.pop(basis.name, None)
-        self.known[basis.name] = basis
-        while len(self.known) > most:
-            del self.known[next(iter(self.known))]
-
-    def basis_for(self, tokens: Tensor, every: int) -> tuple[Basis, bool]:
-        """The basis to send tokens (B, N, D) with, and whether it is new to the other side."""
-        old = self.current
-        # One of a small batch, such as the last of an epoch, would be worse than an old one.
-        lasts = old is not None and (self.age < every or 2 * len(tokens) < old.rows)
-        if old is not None and lasts and len(old.codes) == tokens.shape[2]:
-            self.age += 1
-            return old, False
-        self.current, self.age = _principal(tokens, self.options.step), 1
-        return self.current, True
 
 
 class PCA(nn.Module, Format):
@@ -141,8 +66,8 @@ class PCA(nn.Module, Format):
         self.step = _positive(step, "step")
         self.every = integer(basis, "basis", 1)
         gradients = self.step if down is None else _positive(down, "down")
-        self._up = _Way(_Options(self.step, centre=True, dct=bool(dct)))
-        self._down = _Way(_Options(gradients, centre=False, dct=False))
+        self._up = Way(Options(self.step, centre=True, dct=bool(dct)))
+        self._down = Way(Options(gradients, centre=False, dct=False))
         self._kept = KEPT
         self._alone = self._warned = False
 
@@ -166,7 +91,7 @@ class PCA(nn.Module, Format):
     def unpacked_shape(self, arrays: Mapping[str, Tensor]) -> Shape:
         return announced_shape(arrays, 3)
 
-    def _pack(self, x: Tensor, context: Context, way: _Way) -> Arrays:
+    def _pack(self, x: Tensor, context: Context, way: Way) -> Arrays:
         options, x = way.options, x.float()
         num_prefix, side = min(context.num_prefix_tokens, x.shape[1]), 0
         means = _means(x, num_prefix) if options.centre else x.new_zeros(2, x.shape[2])
@@ -175,21 +100,21 @@ class PCA(nn.Module, Format):
         if not math.isfinite(rms):
             raise TrainingError("numbers are too large for pca: their sum is beyond what 32 bits hold")
         if self._alone:
-            basis, is_new = _principal(centred, options.step), True
+            basis, is_new = principal(centred, options.step), True
         else:
             basis, is_new = way.basis_for(centred, self.every)
         step = min(max(options.step, FINEST) * rms, 1e38)
         if step < 1e-37:  # of nothing but zeros
             step, rms = 1.0, 0.0
         exact = centred @ (basis.inverse / step).float().to(x.device)
-        if options.dct and (side := _side(x.shape[1] - num_prefix)) > 1:
-            exact = _transform(exact, num_prefix, side)
+        if options.dct and (side := grid_side(x.shape[1] - num_prefix)) > 1:
+            exact = transform(exact, num_prefix, side)
         dct = side > 1
         codes = (exact.abs() + (1 - DEAD_ZONE)).floor().copysign(exact)
         if options.centre and is_new:
             self._warn((rms / step) ** 2 * x.numel(), exact, codes)
         whole = codes.clamp(-(2**31) + 128, 2**31 - 128).to(torch.int32).cpu().numpy()
-        side_bytes, arrays = components.write(whole, _groups(x.shape[1], num_prefix, dct))
+        side_bytes, arrays = components.write(whole, groups_of(x.shape[1], num_prefix, dct))
         header = _HEADER.pack(basis.name, step, num_prefix, dct)
         mean_bytes = means.bfloat16().view(torch.int16).cpu().numpy().tobytes() if options.centre else b""
         arrays["scales"] = torch.frombuffer(bytearray(header + mean_bytes + side_bytes), dtype=torch.uint8)
@@ -198,7 +123,7 @@ class PCA(nn.Module, Format):
             arrays["scales.basis"] = basis.codes
         return arrays
 
-    def _unpack(self, arrays: Mapping[str, Tensor], way: _Way) -> Tensor:
+    def _unpack(self, arrays: Mapping[str, Tensor], way: Way) -> Tensor:
         B, N, D = announced_shape(arrays, 3)
         side, device = arrays["scales"].cpu().numpy(), arrays["values"].device
         begin = _HEADER.size + (4 * D if way.options.centre else 0)
@@ -208,14 +133,14 @@ class PCA(nn.Module, Format):
         if num_prefix > N or dct > 1 or not 0 < step < math.inf:
             raise ProtocolError("the side information of a frame does not fit its tokens")
         basis = self._basis(arrays, name, D, way)
-        grid = _side(N - num_prefix)
+        grid = grid_side(N - num_prefix)
         if dct and grid <= 1:
             raise ProtocolError("a cosine transform came without a square grid of patches")
-        groups = _groups(N, num_prefix, bool(dct))
+        groups = groups_of(N, num_prefix, bool(dct))
         codes = components.read(side[begin:], arrays, groups, (B, N, basis.codes.shape[1]))
         x = torch.from_numpy(codes).to(device).float()
         if dct:
-            x = _transform(x, num_prefix, grid, back=True)
+            x = transform(x, num_prefix, grid, back=True)
         tokens: Tensor = x @ (basis.directions * step).float().to(device).T
         if not way.options.centre:
             return tokens
@@ -224,7 +149,7 @@ class PCA(nn.Module, Format):
             raise ProtocolError("a mean token is not finite")
         return tokens.add_(_by_token(means.to(device), num_prefix, N))
 
-    def _basis(self, arrays: Mapping[str, Tensor], name: bytes, dim: int, way: _Way) -> Basis:
+    def _basis(self, arrays: Mapping[str, Tensor], name: bytes, dim: int, way: Way) -> Basis:
         """The basis that a frame names, which may come with it."""
         if "scales.basis" in arrays:
             codes = arrays["scales.basis"].cpu()
@@ -330,53 +255,3 @@ def _rms(x: Tensor) -> float:
         return rms
     largest = float(x.abs().max())
     return largest * float((x / largest).square().mean().sqrt()) if largest > 0 else 0.0
-
-
-def _principal(tokens: Tensor, finest: float) -> Basis:
-    """The principal components of tokens (B, N, D) that a step of `finest` root mean squares still sees."""
-    x = tokens.flatten(0, 1)
-    largest = float(x.abs().max())
-    scaled = x / largest if largest > 0 else x
-    moments = (scaled.T @ scaled / len(scaled)).double().cpu()
-    variances, vectors = torch.linalg.eigh(moments)
-    deviations = variances.clamp_min(0).sqrt().flip(0)
-    num = max(1, int((deviations > 0.15 * finest * deviations.square().mean().sqrt()).sum()))
-    vectors = vectors.flip(1)[:, :num]
-    codes = (vectors * (127 / vectors.abs().amax(dim=0))).round().to(torch.int8)
-    return Basis(codes.contiguous(), len(tokens))
-
-
-def _side(num_patches: int) -> int:
-    """The side of a square grid of so many patches; 0 where they make none."""
-    side = math.isqrt(num_patches)
-    return side if side * side == num_patches else 0
-
-
-@lru_cache(maxsize=8)
-def _cosines(side: int) -> Tensor:
-    """The orthonormal cosine transform, (side, side) float32."""
-    index = torch.arange(side, dtype=torch.float64)
-    table = torch.cos(math.pi / side * (index + 0.5) * index.unsqueeze(1)) * math.sqrt(2 / side)
-    table[0] /= math.sqrt(2)
-    return table.float()
-
-
-def _transform(x: Tensor, num_prefix: int, side: int, *, back: bool = False) -> Tensor:
-    """x (B, N, K) with its grid of patches as frequencies, or back."""
-    table = _cosines(side).to(x.device)
-    table = table.T if back else table
-    rows = table @ x[:, num_prefix:].reshape(len(x), side, -1)
-    grid = table @ rows.view(len(x) * side, side, -1)
-    return torch.cat((x[:, :num_prefix], grid.view(len(x), side * side, -1)), dim=1)
-
-
-@lru_cache(maxsize=64)
-def _groups(num_tokens: int, num_prefix: int, dct: bool) -> components.Groups:
-    """Prefix tokens, and patches, by bands of frequencies where they are frequencies."""
-    prefix, patches = np.arange(num_prefix), np.arange(num_prefix, num_tokens)
-    if not dct:
-        return (prefix, patches)
-    side = _side(len(patches))
-    sums = np.add.outer(np.arange(side), np.arange(side)).ravel()
-    bands = np.searchsorted(BANDS, sums, side="right")
-    return (prefix, *(patches[bands == band] for band in range(len(BANDS) + 1)))

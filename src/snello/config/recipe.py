@@ -66,8 +66,8 @@ class SplitConfig:
     better: samples are then drawn from all that there is."""
     cutmix: float | None = None
     """Share of the samples, in [0, 1], into which the server puts a part of another one's patches, with as much of its
-    label. Default: 0.8 of those that are drawn from what is stored, where few views would be learned by heart, and
-    none of those that come."""
+    label: of those that are drawn from what is stored, by default 0.8, since few views would be learned by heart; and
+    of those that a client sends that trains, by default none."""
     link: str | None = None
     """Report the time that this link would add, as 10mbit/20ms: rate of each direction / time of a round trip."""
 

@@ -1,6 +1,7 @@
 """Split learning: one Vision Transformer in two halves, in one process or across a network.
 
 halves.py       the two halves and their conversation
+labels.py       labels as targets, and for the wire
 build.py        making them from a model and settings
 learner.py      what the training loop drives
 store.py        what a server keeps of a frozen client, and draws from it

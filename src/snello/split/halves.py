@@ -12,7 +12,7 @@ B: samples, N: tokens, D: embed dim, R: rows after merging (B where nothing merg
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,19 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
-from snello.codecs.base import Codec, Context, Decoded, Message, number_type
+from snello.codecs.base import Codec, Context, Decoded, Message
 from snello.config import Recipe
 from snello.data.loaders import Batch
 from snello.devices import Precision, autocast
 from snello.errors import ConfigError, ProtocolError, SnelloWarning
 from snello.methods import make_method
 from snello.seeds import mix
+from snello.split.labels import Labels, Targets, labels_from_arrays, labels_to_arrays, share_of
 from snello.split.store import MIXED, Samples, cutmix
 from snello.split.wire.frames import NOTHING, Flags, Frame, Kind
 from snello.train.optim import make_optimizer, set_lr
 from snello.vit import Counting, ViT
-
-Labels = Literal["server", "client"]
 
 
 class Half:
@@ -143,66 +142,6 @@ class Half:
 
     def _on_device(self, frame: Frame) -> dict[str, Tensor]:
         return {name: value.to(self.device, non_blocking=True) for name, value in frame.arrays.items()}
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the loss compares logits with."""
-
-    values: Tensor
-    """Classes (B,) int64, or their shares in every row, (R, C) float32."""
-    sizes: Tensor | None
-    """(R,) float32: samples in every row; None where every sample is a row of its own."""
-
-    @classmethod
-    def of(cls, labels: Tensor, groups: Tensor | None, num_rows: int, num_classes: int) -> "Targets":
-        """Makes the targets of labels (B,) whose samples went into the rows `groups` (B,)."""
-        if groups is None:
-            return cls(labels, None)
-        counts = torch.zeros(num_rows, num_classes, device=labels.device)
-        counts.index_put_((groups, labels), torch.ones_like(labels, dtype=counts.dtype), accumulate=True)
-        sizes = counts.sum(dim=1)
-        return cls(counts / sizes.unsqueeze(1), sizes)
-
-
-def labels_to_arrays(labels: Tensor, message: Message, num_classes: int) -> dict[str, Tensor]:
-    """Labels (B,) for the wire in the smallest type: ordered by row, with the rows' sizes where samples were merged.
-
-    That says as much as the soft labels (R, C) would, exactly, in B + R numbers.
-    """
-    small = number_type(num_classes - 1)
-    if message.groups is None:
-        return {"labels": labels.to(small)}
-    sizes = message.groups.bincount(minlength=message.num_rows)
-    order = (message.groups * num_classes + labels).argsort()
-    return {"labels": labels[order].to(small), "labels.sizes": sizes.to(number_type(len(labels)))}
-
-
-def labels_from_arrays(arrays: dict[str, Tensor], num_classes: int, num_rows: int) -> Targets:
-    """What `labels_to_arrays` was given, as targets of so many rows.
-
-    Raises:
-        ProtocolError: where labels are missing, out of range, or of another number of rows.
-    """
-    if "labels" not in arrays:
-        raise ProtocolError("a frame of activations came without labels")
-    if any(arrays[name].is_floating_point() for name in ("labels", "labels.sizes") if name in arrays):
-        raise ProtocolError("labels must be whole numbers")
-    rows = arrays["labels.sizes" if "labels.sizes" in arrays else "labels"].numel()
-    if rows != num_rows:  # before memory is taken for them
-        raise ProtocolError(f"labels of {rows} rows came with activations of {num_rows}")
-    labels = arrays["labels"].long()
-    if labels.ndim != 1 or bool((labels < 0).any()) or bool((labels >= num_classes).any()):
-        raise ProtocolError(f"labels must be in 0..{num_classes - 1}")
-    sizes = arrays.get("labels.sizes")
-    if sizes is None:
-        return Targets(labels, None)
-    sizes = sizes.long()
-    num = len(labels)
-    if sizes.ndim != 1 or bool((sizes < 1).any()) or bool((sizes > num).any()) or int(sizes.sum()) != num:
-        raise ProtocolError("the sizes of merged rows do not add up to the number of labels")
-    groups = torch.arange(len(sizes), device=labels.device).repeat_interleave(sizes)
-    return Targets.of(labels, groups, len(sizes), num_classes)
 
 
 @dataclass
@@ -356,14 +295,6 @@ def _array(arrays: dict[str, Tensor], name: str, shape: tuple[int, ...] | None =
     return arrays[name]
 
 
-def _share(arrays: Mapping[str, Tensor]) -> float:
-    """The share of the step that a frame's samples are."""
-    share = arrays.get("labels.share", torch.empty(0))
-    if share.numel() != 1 or not 0 < float(share) <= 1:
-        raise ProtocolError("labels came without their share of the step")
-    return float(share)
-
-
 class ServerHalf(Half):
     """The other blocks and, but in U-shape, the classifier; it never sees a picture."""
 
@@ -402,7 +333,7 @@ class ServerHalf(Half):
             values = features.detach().to(self.codec.feature_dtype)
             return Frame(Kind.FEATURES, frame.step, frame.micro, {"activations": values}, flags)
         targets = labels_from_arrays(arrays, self.num_classes, len(decoded.z))
-        share, mixed = _share(arrays), self.config.split.cutmix
+        share, mixed = share_of(arrays), self.config.split.cutmix
         if mixed and self.mixes(decoded.z.shape[1]):
             samples, seed = self._samples(decoded, targets), mix(self.config.seed, MIXED, frame.step, frame.micro)
             loss = self.learn(cutmix(samples, mixed, self.vit.num_prefix_tokens, seed), share)
@@ -467,7 +398,7 @@ class ServerHalf(Half):
 
     def answer_stored(self, frame: Frame, samples: Samples) -> Frame:
         """Learns from the samples of a frame, and answers it: nothing but the loss goes down."""
-        loss = self.learn(samples, _share(frame.arrays))
+        loss = self.learn(samples, share_of(frame.arrays))
         return Frame(Kind.GRADIENTS, frame.step, frame.micro, {"gradients.loss": loss.view(1)})
 
     def _decode(self, arrays: dict[str, Tensor], *, with_gradient: bool = True, codec: Codec | None = None) -> Decoded:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from snello.codecs.base import Codec, Context
 from snello.errors import SnelloWarning
-from snello.split.halves import Labels, labels_to_arrays
+from snello.split.labels import Labels, labels_to_arrays
 from snello.split.wire.frames import Frame, Kind, sizes
 from snello.vit import ViT
 
