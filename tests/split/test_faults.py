@@ -642,7 +642,8 @@ def test_tls_to_a_server_without(secured, refused):
 
 def test_another_version(scene, refused):
     scene.start(client=Wrong(version=frames.VERSION + 1))
-    refused("client of another version", "version 2", "version 1", "install the same version")
+    other, ours = f"version {frames.VERSION + 1}", f"version {frames.VERSION}"
+    refused("client of another version", other, ours, "install the same version")
     nothing_written(scene)
 
 
