@@ -206,8 +206,8 @@ def fewer_bytes_short(result: dict[str, Any]) -> str:
         "uncompressed": "`none`",
         "auto": "`auto`, the default",
         "small": "`small`",
-        "frozen, auto, 2 epochs sent": "`auto`, the client frozen, 2 epochs sent",
-        SMALLEST: "`smallest`, the client frozen, 3 epochs sent",
+        "frozen, auto, 2 epochs sent": "`auto`, the client frozen, 2 of 12 epochs sent",
+        SMALLEST: "`smallest`, the client frozen, 3 of 20 epochs sent, `--split.replay 5`",
         "ADC as published": "`adc(0.1)`, ADC as published",
     }
     rows = {(row["task"], row["name"]): row for row in result["rows"]}

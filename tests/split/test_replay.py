@@ -255,6 +255,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "accumulate": {"accumulate": 2},
     "epochs": {"client": "epochs:1"},
     "alast": {"method": "alast", "alast": "server"},
+    "alast as it is": {"method": "alast"},
+    "alast, epochs": {"method": "alast", "client": "epochs:1"},
     "no tail": {"replay": 2},
     "no replay": {"replay": 0},
     "mixed": {"cutmix": 0.5},

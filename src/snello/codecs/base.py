@@ -367,7 +367,7 @@ def _check_order(reducers: list[Reducer | Format], number_format: Format, where:
 def _one_format(text: str, flag: str, embed_dim: int, seed: int) -> Format:
     made = [build(part, flag, embed_dim=embed_dim, seed=seed) for part in parse_codec(text, flag)]
     if len(made) != 1 or not isinstance(made[0], Format):
-        raise ConfigError(f"{flag} {text!r}: activations are evaluated in one number format, such as none, bf16, int8")
+        raise ConfigError(f"{flag} {text!r}: activations are evaluated in one number format, as pca(0.5), int8, none")
     made[0].for_evaluation()
     return made[0]
 

@@ -110,10 +110,10 @@ class PCA(nn.Module, Format):
         if options.dct and (side := grid_side(x.shape[1] - num_prefix)) > 1:
             exact = transform(exact, num_prefix, side)
         dct = side > 1
-        codes = (exact.abs() + (1 - DEAD_ZONE)).floor().copysign(exact)
+        codes = exact.abs().add_(1 - DEAD_ZONE).floor_().copysign_(exact)
         if options.centre and is_new:
             self._warn((rms / step) ** 2 * x.numel(), exact, codes)
-        whole = codes.clamp(-(2**31) + 128, 2**31 - 128).to(torch.int32).cpu().numpy()
+        whole = codes.clamp_(-(2**31) + 128, 2**31 - 128).to(torch.int32).cpu().numpy()
         side_bytes, arrays = components.write(whole, groups_of(x.shape[1], num_prefix, dct))
         header = _HEADER.pack(basis.name, step, num_prefix, dct)
         mean_bytes = means.bfloat16().view(torch.int16).cpu().numpy().tobytes() if options.centre else b""

@@ -43,10 +43,10 @@ class SplitConfig:
     """Blocks in the client's half, in 1..depth-1; 0 does not cut."""
     codec: str = "auto"
     """What compresses activations and gradients at the cut, as `pca(2)` or `adc(0.1)+int8`; `snello codecs` lists them.
-    Measured best: `auto` costs no accuracy, `small` at most a point, `smallest` two (docs/codecs.md)."""
+    Best of those measured: `auto` costs half a point, `small` one, `smallest` two on the benchmark (docs/codecs.md)."""
     eval_codec: str = "pca(0.5)"
-    """How activations travel in evaluation, where nothing is merged or dropped: pca(...), none, bf16, fp16, int8,
-    int4, int2."""
+    """How activations travel in evaluation, where nothing is merged or dropped: pca(...), none, bf16, fp16, int8, int4
+    or int2."""
     labels: Literal["server", "client"] = "server"
     """Who has the labels: the server, with classifier and loss, or the client (U-shape: labels never leave it)."""
     alast: Literal["client", "server", "both"] = "both"

@@ -26,7 +26,8 @@ def plot_budgets(run: RunFolder) -> None:
 
 def plot_traffic(run: RunFolder) -> None:
     """Draws accuracy against epochs, training bytes and time, with and without the link, into traffic.png."""
-    _save(traffic_figure(list(run.rows("step")), list(run.rows("eval"))), run.traffic_file)
+    kinds = (list(run.rows(kind)) for kind in ("step", "eval", "replay"))
+    _save(traffic_figure(*kinds), run.traffic_file)
 
 
 def budgets_figure(rows: Rows) -> "Figure":
@@ -50,13 +51,19 @@ def budgets_figure(rows: Rows) -> "Figure":
     return figure
 
 
-def traffic_figure(steps: Rows, evaluations: Rows) -> "Figure":
-    """Draws the accuracy of the evaluations against epochs, megabytes and seconds."""
+def traffic_figure(steps: Rows, evaluations: Rows, alone: Rows | None = None) -> "Figure":
+    """Draws the accuracy of the evaluations against epochs, megabytes and seconds.
+
+    `alone` are the steps that a server took by itself after the last of `steps`.
+    """
     per_epoch = sum(row["epoch"] == 0 for row in steps)
     server = [server_time(row.get("wait_seconds"), row.get("server_seconds")) for row in steps]
     compute = [0.0, *accumulate(row["client_seconds"] + took for row, (_, took) in zip(steps, server, strict=True))]
     link = [0.0, *accumulate(row.get("link_seconds", 0.0) for row in steps)]
     at = [row["step"] for row in evaluations]
+    # What came after the last step came before the last evaluation.
+    compute[-1] += sum(row["server_seconds"] for row in alone or ())
+    compute[-1] += evaluations[-1].get("wait_seconds", 0.0) if evaluations else 0.0
     accuracy = [100 * row["accuracy"] for row in evaluations]
     figure = _figure(11, 3.6)
     by_epoch, by_bytes, by_time = figure.subplots(1, 3, sharey=True)

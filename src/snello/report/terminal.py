@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from snello.config import CodecsConfig
-from snello.config.registry import GOALS
+from snello.config.registry import FROZEN_GOALS, GOALS
 from snello.measure.comparison import Comparison, Progress, compared_with
 from snello.measure.plan import Plan, command, method_label
 from snello.runs.summary import Summary, Traffic
@@ -134,6 +134,9 @@ def print_codecs(config: CodecsConfig, rows: list[dict[str, Any]]) -> None:
         )
     if any(row["measured"] for row in rows):
         print("\n* depends on the pictures: measured on some that ship with snello, the cost of a basis shared out.")
+    if any(row["codec"] in GOALS for row in rows):
+        frozen = ", ".join(f"{name} = {text}" for name, text in FROZEN_GOALS.items())
+        print(f"  With --split.client frozen, where nothing comes down: {frozen}.")
     parts = {part["name"]: part for row in rows for part in row["parts"]}
     for part in parts.values():
         options = f"\n    options: {part['options']}" if part["options"] else ""

@@ -200,7 +200,7 @@ class RunFolder:
     def require_model(self) -> None:
         """Raises a CheckpointError where no epoch has been finished."""
         if not self.model_file.is_file():
-            raise CheckpointError(f"{self.path} holds no model yet: its run has not finished an epoch")
+            raise CheckpointError(f"{self.path} holds no model yet: its run has not been evaluated; resume it")
 
     def require_resumable(self, config: Recipe) -> None:
         """Refuses to resume a run of `snello join`, or one whose checkpoint is gone: it would start over what is there.

@@ -57,6 +57,7 @@ def _row(text: str, shape: Exchange, config: CodecsConfig) -> dict[str, Any]:
     uncompressed = uncompressed_bytes(shape)
     return {
         "codec": text,
+        "stands_for": GOALS.get(text, text),
         "measured": codec.varies,
         "parts": [_part(part.name) for part in parse_codec(text)],
         "uplink_bytes": up,

@@ -27,7 +27,7 @@ def flops(
     state of each half's method, by side; None starts at the beginning.
     """
     frozen, split = config.split.client == "frozen", replace(config.split, max_bytes=None, link=None)
-    split = replace(split, client="trains", send_epochs=None, replay=0, cutmix=None)
+    split = replace(split, send_epochs=None, replay=0, cutmix=None)  # nothing is stored here
     config = replace(config, split=split)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", SnelloWarning)  # said in training already

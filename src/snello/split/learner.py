@@ -62,6 +62,9 @@ class Link(Protocol):
     def metrics(self) -> dict[str, Any]:
         """What is logged of the step: above all the seconds that the other side took."""
 
+    def eval_metrics(self) -> dict[str, Any]:
+        """What is logged of an evaluation."""
+
     def method_metrics(self) -> dict[str, Any] | None:
         """What the method of the server's half says; None where that is not known here."""
 
@@ -221,7 +224,7 @@ class SplitLearner(Learner):
 
     @override
     def eval_metrics(self) -> dict[str, Any]:
-        return {"training_bytes": self.ledger.counters.training}
+        return {"training_bytes": self.ledger.counters.training} | self.link.eval_metrics()
 
     @override
     def describe(self) -> str:
@@ -362,6 +365,10 @@ class LocalLink:
             row |= {"server_steps": self.steps.done, "replay_loss": sum(self._replayed) / len(self._replayed)}
             self._replayed = []
         return row
+
+    def eval_metrics(self) -> dict[str, Any]:
+        """Nothing: the server's steps have rows of their own."""
+        return {}
 
     def method_metrics(self) -> dict[str, Any] | None:
         """What the method of the server's half says."""

@@ -88,9 +88,10 @@ class Ledger:
         begun = list(takewhile(lambda total: total <= left, accumulate(self._step_bytes)))
         steps = epochs * len(self._step_bytes) + len(begun)
         if steps == 0:
+            takes = "that one step may take" if self.codec.varies else "of one step"
             raise ConfigError(
-                f"--split.max-bytes {self.config.split.max_bytes} is less than the {self._step_bytes[0]} bytes of one "
-                "step: raise it, or use a smaller --batch-size or a codec that sends less"
+                f"--split.max-bytes {self.config.split.max_bytes} is less than the {self._step_bytes[0]} bytes {takes}: "
+                "raise it, or use a smaller --batch-size or a codec that sends less"
             )
         return steps
 

@@ -167,7 +167,7 @@ class ServerSteps:
             CheckpointError: where the store is gone or damaged.
         """
         self.go_to(step, state.get("done"))
-        if self.store is not None:
+        if self.store is not None and self.done < self.schedule.server_steps:  # else nothing is drawn from it any more
             self.store.load_state_dict(state["store"])
 
     @property

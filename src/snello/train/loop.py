@@ -160,7 +160,13 @@ class Trainer:
     def interrupted(self) -> Interrupted:
         """The exception for a run that was asked to stop."""
         at = f"stopped after step {self.progress.step} of {self.total_steps}"
-        return Interrupted(f"{at}; resume with: {self.place.command()}")
+        left = self.learner.behind() if self.progress.step == self.total_steps else 0
+        if left and self.place.server is None:
+            at = f"stopped with {left} steps left on what is stored"
+        elif left:
+            at = f"all is sent: the server takes its last {left} steps by itself"
+        goal = "fetch the result" if left and self.place.server is not None else "resume"
+        return Interrupted(f"{at}; {goal} with: {self.place.command()}")
 
     def finish(self) -> Summary:
         """Ends the run wherever it lives, doing lost steps again, and returns the summary that it saves."""
@@ -242,7 +248,7 @@ class Trainer:
 
     def _summary(self) -> Summary:
         """The run's result, without costs."""
-        rows = [row for row in self.run.rows() if row["kind"] in ("step", "replay")]
+        rows = [row for row in self.run.rows() if row["kind"] in ("step", "replay") or "wait_seconds" in row]
         at, config = self.progress, self.config
         return Summary(
             accuracy=at.accuracy,
@@ -251,7 +257,7 @@ class Trainer:
             best_epoch=at.best_epoch,
             epochs=at.epochs,
             steps=at.step,
-            train_time_s=round(sum(row["seconds"] for row in rows), 3),
+            train_time_s=round(sum(row.get("seconds", row.get("wait_seconds", 0)) for row in rows), 3),
             num_classes=len(self.splits.train.classes),
             method=config.method_name,
             model=config.model,

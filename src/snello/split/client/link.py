@@ -20,6 +20,7 @@ class NetworkLink:
 
     def __init__(self, connection: Connection, *, replays: bool = False) -> None:
         self.connection, self._replays = connection, replays
+        self._alone = 0.0
         self._left: int | None = None  # steps that the server has to take by itself; None where it was not asked
         self._step = 0
         self._flags = NOTHING  # what the next frame says of the step before
@@ -55,9 +56,15 @@ class NetworkLink:
 
     def catch_up(self) -> dict[str, Any]:
         """Gives the server time for some of them; it logs them itself."""
+        started = time.perf_counter()
         time.sleep(ASK_SECONDS)
         self._left = self._ask()
+        self._alone += time.perf_counter() - started
         return {}
+
+    def eval_metrics(self) -> dict[str, Any]:
+        """The seconds of waiting for steps that the server took by itself."""
+        return {"wait_seconds": round(self._alone, 4)} if self._alone else {}
 
     def _ask(self) -> int:
         left = control_values(self.connection.request(control(Kind.WAIT, {}), self._step)).get("left")

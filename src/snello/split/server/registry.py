@@ -221,10 +221,11 @@ class Registry:
 
     def _make(self, client: str, session: str, plan: RunShape, sizes: Sizes) -> TrainingSession:
         run = self._folder(client, session)
-        run.path.mkdir(parents=True, exist_ok=True)
+        self.run.path.mkdir(parents=True, exist_ok=True)
         upper = self._shared_half(plan, sizes) if self._is_shared else self._new_half(sizes.terms.num_classes)
         made = TrainingSession(client, run, upper, sizes, plan, self.config)
         self._require_disk(made)
+        run.path.mkdir(parents=True, exist_ok=True)
         return made
 
     def _require_disk(self, session: TrainingSession) -> None:
@@ -238,7 +239,7 @@ class Registry:
                 file = other.run.store_file
                 used[file] = max(used.get(file, 0), other.stored_disk)
         had = used.pop(own, 0)
-        held, free = sum(used.values()), shutil.disk_usage(session.run.path).free
+        held, free = sum(used.values()), shutil.disk_usage(self.run.path).free
         room = parse_bytes(self.config.max_disk, "--max-disk") - held
         if need > room or need - had > free:
             text = f"the store of this run needs up to {need} bytes on the server's disk; others hold {held}"
