@@ -46,7 +46,7 @@ class Setting:
     epochs: int = EPOCHS
     send_epochs: int | None = None
     """Of a frozen client; None for one that trains."""
-    replay: int | None = None
+    replay: int = 0
     """Steps on stored samples after each one that is sent; the others follow when all is sent."""
     cutmix: float | None = None
     tasks: tuple[str, ...] = ("cifar", "fashion")
@@ -60,9 +60,9 @@ SETTINGS = (
     Setting("auto", "pca(1)"),
     Setting("small", "pca(1.5, down=1)"),
     Setting("smallest", "pca(2)"),
-    Setting("frozen, auto, 2 epochs sent", "pca(2)", 12, 2, 0, group=FROZEN),
-    Setting("frozen, small, 3 epochs sent", "pca(3)", 20, 3, 0, group=FROZEN),
-    Setting("frozen, smallest, 3 epochs sent", "pca(4.5)", 20, 3, 0, group=FROZEN),
+    Setting("frozen, auto, 2 epochs sent", "pca(2)", 12, 2, group=FROZEN),
+    Setting("frozen, small, 3 epochs sent", "pca(3)", 20, 3, group=FROZEN),
+    Setting("frozen, smallest, 3 epochs sent", "pca(4.5)", 20, 3, group=FROZEN),
     Setting("frozen, auto, 2 epochs sent, replayed between", "pca(2)", 12, 2, 5, group=FROZEN),
     Setting("frozen, small, 3 epochs sent, replayed between", "pca(3)", 20, 3, 5, group=FROZEN),
     Setting("frozen, smallest, 3 epochs sent, replayed between", "pca(4.5)", 20, 3, 5, group=FROZEN),

@@ -90,8 +90,8 @@ class Ledger:
         if steps == 0:
             takes = "that one step may take" if self.codec.varies else "of one step"
             raise ConfigError(
-                f"--split.max-bytes {self.config.split.max_bytes} is less than the {self._step_bytes[0]} bytes {takes}: "
-                "raise it, or use a smaller --batch-size or a codec that sends less"
+                f"--split.max-bytes {self.config.split.max_bytes} is less than the {self._step_bytes[0]} bytes {takes}"
+                ": raise it, or use a smaller --batch-size or a codec that sends less"
             )
         return steps
 
