@@ -647,6 +647,21 @@ def test_another_version(scene, refused):
     nothing_written(scene)
 
 
+def test_both_sides_are_killed_under_tls_while_a_server_replays(secured, same):
+    secured.recipe = FROZEN
+    secured.start(seconds=0.02)
+    until(lambda: secured.out.exists() and len(rows_of(secured.out, "step")) >= 4, "four steps")
+    secured.server.kill()
+    secured.serve(resume=True).wait_for("listening on")
+    until(lambda: len(rows_of(secured.out, "step")) >= SENT - 1, "nearly all steps")
+    secured.client.kill()
+    secured.join(resume=True)
+    until(lambda: replayed(secured) > SENT or not secured.client.alive, "a step of the server after the last frame")
+    secured.server.kill()
+    secured.serve(resume=True)
+    same("kill -9 of both under TLS", "while a client sends and while the server goes on by itself")
+
+
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_bit_flips_under_tls(secured, same, direction):
     secured.start(seconds=0.02)
