@@ -220,7 +220,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 def test_a_run_without_a_finished_epoch_is_refused(run):
     (run / "model.safetensors").unlink()
-    refused(ExportConfig(run), CheckpointError, "not finished an epoch")
+    refused(ExportConfig(run), CheckpointError, "holds no model yet")
 
 
 def test_a_damaged_model_is_refused(run):

@@ -731,8 +731,8 @@ def test_sigterm_to_the_server_at_the_end(scene, same):
 
 def resume_line(client: Child) -> str:
     line = only_error(client)
-    assert "; resume with: snello join " in line
-    return line.split("resume with: ")[1]
+    assert re.search("; (resume|fetch the result) with: snello join ", line)
+    return line.partition(" with: ")[2]
 
 
 @pytest.mark.parametrize("how", ["plain", "TLS", pytest.param("a folder's client")])

@@ -168,7 +168,7 @@ def test_where_steps_differ_in_bytes_the_learning_rate_goes_by_them(split):
 def test_a_budget_that_holds_no_step_is_refused(split):
     with pytest.raises(ConfigError, match=r"--split\.max-bytes 1kB is less than the \d+ bytes of one step"):
         finetune(with_codec(split, "none", max_bytes="1kB"), QUIET)
-    with pytest.raises(ConfigError, match=r"--split\.max-bytes 1kB is less than the \d+ bytes of one step"):
+    with pytest.raises(ConfigError, match=r"--split\.max-bytes 1kB is less than the \d+ bytes that one step may take"):
         finetune(with_codec(split, "pca(1)", max_bytes="1kB"), QUIET)
     assert not split.out.exists()
 

@@ -157,7 +157,8 @@ class ServerSteps:
         """Between steps: what was stored, and the steps taken on it, as values that JSON can hold."""
         if self.store is None:
             return {}
-        self.store.sync()
+        if self._draws:
+            self.store.sync()
         return {"done": self.done, "store": self.store.state_dict()}
 
     def load_state_dict(self, step: int, state: Mapping[str, Any]) -> None:
@@ -167,8 +168,15 @@ class ServerSteps:
             CheckpointError: where the store is gone or damaged.
         """
         self.go_to(step, state.get("done"))
-        if self.store is not None and self.done < self.schedule.server_steps:  # else nothing is drawn from it any more
+        if self.store is not None and self._draws:
             self.store.load_state_dict(state["store"])
+        elif self.store is not None:
+            self.store.recall(state["store"])
+
+    @property
+    def _draws(self) -> bool:
+        """Whether there are steps on stored samples yet: after the last, the store may go."""
+        return self.done < self.schedule.server_steps
 
     @property
     def between_steps(self) -> bool:

@@ -189,11 +189,15 @@ class Store:
                     file.truncate(begin)
         except OSError as error:
             raise self._lost(error.strerror or error) from error
-        self._ends, self._sums, self._keys = list(state["ends"]), list(state["sums"]), list(state["keys"])
+        self.recall(state)
         self._decoded.clear()
         self.decode.restore(None)
         for index in self._keys:
             self.samples(index)
+
+    def recall(self, state: dict[str, Any]) -> None:
+        """Knows again what was stored, without looking whether it is there."""
+        self._ends, self._sums, self._keys = list(state["ends"]), list(state["sums"]), list(state["keys"])
 
     def _read(self, index: int) -> Frame:
         begin = self._ends[index - 1] if index else 0
