@@ -49,8 +49,11 @@ class Options:
     """What one direction is written with."""
 
     step: float
+    """Of rounding, in the root mean square of what is written, > 0."""
     centre: bool
+    """Whether the mean prefix token and the mean patch are taken off, and travel apart."""
     dct: bool
+    """Whether patches on a square grid go through a cosine transform."""
 
 
 class Way:

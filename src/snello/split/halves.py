@@ -10,7 +10,6 @@ nothing more to say. Where the frames travel is another's business.
 B: samples, N: tokens, D: embed dim, R: rows after merging (B where nothing merges), C: classes.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 
 from snello.codecs.base import Codec, Context, Decoded, Message
+from snello.codecs.frequencies import grid_side
 from snello.config import Recipe
 from snello.data.loaders import Batch
 from snello.devices import Precision, autocast
@@ -295,6 +295,11 @@ def _array(arrays: dict[str, Tensor], name: str, shape: tuple[int, ...] | None =
     return arrays[name]
 
 
+def overflowed(gradients: Iterable[Tensor | None]) -> bool:
+    """Whether a gradient, of any shape, holds NaN or infinite values."""
+    return not all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
+
+
 class ServerHalf(Half):
     """The other blocks and, but in U-shape, the classifier; it never sees a picture."""
 
@@ -372,7 +377,7 @@ class ServerHalf(Half):
     def mixes(self, num_tokens: int) -> bool:
         """Whether samples of so many tokens can be mixed: every patch of a square grid must be there."""
         patches = num_tokens - self.vit.num_prefix_tokens
-        whole = patches == self.vit.num_patches and math.isqrt(patches) ** 2 == patches
+        whole = patches == self.vit.num_patches and grid_side(patches) > 0
         if not whole:
             text = "--split.cutmix has no effect where the codec drops patches, or their grid is not square"
             warnings.warn(text, SnelloWarning, stacklevel=2)
@@ -380,8 +385,7 @@ class ServerHalf(Half):
 
     def overflows(self) -> bool:
         """Whether a gradient overflowed in half precision."""
-        gradients = (p.grad for p in self.parameters() if p.grad is not None)
-        return self.scaler.is_enabled() and not all(bool(g.isfinite().all()) for g in gradients)
+        return self.scaler.is_enabled() and overflowed(p.grad for p in self.parameters())
 
     def learn(self, samples: Samples, share: float) -> Tensor:
         """Adds the gradient of samples that are `share` of a step; returns their part of its loss, () float32."""

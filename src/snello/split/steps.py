@@ -16,7 +16,7 @@ from snello.errors import ProtocolError, TrainingError
 from snello.runs.folder import RunFolder
 from snello.seeds import mix
 from snello.split.build import modules_of
-from snello.split.halves import ServerHalf
+from snello.split.halves import ServerHalf, overflowed
 from snello.split.store import MIXED, Samples, Store, cutmix, draw
 from snello.split.wire.frames import Flags, Frame, Kind
 from snello.split.wire.refusals import Code, Refused
@@ -347,7 +347,7 @@ class ServerSteps:
             return answer
         self.step, self.micro, self.due = self.step + 1, 0, True
         if self.model.half.scaler.is_enabled() and not self._overflow:
-            self._overflow = not all(bool(g.isfinite().all()) for g in self._gradients or () if g is not None)
+            self._overflow = overflowed(self._gradients or ())
             if self._overflow:
                 return Frame(answer.kind, answer.step, answer.micro, answer.arrays, answer.flags | Flags.OVERFLOW)
         return answer

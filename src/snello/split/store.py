@@ -6,7 +6,6 @@ The file only grows; how far it belongs to a checkpoint, the checkpoint says. Wh
 the client sends it again.
 """
 
-import math
 import os
 import zlib
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from snello.codecs.frequencies import grid_side
 from snello.errors import CheckpointError, ProtocolError
 from snello.runs.folder import RunFolder
 from snello.split.wire import frames
@@ -245,7 +245,7 @@ def cutmix(samples: Samples, share: float, num_prefix_tokens: int, seed: int) ->
     Source: CutMix, arXiv:1905.04899; on activations of a cut model as CutMixSL, arXiv:2207.00234.
     """
     generator = torch.Generator().manual_seed(seed)
-    B, side = len(samples.z), math.isqrt(samples.z.shape[1] - num_prefix_tokens)
+    B, side = len(samples.z), grid_side(samples.z.shape[1] - num_prefix_tokens)
     order = torch.randperm(B, generator=generator)
     area = torch.rand(B, generator=generator) * (torch.rand(B, generator=generator) < share)
     length = (area.sqrt() * side).round().unsqueeze(1)
