@@ -190,6 +190,9 @@ class Recipe:
     """Precision of the forward pass; `auto` is bf16 where the device computes in it natively."""
     attention: Literal["auto", "fused", "explicit"] = "auto"
     """How attention is computed; `auto` measures once which is faster here."""
+    exact_savings: bool = True
+    """Compute and keep less in a step for the same gradients, up to rounding: the last block only for the tokens that
+    the classifier reads, and the MLPs without GELU's output, which the backward pass computes again."""
     grad_checkpointing: bool = False
     """Keep only the inputs of the blocks for the backward pass and compute the rest again: less memory, more time."""
     eval_epochs: int | None = None

@@ -75,6 +75,7 @@ def make_method(vit: ViT, config: Recipe, name: str | None = None) -> Method:
     """
     if config.grad_checkpointing:
         vit.set_grad_checkpointing(True)
+    vit.set_exact_savings(config.exact_savings, mlp=not config.grad_checkpointing)
     method: Method = find(METHODS[name or config.method_name])(vit, config)
     return method
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from snello.config.methods import DropAt
 from snello.errors import ModelError
-from snello.vit import tokens
+from snello.vit import savings, tokens
 from snello.vit.context import ForwardContext, Passes
 from snello.vit.rules import TokenRule
 from snello.vit.rules.drop import Drop
@@ -63,7 +63,10 @@ class BlockAdapter(ABC):
     is_last = False
     """Whether a forward pass ends with this block."""
     observer: BlockObserver | None = None
+    reads: int | None = None
+    """The leading tokens whose values somebody reads after this block, the others need not be computed; None: all."""
     _watched = False
+    _mlp: nn.Module | None = None
 
     def __init__(self, block: Any, index: int, num_prefix_tokens: int, has_cls: bool) -> None:
         self.block, self.index = block, index
@@ -74,11 +77,19 @@ class BlockAdapter(ABC):
     # What a library's blocks differ in.
 
     @abstractmethod
-    def attend(self, x: Tensor, bias: Tensor | None = None, **arguments: Any) -> Tensor:
-        """Attention and its residual on x (B, N, D), (B, N, D).
+    def attend(self, x: Tensor, bias: Tensor | None = None, rows: int | None = None, **arguments: Any) -> Tensor:
+        """Attention and its residual on x (B, N, D): (B, N, D), or the first `rows` tokens alone, (B, rows, D).
 
         `bias` (B, 1, 1, N) is added to the logits of every key; `arguments` found those of the block's own attention.
         """
+
+    @abstractmethod
+    def queries_alone(self) -> bool:
+        """Whether the attention of some tokens can be computed without that of the others."""
+
+    @abstractmethod
+    def mlp_layers(self) -> tuple[nn.Module, savings.Layers] | None:
+        """The block's MLP and its linear layers, where it is two of them with exact GELU between; None otherwise."""
 
     @abstractmethod
     def feed(self, h: Tensor) -> Tensor:
@@ -123,20 +134,53 @@ class BlockAdapter(ABC):
         self.block.forward = self.forward
 
     def detach(self) -> None:
-        """Restores the block's forward; does nothing where nothing is attached."""
+        """Ends `attach`; does nothing where nothing is attached."""
         if self.observer is None:
             return
         self.observer = None
-        del self.block.forward
         if not self._watched:
             self.release()
+        self._restore()
+
+    def save_exactly(self, reads: int | None, mlp: bool) -> None:
+        """Computes no other tokens than the first `reads`, and keeps less of the MLP for the backward pass; or not."""
+        self.reads = reads
+        if reads is not None:
+            self.block.forward = self.forward
+        self._restore()
+        found = self.mlp_layers() if mlp else None
+        if found is not None:
+            self._mlp = found[0]
+            savings.recompute_gelu(*found)
+        elif self._mlp is not None:
+            savings.restore(self._mlp)
+            self._mlp = None
+
+    def _restore(self) -> None:
+        """Gives the block its own forward back where nothing needs ours."""
+        if self.observer is None and self.reads is None:
+            vars(self.block).pop("forward", None)
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the forward of the block is ours now."""
+        return self.block.training and (self.observer is not None or self.reads is not None)
+
+    def computes(self) -> tuple[int | None, int | None]:
+        """The leading tokens that attention and MLP work on in training mode; None: on all of them."""
+        # Noise is drawn for as many tokens as there are, so with fewer of them it would be other noise.
+        if self.reads is None or self._watched or savings.listened(self.block) or _draws_noise(self.block):
+            return None, None
+        return self.reads if self.queries_alone() else None, self.reads
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """The block on x (B, N, D); returns (B, K, D), where K = N unless the observer drops or merges tokens."""
+        """The block on x (B, N, D); returns (B, K, D), where K = N unless tokens are dropped, merged or not read."""
         observer, passes = self.observer, self.passes
-        if observer is None or not self.block.training:
+        if not self.replaced:
             y: Tensor = type(self.block).forward(self.block, x, *args, **options)
             return y
+        if observer is None:
+            return self._alone(x, args, options)
         if not recomputing():
             if self.index == 0:
                 passes.begin()
@@ -165,6 +209,10 @@ class BlockAdapter(ABC):
         if arguments is None:
             raise ModelError("attention masks are not supported while tokens are dropped: detach first")
         context.arguments = arguments
+        if self.computes()[1] is not None:
+            z = self._read(x, context)
+            self._record(observer, context, x, z)
+            return z
         rule, num_keep = observer.rule, context.num_keep
         reducing = num_keep < x.shape[1] - self.num_prefix_tokens
         if not reducing and context.sizes is None:
@@ -181,15 +229,25 @@ class BlockAdapter(ABC):
         return rule.reduce(z, context, num_keep) if reducing else z
 
     def _attend(self, context: ForwardContext, x: Tensor, scoring: bool) -> Tensor:
-        # A token that stands for n patches counts n times in the softmax.
-        sizes = context.sizes
-        bias = None if sizes is None else sizes.log()[:, None, None].to(_matmul_dtype(x))
         context.scoring = scoring
-        h = self.attend(x, bias, **context.arguments)
+        h = self.attend(x, _bias(context.sizes, x), **context.arguments)
         context.scoring = False
         if scoring:
-            context.scores = self._scores(context, self.has_cls, keep=self._watched, sizes=sizes)
+            context.scores = self._scores(context, self.has_cls, keep=self._watched, sizes=context.sizes)
         return h
+
+    def _alone(self, x: Tensor, args: tuple[Any, ...], options: Any) -> Tensor:
+        """The block that nobody observes, on the tokens that are read."""
+        arguments = self.arguments(*args, **options)
+        if arguments is None or self.computes()[1] is None:
+            y: Tensor = inspect.unwrap(type(self.block).forward)(self.block, x, *args, **options)
+            return y
+        return self._read(x, ForwardContext(self.num_prefix_tokens, self.index, arguments=arguments))
+
+    def _read(self, x: Tensor, context: ForwardContext) -> Tensor:
+        """The tokens that are read, (B, R, D), after the block."""
+        queries, read = self.computes()
+        return self.feed(self.attend(x, _bias(context.sizes, x), queries, **context.arguments)[:, :read])
 
     @torch.no_grad()
     def _record(self, observer: BlockObserver, context: ForwardContext, x: Tensor, y: Tensor) -> None:
@@ -225,6 +283,19 @@ class BlockAdapter(ABC):
         if sizes is not None:
             logits += sizes.log()[:, None, None]
         return logits.softmax(dim=-1).mean(dim=(1, 2))
+
+
+def _bias(sizes: Tensor | None, x: Tensor) -> Tensor | None:
+    """What makes a token that stands for n patches count n times in the softmax: (B, 1, 1, N), on the logits."""
+    return None if sizes is None else sizes.log()[:, None, None].to(_matmul_dtype(x))
+
+
+def _draws_noise(block: nn.Module) -> bool:
+    """Whether dropout is on in a block; drop path draws per picture, not per token."""
+    parts = list(block.modules())
+    return any(isinstance(part, nn.Dropout) and part.p > 0 for part in parts) or any(
+        getattr(part, "attention_dropout", 0) > 0 for part in parts
+    )
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:

@@ -32,6 +32,8 @@ class Family(ABC):
     embed_dim: int
     features_shape: tuple[int, ...]
     """Of what the classifier sees of one sample."""
+    reads: int | None
+    """The leading tokens that the classifier reads after the last block; None: all, or there is no classifier here."""
     embeddings: tuple[str, ...]
     """What the names of the parameters of patch, position and prefix embeddings begin with."""
     tables: tuple[str, ...]
@@ -78,6 +80,7 @@ class Family(ABC):
             if hasattr(self.model, name):
                 setattr(upper if head_below else lower, name, nn.Identity())
         below, above = type(self)(lower), type(self)(upper)
+        below.reads = None  # all of them cross the cut
         above.num_patches, above.patch_size = self.num_patches, self.patch_size
         return below, above
 

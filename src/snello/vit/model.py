@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from snello.errors import ConfigError, ModelError
-from snello.vit.blocks import AttentionPath, BlockObserver, Score
+from snello.vit.blocks import AttentionPath, BlockAdapter, BlockObserver, Score
 from snello.vit.context import ForwardContext, Passes
 from snello.vit.family import Family
 from snello.vit.timm_family import TimmFamily
@@ -84,6 +84,21 @@ class ViT:
         """Keeps only the blocks' inputs for the backward pass, which computes the rest again; or no longer."""
         self.family.set_grad_checkpointing(on)
 
+    def set_exact_savings(self, on: bool, *, mlp: bool = True) -> None:
+        """Computes and keeps less in training mode, for the same gradients up to rounding; or no longer.
+
+        The last block works only on the tokens that the classifier reads: `model.forward_features` then returns no
+        others. Where it pools patches, and where something watches the block, on all. The MLPs compute GELU again in
+        the backward pass, which has no use with gradient checkpointing: `mlp` leaves it out. Eval mode is untouched.
+        """
+        for adapter in self._adapters:
+            adapter.save_exactly(self.family.reads if on and adapter.is_last else None, on and mlp)
+
+    @property
+    def last_rows(self) -> tuple[int | None, int | None]:
+        """The leading tokens that attention and MLP of the last block work on in training mode; None: on all."""
+        return self._adapters[-1].computes()
+
     def cut(self, blocks: int, *, head_below: bool = False) -> tuple["ViT", "ViT"]:
         """Two Vision Transformers that together are this one: embeddings and the first `blocks` blocks, and the rest.
 
@@ -153,7 +168,8 @@ class ViT:
     @property
     def attached(self) -> bool:
         """Whether something observes the blocks."""
-        return any("forward" in vars(block) for block in self.blocks)
+        owners = (getattr(vars(block)["forward"], "__self__", None) for block in self.blocks if "forward" in vars(block))
+        return any(not isinstance(owner, BlockAdapter) or owner.observer is not None for owner in owners)
 
     @property
     def observer(self) -> BlockObserver | None:

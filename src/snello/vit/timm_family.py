@@ -2,14 +2,17 @@
 
 from typing import Any
 
+from timm.layers import Mlp
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.functional import linear, scaled_dot_product_attention
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from snello.vit.blocks import AttentionPath, BlockAdapter
 from snello.vit.family import Family, keep_blocks, unsupported
+from snello.vit.savings import Layers, listened
 
 POOLS = ("token", "avg", "avgmax", "max")
 
@@ -37,7 +40,9 @@ class TimmFamily(Family):
             self.num_patches = int(model.patch_embed.num_patches)
             self.patch_size = max(model.patch_embed.patch_size)
         self.embed_dim = model.embed_dim
-        self.features_shape = (2, self.embed_dim) if hasattr(model, "head_dist") else (self.embed_dim,)
+        read = 2 if hasattr(model, "head_dist") else 1
+        self.features_shape = (2, self.embed_dim) if read == 2 else (self.embed_dim,)
+        self.reads = None if self.pools_patches else read
 
     @override
     def adapter(self, block: Any, index: int) -> "TimmBlock":
@@ -103,10 +108,45 @@ class TimmBlock(BlockAdapter):
         self.block.attn.fused_attn = path == "fused"
 
     @override
-    def attend(self, x: Tensor, bias: Tensor | None = None, **arguments: Any) -> Tensor:
-        block = self.block
-        y: Tensor = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), attn_mask=bias, **arguments)))
+    def attend(self, x: Tensor, bias: Tensor | None = None, rows: int | None = None, **arguments: Any) -> Tensor:
+        block, normed = self.block, self.block.norm1(x)
+        if rows is None:
+            attended = block.attn(normed, attn_mask=bias, **arguments)
+        else:
+            x, attended = x[:, :rows], self._attended(normed, bias, rows)
+        y: Tensor = x + block.drop_path1(block.ls1(attended))
         return y
+
+    def _attended(self, x: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+        """What `Attention` makes of x (B, N, D), of its first tokens alone, (B, rows, D)."""
+        attn: Any = self.block.attn
+        width = attn.num_heads * attn.head_dim
+        of_q, of_kv = attn.qkv.weight.split([width, 2 * width])
+        bias_q, bias_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([width, 2 * width])
+        q = linear(x[:, :rows], of_q, bias_q).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
+        k, v = linear(x, of_kv, bias_kv).unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        if attn.fused_attn:
+            y = scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            logits = (q * attn.scale) @ k.transpose(-2, -1)
+            y = (logits if bias is None else logits + bias).softmax(dim=-1) @ v
+        made: Tensor = attn.proj(y.transpose(1, 2).flatten(2))
+        return made
+
+    @override
+    def queries_alone(self) -> bool:
+        attn = self.block.attn
+        others = [hook for hook in attn.qkv._forward_hooks if self._hook is None or hook != self._hook.id]
+        return type(attn.qkv) is nn.Linear and not others and not attn.qkv._forward_pre_hooks and not listened(attn)
+
+    @override
+    def mlp_layers(self) -> tuple[nn.Module, Layers] | None:
+        mlp = self.block.mlp
+        if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity) or mlp.drop1.p or mlp.drop2.p:
+            return None
+        exact = type(mlp.act) is nn.GELU and mlp.act.approximate == "none" and not listened(mlp.act)
+        return (mlp, (mlp.fc1, mlp.fc2)) if exact else None
 
     @override
     def feed(self, h: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.activations import GELUActivation
 from transformers.models.deit import modeling_deit as deit
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as registers
@@ -23,6 +24,7 @@ from typing_extensions import override
 from snello.errors import ModelError
 from snello.vit.blocks import AttentionPath, BlockAdapter
 from snello.vit.family import Family, keep_blocks, shell, unsupported
+from snello.vit.savings import Layers, listened
 
 OBSERVED = "snello_observed"
 """Our name in transformers' attention interface."""
@@ -79,6 +81,7 @@ class TransformersFamily(Family):
             self.num_patches, self.patch_size = int(patches.num_patches), max(patches.patch_size)
         self.embed_dim = D = config.hidden_size
         self._has_teacher = type(model) is deit.DeiTForImageClassificationWithTeacher
+        self.reads = None if self.pools_patches else 2 if self._has_teacher else 1
         self.features_shape = (2 * D,) if self.pools_patches else (2, D) if self._has_teacher else (D,)
 
     def _base(self, model: nn.Module) -> Any:
@@ -164,7 +167,7 @@ class TransformersBlock(BlockAdapter):
         call: Any = partial(super().forward, **options)
         # Their layers checkpoint in the forward that ours replaces, a wrapper around the plain one.
         wrapped = block.gradient_checkpointing and hasattr(type(block).forward, "__wrapped__")
-        if wrapped and self.observer is not None and block.training and torch.is_grad_enabled():
+        if wrapped and self.replaced and torch.is_grad_enabled():
             call = partial(block._gradient_checkpointing_func, call)
         y: Tensor = call(x, *args)
         return y
@@ -207,14 +210,38 @@ class TransformersBlock(BlockAdapter):
         return q[:, :, :1] if from_cls else q, k, scale
 
 
+    def attended(self, x: Tensor, bias: Tensor | None, rows: int | None, arguments: dict[str, Any]) -> Tensor:
+        """What the attention makes of x (B, N, D), or of its first tokens alone, (B, rows, D)."""
+        attention: Any = self.block.attention
+        made: Tensor
+        if rows is None:
+            made = attention(x, attention_mask=bias, **arguments)[0]
+            return made
+        q = attention.q_proj(x[:, :rows])
+        q, k, v = (y.unflatten(2, (-1, attention.head_dim)).transpose(1, 2) for y in (q, *_keys_values(attention, x)))
+        call, scale = _implementation(attention, attention.config._attn_implementation), attention.scaling
+        made = attention.o_proj(call(attention, q, k, v, bias, dropout=0.0, scaling=scale, **arguments)[0].flatten(2))
+        return made
+
+    @override
+    def queries_alone(self) -> bool:
+        return not listened(self.block.attention)
+
+    @override
+    def mlp_layers(self) -> tuple[nn.Module, Layers] | None:
+        mlp = self.block.mlp
+        exact = type(getattr(mlp, "activation_fn", None)) is GELUActivation and not listened(mlp.activation_fn)
+        return (mlp, (mlp.fc1, mlp.fc2)) if type(mlp) in MLPS and exact else None
+
+
 class ViTBlock(TransformersBlock):
     """ViT's and DeiT's layer."""
 
     @override
-    def attend(self, x: Tensor, bias: Tensor | None = None, **arguments: Any) -> Tensor:
+    def attend(self, x: Tensor, bias: Tensor | None = None, rows: int | None = None, **arguments: Any) -> Tensor:
         block = self.block
-        attended = block.attention(block.layernorm_before(x), attention_mask=bias, **arguments)[0]
-        y: Tensor = block.dropout(attended) + x
+        attended = self.attended(block.layernorm_before(x), bias, rows, arguments)
+        y: Tensor = block.dropout(attended) + x[:, :rows]
         return y
 
     @override
@@ -228,10 +255,10 @@ class Dinov2Block(TransformersBlock):
     """DINOv2's layer, with LayerScale and drop path."""
 
     @override
-    def attend(self, x: Tensor, bias: Tensor | None = None, **arguments: Any) -> Tensor:
+    def attend(self, x: Tensor, bias: Tensor | None = None, rows: int | None = None, **arguments: Any) -> Tensor:
         block = self.block
-        attended = block.attention(block.norm1(x), attention_mask=bias, **arguments)[0]
-        y: Tensor = block.drop_path(block.layer_scale1(attended)) + x
+        attended = self.attended(block.norm1(x), bias, rows, arguments)
+        y: Tensor = block.drop_path(block.layer_scale1(attended)) + x[:, :rows]
         return y
 
     @override
@@ -247,6 +274,8 @@ BLOCKS: tuple[tuple[Any, Any, type[TransformersBlock]], ...] = (
     (dinov2.Dinov2Layer, dinov2.Dinov2Attention, Dinov2Block),
     (registers.Dinov2WithRegistersLayer, registers.Dinov2WithRegistersAttention, Dinov2Block),
 )
+MLPS: tuple[Any, ...] = (vit.ViTMLP, deit.DeiTMLP, dinov2.Dinov2MLP, registers.Dinov2WithRegistersMLP)
+"""Two linear layers with an activation between them."""
 
 
 def _own_config(attention: Any) -> PreTrainedConfig:
@@ -276,11 +305,17 @@ def _observed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask
     if module in _watches:  # not in a deep copy
         for adapter in _watches[module].adapters:
             adapter.see(query, key, options["scaling"])
-    eager = sys.modules[type(module).__module__].eager_attention_forward
     config: Any = module.config
-    wrapped = config.snello_wraps
-    implementation = AttentionInterface().get_interface(wrapped, eager)
-    return implementation(module, query, key, value, mask, **options)
+    return _implementation(module, config.snello_wraps)(module, query, key, value, mask, **options)
+
+
+def _implementation(attention: nn.Module, name: str) -> Any:
+    eager = sys.modules[type(attention).__module__].eager_attention_forward
+    return AttentionInterface().get_interface(name, eager)
+
+
+def _keys_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    return attention.k_proj(x), attention.v_proj(x)
 
 
 AttentionInterface.register(OBSERVED, _observed)
