@@ -73,6 +73,12 @@ WRONG = [
     (AugmentConfig, "rand_ops", -1, "--augment.rand-ops"),
     (AugmentConfig, "rand_magnitude", -1, "--augment.rand-magnitude"),
     (AugmentConfig, "rand_magnitude", 31, "--augment.rand-magnitude"),
+    (AugmentConfig, "mixup", -0.1, "--augment.mixup"),
+    (AugmentConfig, "mixup", float("nan"), "--augment.mixup"),
+    (AugmentConfig, "mixup", 0.009, "--augment.mixup"),  # torch's Beta in float32 is none there
+    (AugmentConfig, "cutmix", -1.0, "--augment.cutmix"),
+    (AugmentConfig, "cutmix", float("inf"), "--augment.cutmix"),
+    (AugmentConfig, "cutmix", 100.1, "--augment.cutmix"),
     (FinetuneConfig, "last_k", 0, "--last-k"),
     (FinetuneConfig, "batch_size", 0, "--batch-size"),
     (FinetuneConfig, "accumulate", 0, "--accumulate"),
@@ -121,6 +127,7 @@ def test_value_out_of_range_names_its_flag(cls, name, value, flag):
         (AlastConfig, {"full_tail": 0.0, "token_multiple": 1, "temperature": 1e-9}),
         (AugmentConfig, {"crop_scale": 1.0, "rand_ops": 0, "rand_magnitude": 0}),
         (AugmentConfig, {"rand_magnitude": 30}),
+        (AugmentConfig, {"mixup": 0.01, "cutmix": 100.0}),
         (
             FinetuneConfig,
             {"method": "last-k", "last_k": 1, "batch_size": 1, "accumulate": 1, "epochs": 1, "seed": 2**63 - 1},
@@ -425,6 +432,7 @@ def test_a_file_that_is_wrong_by_itself(tmp_path, text, message):
 
 # ------------------------------------------------------------------------------------- settings without effect
 
+ACROSS = "with --split.cut, where --split.cutmix mixes tokens at the server"
 IDLE = [
     (FinetuneConfig, ["--method", "full", "--alast.flops", "0.5"], "--alast.flops", "without --method alast"),
     (FinetuneConfig, ["--method", "head", "--alast.no-train-embeddings"], "--alast.train-embeddings", "without --me"),
@@ -446,6 +454,12 @@ IDLE = [
         "--augment.rand-magnitude",
         "without --augment.rand-ops",
     ),
+    (FinetuneConfig, ["--split.cut", "3", "--augment.mixup", "0.2"], "--augment.mixup", ACROSS),
+    (FinetuneConfig, ["--split.cut", "3", "--augment.cutmix", "1"], "--augment.cutmix", ACROSS),
+    (ServeConfig, ["--augment.mixup", "0.2"], "--augment.mixup", ACROSS),
+    (ServeConfig, ["--augment.cutmix", "1"], "--augment.cutmix", ACROSS),
+    (FinetuneConfig, ["--batch-size", "1", "--augment.mixup", "0.2"], "--augment.mixup", "with --batch-size 1"),
+    (FinetuneConfig, ["--batch-size", "1", "--augment.cutmix", "1"], "--augment.cutmix", "with --batch-size 1"),
     (ServeConfig, ["--split.no-frames"], "--split.frames", "over a network"),
     (ServeConfig, ["--insecure-loopback", "--auth", "token"], "--auth", "without --certs"),
     (ServeConfig, ["--alast.blocks", "3"], "--alast.blocks", "without --method alast"),  # `auto` is full across a cut
@@ -474,6 +488,7 @@ def test_a_setting_without_effect_is_refused(cls, args, flag, reason):
         ["--alast.flops", "0.5"],
         ["--method", "alast+lora", "--alast.draw", "softmax", "--alast.temperature", "2", "--lora.r", "4"],
         ["--method", "last-k", "--last-k", "2"],
+        ["--augment.mixup", "0.8", "--augment.cutmix", "1", "--batch-size", "2"],
         ["--method", "alast", "--split.cut", "3", "--split.alast", "client", "--split.link", "10mbit/20ms"],
         ["--method", "full", "--alast.min-budget", "0.5"],  # the default
     ],

@@ -52,7 +52,7 @@ def test_commands_run(tmp_path, monkeypatch, capsys):
     datasets.load_dataset("photos", split="train").save_to_disk("saved")
     shorter = ["--model", "test_vit", "--weights", "none", "--image-size", "48", "--epochs", "1", "--no-compare"]
     commands = [line for block in re.findall(r"```bash\n(.*?)```", DOCS, flags=re.S) for line in block.splitlines()]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for command in commands:
         verb, *args = shlex.split(command)[1:]
         more = {"finetune": [*shorter, "--workers", "0"], "evaluate": ["--workers", "0"]}.get(verb, [])

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of, small_config, write_pictures
 
-from snello.config import AlastConfig, FinetuneConfig
+from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
 from snello.config.values import to_dict
 from snello.data import loaders as loading
 from snello.errors import ConfigError
@@ -109,6 +109,7 @@ def two(odd, tmp_path_factory) -> Path:
     runs = {
         "full": (config, None),
         "alast": (replace(config, **ALAST), None),
+        "mixed": (replace(config, augment=AugmentConfig(mixup=0.8, cutmix=1.0)), None),
         "stopped": (replace(config, **ALAST), 4),
         "gone-on": (replace(config, **ALAST, resume=True, out=folder / "stopped"), None),
         "bad": (replace(config, data=bad, check_pictures=False, out=folder / "bad-run"), None),
@@ -156,7 +157,7 @@ def test_two_processes_compute_what_one_does(odd, two, tmp_path, name):
 
 
 @posix
-@pytest.mark.parametrize("name", ["full", "alast", "gone-on"])
+@pytest.mark.parametrize("name", ["full", "alast", "mixed", "gone-on"])
 @pytest.mark.slow
 def test_ranks_stay_equal_after_every_step(two, name):
     one, other = (seen["steps"] for seen in saw(two, name))
@@ -165,7 +166,7 @@ def test_ranks_stay_equal_after_every_step(two, name):
         assert mine["equal"] and mine["frozen"] == its["frozen"] and mine["moved"] == its["moved"]
         assert not set(mine["frozen"]) & set(mine["moved"])
         assert mine["noise"] != its["noise"], "dropout must not be the same on both"
-    assert (len({tuple(step["frozen"]) for step in one}) > 1) == (name != "full")
+    assert (len({tuple(step["frozen"]) for step in one}) > 1) == (name not in ("full", "mixed"))
     assert set().union(*(step["moved"] for step in one)) >= {f"blocks.{i}.mlp.fc1.weight" for i in range(6)}
 
 

@@ -15,6 +15,9 @@ from snello.config.units import Link, parse_bytes
 from snello.config.values import flag, require_choices
 from snello.errors import ConfigError, require
 
+LEAST_MIX, MOST_MIX = 0.01, 100.0
+"""Bounds of alpha: not far below, torch's Beta gives 1/2 instead of 0 or 1, in float32; above, all is about 1/2."""
+
 
 @dataclass(frozen=True)
 class AugmentConfig:
@@ -28,11 +31,25 @@ class AugmentConfig:
     """Operations of RandAugment per picture; 0 switches it off."""
     rand_magnitude: int = 9
     """Magnitude of RandAugment, 0 to 30."""
+    mixup: float = 0.0
+    """Mixup (arXiv:1710.09412): alpha, in 0.01..100, of Beta(alpha, alpha), from which is drawn in which shares two
+    pictures of a batch, and their labels, are added up; 0 switches it off."""
+    cutmix: float = 0.0
+    """CutMix (arXiv:1905.04899): the same for the share of a picture that a rectangle of another one leaves; 0
+    switches it off. With both, each batch takes one of them, with probability one half."""
 
     def __post_init__(self) -> None:
         require(0 < self.crop_scale <= 1, "--augment.crop-scale", "in (0, 1]", self.crop_scale)
         require(self.rand_ops >= 0, "--augment.rand-ops", "0 or more", self.rand_ops)
         require(0 <= self.rand_magnitude <= 30, "--augment.rand-magnitude", "in 0..30", self.rand_magnitude)
+        for name in ("mixup", "cutmix"):
+            alpha, rule = getattr(self, name), f"0 (off) or in {LEAST_MIX:g}..{MOST_MIX:g}"
+            require(alpha == 0 or LEAST_MIX <= alpha <= MOST_MIX, flag(f"augment.{name}"), rule, alpha)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pictures of a batch are mixed with one another."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True)
@@ -128,6 +145,8 @@ class SplitConfig:
             raise ConfigError(f"--epochs {epochs} is too few: {why}; raise it, or lower --split.replay")
 
 
+MIXED_ACROSS = "with --split.cut, where --split.cutmix mixes tokens at the server"
+
 RECIPE_NEEDS: tuple[Need, ...] = (
     Need("last_k", lambda c: c.method_name == "last-k", "without --method last-k"),
     Need("alast", lambda c: "alast" in c.method_name, "without --method alast or alast+lora"),
@@ -140,6 +159,10 @@ RECIPE_NEEDS: tuple[Need, ...] = (
     Need("split.replay", lambda c: c.split.stores, "without --split.send-epochs"),
     Need("split.cutmix", lambda c: c.split.labels == "server", "with --split.labels client"),
     Need("augment.rand_magnitude", lambda c: c.augment.rand_ops > 0, "without --augment.rand-ops"),
+    Need("augment.mixup", lambda c: c.split.cut == 0, MIXED_ACROSS),
+    Need("augment.cutmix", lambda c: c.split.cut == 0, MIXED_ACROSS),
+    Need("augment.mixup", lambda c: c.batch_size > 1, "with --batch-size 1"),
+    Need("augment.cutmix", lambda c: c.batch_size > 1, "with --batch-size 1"),
 )
 
 

@@ -22,6 +22,7 @@ from snello.config import FinetuneConfig
 from snello.data.loaders import Batch
 from snello.methods import Method, make_method
 from snello.seeds import mix
+from snello.train.mixing import Mixing
 from snello.train.optim import make_optimizer, set_lr
 from snello.vit import ViT, logits_of
 
@@ -140,8 +141,9 @@ class Learner(ABC):
 class WholeLearner(Learner):
     """A model in one piece, on Accelerate, the same in every process of the run."""
 
-    def __init__(self, vit: ViT, config: FinetuneConfig, accelerator: Accelerator) -> None:
+    def __init__(self, vit: ViT, config: FinetuneConfig, accelerator: Accelerator, num_classes: int) -> None:
         self.config, self.accelerator, device = config, accelerator, accelerator.device
+        self._mixing = Mixing(config.augment, num_classes) if config.augment.mixes else None
         self.method: Method = make_method(vit, config)
         if accelerator.num_processes > 1:
             self.method.process_group = torch.distributed.group.WORLD
@@ -167,6 +169,7 @@ class WholeLearner(Learner):
     @override
     def backward(self, work: MicroStep) -> Tensor:
         ((images, labels),) = work.batches
+        images, targets = (images, labels) if self._mixing is None else self._mixing(images, labels)
         last = work.micro == self._num_micro - 1  # only then are gradients averaged over the ranks
         with nullcontext() if last else self.accelerator.no_sync(self._model):
             with self.accelerator.autocast():
@@ -175,7 +178,7 @@ class WholeLearner(Learner):
                 self.method.discount()
                 loss: Tensor = logits.float().sum() * 0
             else:
-                loss = cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
+                loss = cross_entropy(logits.float(), targets, label_smoothing=self.config.label_smoothing)
                 loss = loss * (len(labels) / work.num_samples)
             self.accelerator.backward(loss * self.accelerator.num_processes)  # whose mean is then the sum
         return loss.detach()

@@ -146,7 +146,8 @@ class Place(ABC):
 
 def make_whole_learner(vit: ViT, setup: Setup) -> Learner:
     """A learner for a model in one piece."""
-    return WholeLearner(vit, setup.config, make_accelerator(setup.device, setup.precision, setup.ranks))
+    accelerator = make_accelerator(setup.device, setup.precision, setup.ranks)
+    return WholeLearner(vit, setup.config, accelerator, setup.num_classes)
 
 
 class LocalPlace(Place):
