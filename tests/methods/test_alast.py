@@ -736,7 +736,7 @@ def test_a_flop_target_out_of_reach_names_what_is_within_it(share):
         *[("alpha", value) for value in (-1e-9, math.nan)],
         *[("temperature", value) for value in (0, -1.0, math.nan)],
         *[("token_multiple", value) for value in (0, -8)],
-        *[("draw", "uniform"), ("drop_at", "start"), ("rule", "mix"), ("optimizer_state", "offload")],
+        *[("draw", "uniform"), ("drop_at", "end"), ("rule", "mix"), ("optimizer_state", "offload")],
     ],
 )
 def test_a_setting_out_of_range_is_refused_and_the_model_left_alone(name, value):

@@ -199,3 +199,21 @@ def test_alast_with_nothing_dropped_is_the_plain_model(rule):
         assert_equal(model, plain)
         alast.step()
         assert alast.budgets != [1.0] * vit.depth or all(b == 1.0 for b in alast.budgets)
+
+
+@pytest.mark.parametrize("targets", ["attention", "mlp", "all"])
+def test_adapters_that_come_later_are_not_passed_by(targets):
+    pytest.importorskip("peft")
+    from snello.config import FinetuneConfig, LoraConfig
+    from snello.methods import make_method
+
+    model, plain, _ = both()
+    for one, savings_on in ((model, True), (plain, False)):
+        torch.manual_seed(3)
+        config = FinetuneConfig(method="lora", lora=LoraConfig(target_modules=(targets,)), exact_savings=savings_on)
+        make_method(ViT(one), config)
+        for name, parameter in one.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    assert_equal(model, plain)
+    assert ViT(model).blocks[-1] is model.blocks[-1]

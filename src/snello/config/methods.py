@@ -10,7 +10,7 @@ from snello.config.registry import RuleName
 from snello.config.values import require_choices
 from snello.errors import ConfigError, require
 
-DropAt = Literal["mid", "block-end"]
+DropAt = Literal["start", "mid", "block-end"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,13 @@ class AlastConfig:
     temperature: float = 1.0
     """Temperature of the softmax draw, > 0; small values favour high budgets."""
     drop_at: DropAt = "mid"
-    """Where tokens are dropped: between attention and MLP (`mid`) or after the block (`block-end`, as published)."""
+    """Where tokens are dropped or merged: between attention and MLP (`mid`), after the block (`block-end`, as
+    published), or, by a rule that does not look at attention, before the block (`start`)."""
     rule: RuleName = "drop"
     """What becomes of the tokens that a block does not pass on: discarded, those with the least attention (`drop`, as
     published), or averaged with the token that is most like them (`merge`)."""
+    merge_blocks: tuple[int, ...] = ()
+    """The blocks, from 0 on, that drop or merge tokens, as `0 1`; the others pass on all; default: every block."""
     train_embeddings: bool = True
     """Train the patch, position and prefix embeddings too."""
     flops: float | None = None

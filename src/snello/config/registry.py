@@ -15,7 +15,11 @@ METHODS = {
     "lora": "snello.methods.lora:Lora",
     "alast+lora": "snello.methods.lora:AlastLora",
 }
-RULES = {"drop": "snello.vit.rules.drop:Drop", "merge": "snello.vit.rules.merge:Merge"}
+RULES = {
+    "drop": "snello.vit.rules.drop:Drop",
+    "merge": "snello.vit.rules.merge:Merge",
+    "merge-even": "snello.vit.rules.merge_even:MergeEven",
+}
 CODECS = {
     "none": "snello.codecs.floats:Float32",
     "bf16": "snello.codecs.floats:BFloat16",

@@ -63,6 +63,7 @@ class Method:
 
     def detach(self) -> None:
         """Leaves the model as it was found."""
+        self.vit.set_exact_savings(False)
 
 
 def make_method(vit: ViT, config: Recipe, name: str | None = None) -> Method:

@@ -74,6 +74,12 @@ class ALaST:
             others = " or ".join(name for name in RULES if make_rule(name).has_places)
             rule = f"{others} for this model: its classifier averages patch tokens"
             require(False, "rule", rule, repr(config.rule), section="alast")
+        choices = " or ".join(name for name in RULES if not make_rule(name).needs_scores)
+        at_start = f"{choices} with drop_at start: there is no attention yet to choose by"
+        require(self.drop_at != "start" or not self.rule.needs_scores, "rule", at_start, config.rule, section="alast")
+        self._reducing = set(config.merge_blocks or range(depth))
+        within = f"in 0..{depth - 1} (the model's depth less 1)"
+        require(max(self._reducing) < depth, "merge_blocks", within, max(self._reducing), section="alast")
         self.dropping = True  # False passes on every token
         self.budgets = [config.start_budget] * depth
         self.trained = list(range(depth))  # the blocks of the current draw
@@ -122,9 +128,11 @@ class ALaST:
         """Patch tokens that block `index` passes on: its budget's share, rounded down, at least one."""
         if self.target is not None and index == 0:
             self.target.num_patches = num_patches
-        return self._keep(self.step_budgets[index], num_patches) if self.dropping else num_patches
+        return self._keep(index, self.step_budgets[index], num_patches) if self.dropping else num_patches
 
-    def _keep(self, budget: float, num_patches: int) -> int:
+    def _keep(self, index: int, budget: float, num_patches: int) -> int:
+        if index not in self._reducing:
+            return num_patches
         keep = max(1, math.floor(budget * num_patches + 1e-6))  # 0.58 * 50 is 28.999... and means 29
         keep = max(keep, self.rule.least_keep(num_patches))
         multiple = self.config.token_multiple
@@ -329,6 +337,11 @@ class AlastMethod(ALaST, Method):
         for index in range(self.vit.depth):
             num_patches = self.num_keep(index, num_patches)
         return num_patches
+
+    @override
+    def detach(self) -> None:
+        ALaST.detach(self)
+        Method.detach(self)
 
     @override
     def metrics(self) -> dict[str, Any]:

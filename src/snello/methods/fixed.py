@@ -27,6 +27,7 @@ class Full(Method):
 
     @override
     def detach(self) -> None:
+        super().detach()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
 

@@ -20,7 +20,7 @@ class FlopTarget:
         vit: a model as ALaST finds it: what requires gradients may train.
         rule: what becomes of the tokens that are not passed on.
         num_blocks: blocks that train at each step.
-        keep: how many of so many patch tokens a budget keeps.
+        keep: how many patch tokens a block passes on: of its index, its budget and how many it gets.
 
     Raises:
         ConfigError: where a step with some of the draws cannot cost that share.
@@ -33,11 +33,12 @@ class FlopTarget:
         vit: ViT,
         rule: TokenRule,
         num_blocks: int,
-        keep: Callable[[float, int], int],
+        keep: Callable[[int, float, int], int],
     ) -> None:
         self.share, self.drop_at, self.rule, self._keep = share, config.drop_at, rule, keep
         self.train_embeddings = config.train_embeddings and any(p.requires_grad for p in vit.embedding_parameters())
         self.num_prefix_tokens, self.embed_dim, self.flops = vit.num_prefix_tokens, vit.embed_dim, StepFlops(vit)
+        self._vit = vit
         self.num_patches = vit.num_patches  # of the forward before
         self.scaled: list[float] | None = None
         """The budgets of the step under way, or of the last that dropped tokens; None before the first."""
@@ -62,13 +63,18 @@ class FlopTarget:
     def cost(self, budgets: Sequence[float], trained: Collection[int]) -> float:
         """FLOPs of a picture in a step by these budgets."""
         prefix, patches, tokens = self.num_prefix_tokens, self.num_patches, []
-        for budget in budgets:
-            keep = self._keep(budget, patches)
-            in_mlp = keep if self.drop_at == "mid" else patches
+        queries, read = self._vit.last_rows
+        for index, budget in enumerate(budgets):
+            if read is not None and index == len(budgets) - 1:
+                tokens.append(Tokens(prefix + patches, read, scored=False, queries=queries))
+                break
+            keep = self._keep(index, budget, patches)
             scored, reducing = False, (0.0, 0.0)
             if keep < patches:
                 scored, reducing = self.rule.needs_scores, self.rule.cost(patches, keep, prefix, self.embed_dim)
-            tokens.append(Tokens(prefix + patches, prefix + in_mlp, scored, reducing))
+            attended = keep if self.drop_at == "start" else patches
+            in_mlp = patches if self.drop_at == "block-end" else keep
+            tokens.append(Tokens(prefix + attended, prefix + in_mlp, scored, reducing))
             patches = keep
         return self.flops.step(tokens, self.num_patches, trained, self.train_embeddings)
 

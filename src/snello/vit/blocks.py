@@ -88,8 +88,8 @@ class BlockAdapter(ABC):
         """Whether the attention of some tokens can be computed without that of the others."""
 
     @abstractmethod
-    def mlp_layers(self) -> tuple[nn.Module, savings.Layers] | None:
-        """The block's MLP and its linear layers, where it is two of them with exact GELU between; None otherwise."""
+    def plain_mlp(self) -> nn.Module | None:
+        """The block's MLP, where it is made of `fc1`, exact GELU and `fc2`; None for any other."""
 
     @abstractmethod
     def feed(self, h: Tensor) -> Tensor:
@@ -148,13 +148,11 @@ class BlockAdapter(ABC):
         if reads is not None:
             self.block.forward = self.forward
         self._restore()
-        found = self.mlp_layers() if mlp else None
-        if found is not None:
-            self._mlp = found[0]
-            savings.recompute_gelu(*found)
-        elif self._mlp is not None:
+        if self._mlp is not None:
             savings.restore(self._mlp)
-            self._mlp = None
+        self._mlp = self.plain_mlp() if mlp else None
+        if self._mlp is not None:
+            savings.recompute_gelu(self._mlp)
 
     def _restore(self) -> None:
         """Gives the block its own forward back where nothing needs ours."""
@@ -219,6 +217,11 @@ class BlockAdapter(ABC):
             y: Tensor = inspect.unwrap(type(self.block).forward)(self.block, x, *args, **options)
             self._record(observer, context, x, y)
             return y
+        if observer.drop_at == "start":
+            z = rule.reduce(x, context, num_keep) if reducing else x
+            z = self.feed(self._attend(context, z, scoring=False))
+            self._record(observer, context, x, z)
+            return z
         z = self._attend(context, x, scoring=reducing and rule.needs_scores)
         if observer.drop_at == "mid":
             z = self.feed(rule.reduce(z, context, num_keep) if reducing else z)

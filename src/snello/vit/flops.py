@@ -22,6 +22,8 @@ class Tokens:
     """Whether attention is computed once more to rank them: the CLS token's row, or without one the whole matrix."""
     reducing: tuple[float, float] = (0.0, 0.0)
     """What the rule that reduces them costs itself, forward and backward: `TokenRule.cost`."""
+    queries: int | None = None
+    """Those of which the attention is computed; None: all."""
 
 
 class StepFlops:
@@ -50,8 +52,10 @@ class StepFlops:
         total = 2 * num_patches * self._embedding * (2 if train_embeddings else 1) + 6.0 * self._head
         lowest = 0 if train_embeddings else min(trained)
         for index, (block, n) in enumerate(zip(self._blocks, tokens, strict=True)):
-            linear = 2.0 * (n.attention * block.attention + n.mlp * block.mlp)
-            products = 4.0 * n.attention**2 * block.width
+            queries = n.attention if n.queries is None else n.queries
+            spared = n.attention - queries
+            linear = 2.0 * (n.attention * block.attention - spared * block.queries + n.mlp * block.mlp)
+            products = 4.0 * n.attention * queries * block.width
             total += linear + products + n.reducing[0]
             if n.scored:
                 total += 2.0 * n.attention * block.width * (1 if self.has_cls else n.attention)
@@ -61,6 +65,7 @@ class StepFlops:
                 total -= 2.0 * n.attention * block.inputs
             if index in trained:
                 total += 2.0 * (n.attention * block.trained_attention + n.mlp * block.trained_mlp)
+                total -= 2.0 * spared * block.queries if block.trains_queries else 0.0
         return total
 
 
@@ -81,6 +86,10 @@ class _Block:
         # The projection after the heads takes all their values.
         last = attention_modules[-1]
         self.width = next(p.shape[1] for name, p in attention.items() if name.startswith(last))
+        # Those of the queries, and the projection after the heads; both have that width.
+        rows = next(p.shape[0] for name, p in attention.items() if name.startswith(last))
+        self.queries = 2 * self.width * rows
+        self.trains_queries = self.trained_attention == self.attention
         # Where the norm before it is frozen (LoRA), nothing asks for the gradient of the attention's own input.
         first = (p for name, p in attention.items() if not name.startswith(last) and "lora_B" not in name)
         self.inputs = 0 if any(p.requires_grad for p in parameters.values() if p.ndim == 1) else _sum(first)

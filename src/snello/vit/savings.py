@@ -14,17 +14,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import gelu, linear
 from typing_extensions import override
 
-Layers = tuple[nn.Module, nn.Module]
-"""The two linear layers of an MLP."""
 
-
-def recompute_gelu(mlp: Any, layers: Layers) -> None:
-    """Replaces the forward of an MLP made of these layers, with exact GELU between them, until `restore`.
+def recompute_gelu(mlp: Any) -> None:
+    """Replaces the forward of an MLP made of `fc1`, exact GELU and `fc2`, until `restore`.
 
     It goes on with the MLP's own forward where no gradient is asked for, in eval mode, and while a layer is no plain
     `nn.Linear` (adapters) or somebody listens to it (hooks).
     """
-    mlp.forward = partial(_forward, mlp, layers)
+    mlp.forward = partial(_forward, mlp)
 
 
 def restore(mlp: Any) -> None:
@@ -37,7 +34,8 @@ def listened(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def _forward(mlp: Any, layers: Layers, x: Tensor) -> Tensor:
+def _forward(mlp: Any, x: Tensor) -> Tensor:
+    layers = mlp.fc1, mlp.fc2  # as they are now: adapters may have come between
     plain = all(type(layer) is nn.Linear and not listened(layer) for layer in layers)
     if not plain or not mlp.training or not torch.is_grad_enabled():
         y: Tensor = type(mlp).forward(mlp, x)

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from snello.vit.blocks import AttentionPath, BlockAdapter
 from snello.vit.family import Family, keep_blocks, unsupported
-from snello.vit.savings import Layers, listened
+from snello.vit.savings import listened
 
 POOLS = ("token", "avg", "avgmax", "max")
 
@@ -141,12 +141,12 @@ class TimmBlock(BlockAdapter):
         return type(attn.qkv) is nn.Linear and not others and not attn.qkv._forward_pre_hooks and not listened(attn)
 
     @override
-    def mlp_layers(self) -> tuple[nn.Module, Layers] | None:
-        mlp = self.block.mlp
+    def plain_mlp(self) -> nn.Module | None:
+        mlp: nn.Module = self.block.mlp
         if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity) or mlp.drop1.p or mlp.drop2.p:
             return None
         exact = type(mlp.act) is nn.GELU and mlp.act.approximate == "none" and not listened(mlp.act)
-        return (mlp, (mlp.fc1, mlp.fc2)) if exact else None
+        return mlp if exact else None
 
     @override
     def feed(self, h: Tensor) -> Tensor:

@@ -68,6 +68,52 @@ def merge_alike(x: Tensor, sizes: Tensor | None, num_keep: int, num_prefix_token
     return y, merged
 
 
+def merge_into(x: Tensor, sizes: Tensor | None, num_keep: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    """Averages each of the other patch tokens with the most similar (cosine) of `num_keep` evenly spaced ones.
+
+    One batched product for any number of tokens, without sorting and gathering: with half of them kept, every even
+    token goes into an odd one. Means are weighted by size, as those of `merge_alike`.
+
+    Args:
+        x: (B, N, D); gradient flows through, not through the choice.
+        sizes: (B, N) float32, > 0; None: one each.
+        num_keep: patch tokens left, k in 1..N - P - 1.
+        num_prefix_tokens: P, the leading tokens that stay as they are.
+
+    Returns:
+        The tokens (B, P + k, D), in the order of those evenly spaced, and their sizes (B, P + k) float32.
+
+    Raises:
+        ValueError: where `num_keep` is not in that range.
+    """
+    B, N, _ = x.shape
+    num_patches = N - num_prefix_tokens
+    if not 1 <= num_keep < num_patches:
+        raise ValueError(f"num_keep must be in 1..{num_patches - 1}, got {num_keep}")
+    with torch.no_grad():
+        stay, go = _evenly(num_patches, num_keep, num_prefix_tokens, x.device)
+        unit = torch.nn.functional.normalize(x.detach(), dim=2)
+        into = (unit[:, go] @ unit[:, stay[num_prefix_tokens:]].transpose(1, 2)).argmax(dim=2) + num_prefix_tokens
+        shares = torch.zeros(B, len(stay), N, device=x.device)
+        flat = shares.view(B, -1)  # the row of each token is where it goes
+        flat[:, torch.arange(len(stay), device=x.device) * N + stay] = 1.0
+        flat.scatter_(1, into * N + go, 1.0)
+        if sizes is not None:
+            shares *= sizes.unsqueeze(1)
+        merged = shares.sum(dim=2)
+        shares /= merged.unsqueeze(2)
+    with torch.autocast(x.device.type, enabled=False):  # what is not merged passes with all its digits
+        return shares.to(x.dtype) @ x, merged
+
+
+def _evenly(num_patches: int, num_keep: int, num_prefix_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices of the prefix tokens and `num_keep` evenly spaced patch tokens, (P + k,), and those of the others."""
+    first = num_prefix_tokens - 1
+    stay = [*range(num_prefix_tokens), *(first + (i + 1) * num_patches // num_keep for i in range(num_keep))]
+    go = sorted(set(range(num_prefix_tokens + num_patches)).difference(stay))
+    return torch.tensor(stay, device=device), torch.tensor(go, device=device)
+
+
 def _pairs(x: Tensor, num_merge: int, num_prefix_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of the tokens that stay (B, K) and go (B, r), and where among those that stay each goes (B, r)."""
     N = x.shape[1]

@@ -24,7 +24,7 @@ from typing_extensions import override
 from snello.errors import ModelError
 from snello.vit.blocks import AttentionPath, BlockAdapter
 from snello.vit.family import Family, keep_blocks, shell, unsupported
-from snello.vit.savings import Layers, listened
+from snello.vit.savings import listened
 
 OBSERVED = "snello_observed"
 """Our name in transformers' attention interface."""
@@ -228,10 +228,10 @@ class TransformersBlock(BlockAdapter):
         return not listened(self.block.attention)
 
     @override
-    def mlp_layers(self) -> tuple[nn.Module, Layers] | None:
-        mlp = self.block.mlp
+    def plain_mlp(self) -> nn.Module | None:
+        mlp: Any = self.block.mlp
         exact = type(getattr(mlp, "activation_fn", None)) is GELUActivation and not listened(mlp.activation_fn)
-        return (mlp, (mlp.fc1, mlp.fc2)) if type(mlp) in MLPS and exact else None
+        return mlp if type(mlp) in MLPS and exact else None
 
 
 class ViTBlock(TransformersBlock):

@@ -2,6 +2,7 @@
 
 drop.py   discarded, those with the least attention
 merge.py  averaged with those that are most alike
+merge_even.py  averaged with evenly spaced ones, in one product
 
 A new rule is a subclass of `TokenRule` in a file here, and a line in `snello.config.registry.RULES`.
 """
