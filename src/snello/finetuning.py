@@ -77,7 +77,7 @@ def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunF
             trainer.close()
     state = trainer.learner.state_dict()["method"]
     if summary.traffic is None:
-        summary = replace(summary, costs=known.costs if known else comparison.not_measured(config.method_name))
+        summary = replace(summary, costs=known.costs if known else comparison.not_measured(config))
         ranks.on_main(lambda: summary.write(place.run.summary_file))
     terminal.print_result(console, summary, splits.num_skipped)
     return place.run, summary, state
@@ -88,8 +88,8 @@ def _compare(
 ) -> comparison.Comparison | None:
     """Measures what the run's method costs beside others; None where Ctrl-C or SIGTERM skips it."""
     try:
-        with interruptible(), terminal.measuring(console, config.method_name, run.path) as progress:
-            return comparison.compare(config, summary, state, progress)
+        with interruptible(), terminal.measuring(console, config, run.path) as progress:
+            return comparison.compare(config, summary, state, run.read()[1].times, progress)
     except KeyboardInterrupt:
         say(console, f"measuring skipped; the model is in {run.path}")
         return None

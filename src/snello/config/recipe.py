@@ -150,6 +150,7 @@ MIXED_ACROSS = "with --split.cut, where --split.cutmix mixes tokens at the serve
 RECIPE_NEEDS: tuple[Need, ...] = (
     Need("last_k", lambda c: c.method_name == "last-k", "without --method last-k"),
     Need("alast", lambda c: "alast" in c.method_name, "without --method alast or alast+lora"),
+    Need("preset", lambda c: "alast" in c.method_name, "without --method alast or alast+lora"),
     Need("alast.temperature", lambda c: c.alast.draw == "softmax", "without --alast.draw softmax"),
     Need("alast.train_embeddings", lambda c: "lora" not in c.method_name, "with LoRA, which freezes them anyway"),
     Need("lora", lambda c: "lora" in c.method_name, "without --method lora or alast+lora"),
@@ -213,6 +214,8 @@ class Recipe:
     """Precision of the forward pass; `auto` is bf16 where the device computes in it natively."""
     attention: Literal["auto", "fused", "explicit"] = "auto"
     """How attention is computed; `auto` measures once which is faster here."""
+    preset: Literal["best", "published"] = "best"
+    """What settings of ALaST have that are not given: the best that were measured, or those of the paper."""
     exact_savings: bool = True
     """Compute and keep less in a step for the same gradients, up to rounding: the last block only for the tokens that
     the classifier reads, and the MLPs without GELU's output, which the backward pass computes again."""
@@ -246,16 +249,19 @@ class Recipe:
         require(self.image_size is None or self.image_size >= 1, "--image-size", "at least 1", self.image_size)
         require_choices(self)
         require_effect(self)
+        if self.preset == "published":
+            object.__setattr__(self, "alast", self.alast.published())
         if not self.split.cut:
             return
         refused, rule = "does not go with --split.cut", self.alast.rule
         self._require_freezing()
         if "lora" in self.method:
             raise ConfigError(f"--method {self.method} {refused}: LoRA trains an uncut model")
-        if self.alast.flops is not None:  # what full fine-tuning of a half costs is no target
-            raise ConfigError(f"--alast.flops {refused}: the other half and the codec change the cost")
+        for name in ("flops", "time"):  # what full fine-tuning of a half costs is no target
+            if getattr(self.alast, name) is not None:
+                raise ConfigError(f"--alast.{name} {refused}: the other half and the codec change the cost")
         # What crosses is named by where it stood; the default does, so torch is not needed here.
-        if rule != AlastConfig.rule and self.split.alast != "server" and not find(RULES[rule]).has_places:
+        if rule != "auto" and self.split.alast != "server" and not find(RULES[rule]).has_places:
             reason = "its tokens have no place of their own, unless --split.alast server keeps it off the client"
             raise ConfigError(f"--alast.rule {rule} {refused}: {reason}")
 

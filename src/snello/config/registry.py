@@ -41,15 +41,15 @@ GOALS = {"auto": "pca(1)", "small": "pca(1.5, down=1)", "smallest": "pca(2)"}
 FROZEN_GOALS = {"auto": "pca(2)", "small": "pca(3)", "smallest": "pca(4.5)"}
 """The same where the client's half is frozen, and its activations are sent once or a few times."""
 
-METHOD_CHOICES = ("auto", *METHODS)
+METHOD_CHOICES, RULE_CHOICES = ("auto", *METHODS), ("auto", *RULES)
 if TYPE_CHECKING:  # a type checker cannot read names out of a tuple
     MethodName: TypeAlias = str
     MethodChoice: TypeAlias = str
-    RuleName: TypeAlias = str
+    RuleChoice: TypeAlias = str
 else:
     MethodName = Literal[tuple(METHODS)]
     MethodChoice = Literal[METHOD_CHOICES]
-    RuleName = Literal[tuple(RULES)]
+    RuleChoice = Literal[RULE_CHOICES]
 
 
 def find(where: str) -> Any:

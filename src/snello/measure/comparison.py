@@ -1,4 +1,4 @@
-"""A method against full fine-tuning on this machine, each in a process of its own.
+"""A method against full fine-tuning on this machine, plain and with exact savings, each in a process of its own.
 
 A process's peak memory never falls, so each method is measured in a fresh one; all take their steps in turn on
 the same pictures, so that whatever else the machine does weighs on all alike. Where full fine-tuning does not fit
@@ -18,8 +18,11 @@ from snello.errors import SnelloError
 from snello.measure.process import OutOfMemoryError, Process, make_request
 from snello.measure.step import Costs
 from snello.runs.summary import Summary
+from snello.vit.times import Times
 
 WARMUP, STEPS = 2, 9
+SAVING = "full_saving"
+"""Full fine-tuning with exact savings."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is measured, how much of it is done, and how much there is; it starts anew at each batch size."""
@@ -51,7 +54,7 @@ class Comparison:
     """The one that was measured: smaller where full fine-tuning does not fit at the run's."""
     own: TimedCosts
     others: dict[str, TimedCosts | None]
-    """By method; None for one that does not fit at any batch size."""
+    """By name, as `compared_with` lists them; None for one that does not fit at any batch size."""
 
     @property
     def full_fits(self) -> bool:
@@ -66,30 +69,38 @@ class Comparison:
         return values | {"compared_batch_size": self.compared_batch_size, "full_fits": self.full_fits}
 
 
-def compared_with(method: str) -> list[str]:
-    """The methods that `method` is measured beside."""
-    return ["lora", "full"] if method == "alast+lora" else ["full"]
+def compared_with(config: FinetuneConfig) -> list[str]:
+    """What the run's method is measured beside: `full` is plain full fine-tuning, SAVING the same with exact savings."""
+    method = config.method_name
+    others = ["lora"] if method == "alast+lora" else []
+    others += [SAVING] if config.exact_savings and method != "full" else []
+    return [*others, "full"]
 
 
-def not_measured(method: str) -> dict[str, Any]:
+def not_measured(config: FinetuneConfig) -> dict[str, Any]:
     """`Comparison.summary` of a run that is not, or not yet, compared."""
-    prefixes = ["", *(f"{other}_" for other in compared_with(method))]
+    prefixes = ["", *(f"{other}_" for other in compared_with(config))]
     names = [f"{prefix}{field.name}" for prefix in prefixes for field in fields(TimedCosts)]
     return dict.fromkeys([*names, "compared_batch_size", "full_fits"])
 
 
 def compare(
-    config: FinetuneConfig, summary: Summary, state: dict[str, Any], progress: Progress = lambda text, done, total: None
+    config: FinetuneConfig,
+    summary: Summary,
+    state: dict[str, Any],
+    times: Times | None = None,
+    progress: Progress = lambda text, done, total: None,
 ) -> Comparison:
-    """Measures the run's method, with the budgets in its last `state`, and those of `compared_with`.
+    """Measures the run's method, with the budgets in its last `state`, beside those of `compared_with`.
+
+    `times` are those that the run's own time target was planned with.
 
     Raises:
         SnelloError: where a measuring process fails for another reason than memory.
     """
     request = make_request(config, summary.num_classes, summary.device, summary.precision, summary.attention)
-    others = compared_with(config.method_name)
     try:
-        return _compare(request | {"state": state}, others, progress)
+        return _compare(request | {"state": state, "times": times and asdict(times)}, compared_with(config), progress)
     except OutOfMemoryError:
         raise SnelloError("too little memory is left to measure the costs; --no-compare leaves it out") from None
     except SnelloError as error:
@@ -110,10 +121,11 @@ def _compare(own: dict[str, Any], others: list[str], progress: Progress) -> Comp
     raise OutOfMemoryError
 
 
-def _with_method(request: dict[str, Any], method: str) -> dict[str, Any]:
+def _with_method(request: dict[str, Any], other: str) -> dict[str, Any]:
     """Asks the same for another method, from its start, without the settings that have no effect on that."""
-    config = effective(FinetuneConfig, request["config"] | {"method": method}, "request")
-    return request | {"state": None, "config": config}
+    changed = {"method": "full", "exact_savings": other == SAVING} if other in (SAVING, "full") else {"method": other}
+    config = effective(FinetuneConfig, request["config"] | changed, "request")
+    return request | {"state": None, "times": None, "config": config}
 
 
 def _measure(requests: list[dict[str, Any]], batch_size: int, progress: Progress) -> list[TimedCosts]:

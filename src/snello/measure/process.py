@@ -27,6 +27,7 @@ from snello.environment import set_environment
 from snello.errors import SnelloError
 from snello.measure.step import TrainingStep, peak_memory, resident_memory
 from snello.models import is_transformers
+from snello.vit.times import Times
 
 # In lower case: torch's allocators, C++'s std::bad_alloc, and oneDNN, which does not say why.
 SIGNS_OF_NO_MEMORY = ("memory", "alloc", "could not create a primitive", "could not execute a primitive")
@@ -52,6 +53,7 @@ def make_request(
         "precision": precision,
         "attention": attention,
         "state": None,
+        "times": None,
         "threads": torch.get_num_threads(),
         "memory_limit": None,
     }
@@ -137,6 +139,7 @@ def _serve() -> None:
         _load_libraries(config, options)
         before = resident_memory(device)
         own = {name: request[name] for name in ("num_classes", "batch_size", "state")}
+        own["times"] = from_dict(Times, request["times"]) if request.get("times") else None
         step = TrainingStep(config, **own, **options)
         _answer({"ready": True})
         for command in sys.stdin:

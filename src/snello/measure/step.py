@@ -28,6 +28,7 @@ from snello.methods import make_method
 from snello.models import create_model, preprocessing
 from snello.train.optim import make_optimizer, set_lr
 from snello.vit import AttentionPath, ViT, logits_of
+from snello.vit.times import Times
 
 DRAWS = 8  # steps over which the counts of a method are averaged, since a random draw varies them
 HOLES = 0.15  # of the saved bytes: what the C library's heap keeps between them, as measured (docs/memory.md)
@@ -89,6 +90,7 @@ class TrainingStep:
         precision: Precision,
         attention: AttentionPath,
         state: dict[str, Any] | None = None,
+        times: Times | None = None,
         without_data: bool = False,
     ) -> None:
         torch.manual_seed(config.seed)
@@ -99,7 +101,7 @@ class TrainingStep:
             model = create_model(config.model, "none", num_classes, config.image_size)
             self.model, self.vit = model, ViT(model if without_data else model.to(device))
             self.set_attention(attention)
-            self.method = make_method(self.vit, config)
+            self.method = make_method(self.vit, config, times=times)
         if isinstance(self._data, FakeTensorMode):
             _pretend(model, device, self._data)
         self._holes = device.type == "cpu" and not config.grad_checkpointing  # that gives freed memory back

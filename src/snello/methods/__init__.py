@@ -1,7 +1,7 @@
 """What is trained. The training loop knows a method by the interface `Method` alone.
 
 alast.py        adaptive budgets: `ALaST` for any loop, `AlastMethod` for ours
-flop_target.py  ALaST's budgets scaled to meet a share of full fine-tuning's FLOPs
+target.py       ALaST's budgets scaled to meet a share of full fine-tuning's FLOPs or time
 lora.py         adapters, alone and on ALaST's budgets
 fixed.py        the same parameters at every step: all, the head, the last blocks
 
@@ -16,6 +16,7 @@ import torch
 from snello.config import Recipe
 from snello.config.registry import METHODS, find
 from snello.vit import ViT
+from snello.vit.times import Times
 
 
 class Method:
@@ -24,7 +25,7 @@ class Method:
     process_group: "torch.distributed.ProcessGroup | None" = None
     """The processes that train the model together: what a method learns of a step is averaged over them."""
 
-    def __init__(self, vit: ViT, config: Recipe) -> None:
+    def __init__(self, vit: ViT, config: Recipe, times: Times | None = None) -> None:
         self.vit = vit
 
     def step(self, lr: float, optimizer: torch.optim.Optimizer, progress: float) -> None:
@@ -66,10 +67,10 @@ class Method:
         self.vit.set_exact_savings(False)
 
 
-def make_method(vit: ViT, config: Recipe, name: str | None = None) -> Method:
+def make_method(vit: ViT, config: Recipe, name: str | None = None, times: Times | None = None) -> Method:
     """The method that `name`, or else `config`, names, attached to a model or a part of one.
 
-    ALaST freezes no block before its first step.
+    ALaST freezes no block before its first step; `times` of a block here are for its time target.
 
     Raises:
         ConfigError: where an option does not fit the model.
@@ -77,7 +78,7 @@ def make_method(vit: ViT, config: Recipe, name: str | None = None) -> Method:
     if config.grad_checkpointing:
         vit.set_grad_checkpointing(True)
     vit.set_exact_savings(config.exact_savings, mlp=not config.grad_checkpointing)
-    method: Method = find(METHODS[name or config.method_name])(vit, config)
+    method: Method = find(METHODS[name or config.method_name])(vit, config, times)
     return method
 
 

@@ -22,11 +22,17 @@ from snello.config import AlastConfig, Recipe
 from snello.config.registry import RULES
 from snello.errors import ConfigError, SnelloWarning, require
 from snello.methods import Method, training_share
-from snello.methods.flop_target import FlopTarget
+from snello.methods.target import CostTarget, StepCost
 from snello.vit import ViT
+from snello.vit.flops import StepFlops
 from snello.vit.rules import make_rule
+from snello.vit.times import StepTime, Times
 
 PAPER_LR = 1e-4
+MOMENTUM = 0.1
+"""Weight of a step in the running mean of what a block does."""
+SHARE_ALPHA, SHARE_POWER = 0.05, 0.5
+"""How fast budgets follow their share, and the power of that: blocks differ by orders of magnitude."""
 
 
 class ALaST:
@@ -50,6 +56,7 @@ class ALaST:
             parallelism.
         config: the options, each described in `snello.AlastConfig`.
         seed: of the draws.
+        times: of a block here (`snello.vit.times.measure_times`), for the option `time`.
         options: the same options one by one; they win over `config`.
 
     Raises:
@@ -61,14 +68,22 @@ class ALaST:
     """What `step` and `state_dict` take where they are given none."""
 
     def __init__(
-        self, model: nn.Module | ViT, config: AlastConfig | None = None, *, seed: int = 0, **options: Any
+        self,
+        model: nn.Module | ViT,
+        config: AlastConfig | None = None,
+        *,
+        seed: int = 0,
+        times: Times | None = None,
+        **options: Any,
     ) -> None:
-        self.config = config = (config or AlastConfig()).with_options(options)
+        config = (config or AlastConfig()).with_options(options)
         self.vit = model if isinstance(model, ViT) else ViT(model)
         depth = self.vit.depth
-        self.num_blocks = max(1, round(depth * 0.75)) if config.blocks is None else config.blocks
+        self.num_blocks = _num_blocks(config.blocks, depth)
         limit = f"in 1..{depth} (the model's depth)"
         require(self.num_blocks <= depth, "blocks", limit, self.num_blocks, section="alast")
+        self.config = config = decided(config, self.vit)
+        self.start_budget, self.min_budget = float(config.start_budget or 0), float(config.min_budget or 0)
         self.drop_at, self.rule = config.drop_at, make_rule(config.rule)
         if self.vit.family.pools_patches and not self.rule.has_places:
             others = " or ".join(name for name in RULES if make_rule(name).has_places)
@@ -77,13 +92,13 @@ class ALaST:
         choices = " or ".join(name for name in RULES if not make_rule(name).needs_scores)
         at_start = f"{choices} with drop_at start: there is no attention yet to choose by"
         require(self.drop_at != "start" or not self.rule.needs_scores, "rule", at_start, config.rule, section="alast")
-        self._reducing = set(config.merge_blocks or range(depth))
+        self._reducing = set(config.merge_blocks or ())
         within = f"in 0..{depth - 1} (the model's depth less 1)"
         require(max(self._reducing) < depth, "merge_blocks", within, max(self._reducing), section="alast")
         self.dropping = True  # False passes on every token
-        self.budgets = [config.start_budget] * depth
+        self.budgets = [self.start_budget] * depth
         self.trained = list(range(depth))  # the blocks of the current draw
-        self._deltas: list[float] | None = None  # of the step before
+        self._deltas: list[float] | None = None  # of the step before, or their running mean
         self._records: list[Sequence[Tensor]] = []  # of each forward since the last step, the change in every block
         self._samples: list[int] = []  # of each of those forwards
         self._loaded: tuple[list[list[float]], list[int]] = ([], [])  # what `_pending` returned where a run was cut off
@@ -91,9 +106,8 @@ class ALaST:
         self._generator = torch.Generator().manual_seed(seed)
         self._parameters = [_places(block) for block in self.vit.blocks]
         self._embeddings = _places(self.vit.model, {id(p) for p in self.vit.embedding_parameters()})
-        self.target: FlopTarget | None = None
-        if config.flops is not None:
-            self.target = FlopTarget(config.flops, config, self.vit, self.rule, self.num_blocks, self._keep)
+        self._multiple = config.token_multiple or 1
+        self.target = self._make_target(times)
         self.vit.attach(self)
         if not config.train_embeddings:
             _set_trainable(self._embeddings, False)
@@ -133,10 +147,23 @@ class ALaST:
     def _keep(self, index: int, budget: float, num_patches: int) -> int:
         if index not in self._reducing:
             return num_patches
-        keep = max(1, math.floor(budget * num_patches + 1e-6))  # 0.58 * 50 is 28.999... and means 29
-        keep = max(keep, self.rule.least_keep(num_patches))
-        multiple = self.config.token_multiple
-        return min(num_patches, math.ceil(keep / multiple) * multiple)
+        keep = math.floor(budget * num_patches + 1e-6)  # 0.58 * 50 is 28.999... and means 29
+        prefix, multiple = self.vit.num_prefix_tokens, self._multiple
+        if multiple > 1 and keep < num_patches:
+            keep = max(multiple, multiple * round((prefix + keep) / multiple)) - prefix
+        return min(num_patches, max(1, keep, self.rule.least_keep(num_patches)))
+
+    def _make_target(self, times: Times | None) -> CostTarget | None:
+        config = self.config
+        cost: StepCost = StepFlops(self.vit)
+        if config.time is not None:
+            require(times is not None, "time", "with times=measure_times(...)", config.time, section="alast")
+            assert times is not None
+            cost = StepTime(times, self.vit.depth)
+        for option, share in (("flops", config.flops), ("time", config.time)):
+            if share is not None:
+                return CostTarget(option, share, cost, config, self.vit, self.rule, self.num_blocks, self._keep)
+        return None
 
     def record(self, changes: Sequence[Tensor], num_samples: int = 1) -> None:
         """Remembers delta of every block, () float32 on the model's device, means over samples, until `step`."""
@@ -265,7 +292,7 @@ class ALaST:
         return rows + means, samples + [int(row[-1]) for row in values]
 
     def _move_budgets(self, lr: float | None, process_group: "dist.ProcessGroup | None") -> None:
-        """b_l <- clip(b_l + alpha * (delta_l now - delta_l before), min_budget, 1); the first time only records."""
+        """Moves every budget as `adapt` says, within min_budget..1; the first time only records."""
         rows, samples = self._pending(process_group)
         self._records, self._samples, self._loaded = [], [], ([], [])
         if not any(samples):
@@ -273,12 +300,31 @@ class ALaST:
         now = [sum(map(operator.mul, samples, column)) / sum(samples) for column in zip(*rows, strict=True)]
         if not all(map(math.isfinite, now)):
             return  # an overflowing forward says nothing about the blocks
-        if self._deltas is not None:
+        before, self._deltas = self._deltas, now
+        if before is None:
+            return
+        if self.config.adapt == "share":
+            self._deltas = [old + MOMENTUM * (new - old) for new, old in zip(now, before, strict=True)]
+            moves = self._towards_shares(self._deltas)
+        else:
             alpha = next(value for value in (self.config.alpha, lr, PAPER_LR) if value is not None)
-            for index, (new, old) in enumerate(zip(now, self._deltas, strict=True)):
-                moved = self.budgets[index] + alpha * (new - old)
-                self.budgets[index] = min(1.0, max(self.config.min_budget, moved))
-        self._deltas = now
+            moves = [alpha * (new - old) for new, old in zip(now, before, strict=True)]
+        for index, move in enumerate(moves):
+            self.budgets[index] = min(1.0, max(self.min_budget, self.budgets[index] + move))
+
+    def _towards_shares(self, deltas: list[float]) -> list[float]:
+        """The way of each budget towards start_budget times what the block does, relative to the geometric mean.
+
+        So a block that does less for the CLS token gives up more, and the product of the budgets, what is left at the
+        end, stays.
+        """
+        alpha = SHARE_ALPHA if self.config.alpha is None else self.config.alpha
+        logs = [math.log(max(deltas[index], 1e-30)) for index in sorted(self._reducing)]
+        mean, moves = sum(logs) / len(logs), [0.0] * len(deltas)
+        for index, value in zip(sorted(self._reducing), logs, strict=True):
+            goal = self.start_budget * math.exp(SHARE_POWER * (value - mean))
+            moves[index] = alpha * (goal - self.budgets[index])
+        return moves
 
     def _draw(self) -> list[int]:
         """The K blocks that train next, ascending."""
@@ -326,11 +372,11 @@ class ALaST:
 class AlastMethod(ALaST, Method):
     """ALaST in our own training loop."""
 
-    def __init__(self, vit: ViT, config: Recipe) -> None:
+    def __init__(self, vit: ViT, config: Recipe, times: Times | None = None) -> None:
         settings, whole = config.alast, vit.top_layer - 1
-        if settings.blocks is not None and vit.depth < whole:  # a half trains its share of them
+        if settings.blocks is not None and settings.blocks >= 1 and vit.depth < whole:  # a half trains its share
             settings = replace(settings, blocks=max(1, round(settings.blocks * vit.depth / whole)))
-        super().__init__(vit, settings, seed=config.seed)
+        super().__init__(vit, settings, seed=config.seed, times=times)
 
     @override
     def num_left(self, num_patches: int) -> int:
@@ -347,6 +393,37 @@ class AlastMethod(ALaST, Method):
     def metrics(self) -> dict[str, Any]:
         row = {"budgets": list(self.budgets), "trained": list(self.trained)}
         return row if self.target is None else row | {"step_budgets": self.step_budgets}
+
+
+def decided(config: AlastConfig, vit: ViT) -> AlastConfig:
+    """The options with all that they leave open decided for a model or a part of one."""
+    rule, merge_blocks, start = config.rule, config.merge_blocks, config.start_budget
+    if rule == "auto":
+        rule = "drop" if vit.family.reads is None else "merge-even"
+    if merge_blocks is None:
+        merge_blocks = tuple(range(min(2, vit.depth) if rule == "merge-even" else vit.depth))
+    if start is None:
+        start = 0.9 if len(set(merge_blocks)) == vit.depth > 2 else 0.5
+    return replace(
+        config,
+        rule=rule,
+        merge_blocks=merge_blocks,
+        start_budget=start,
+        min_budget=config.min_budget or start / 2,
+        token_multiple=config.token_multiple or _usual_multiple(vit.num_prefix_tokens + vit.num_patches),
+    )
+
+
+def _num_blocks(blocks: float | None, depth: int) -> int:
+    """How many of the blocks train at each step."""
+    if blocks is None:
+        return depth
+    return int(blocks) if blocks >= 1 else max(1, round(blocks * depth))
+
+
+def _usual_multiple(num_tokens: int) -> int:
+    """A power of two, at most 16, that leaves a model of so many tokens a choice of at least four sizes."""
+    return int(2 ** min(4, max(0, math.floor(math.log2(num_tokens / 4)))))
 
 
 def _places(root: nn.Module, among: set[int] | None = None) -> list[tuple[nn.Module, str]]:

@@ -9,13 +9,14 @@ from snello.config import Recipe
 from snello.errors import require
 from snello.methods import Method
 from snello.vit import ViT
+from snello.vit.times import Times
 
 
 class Full(Method):
     """Trains everything."""
 
-    def __init__(self, vit: ViT, config: Recipe) -> None:
-        super().__init__(vit, config)
+    def __init__(self, vit: ViT, config: Recipe, times: Times | None = None) -> None:
+        super().__init__(vit, config, times)
         trained = {id(p) for p in self.trained(config)}
         self._frozen = [p for p in vit.model.parameters() if id(p) not in trained and p.requires_grad]
         for parameter in self._frozen:

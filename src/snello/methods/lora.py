@@ -23,6 +23,7 @@ from snello.files import load_tensors, replacing
 from snello.methods import Method
 from snello.methods.alast import AlastMethod
 from snello.vit import ViT
+from snello.vit.times import Times
 
 NAME = "default"
 """peft's name for the adapters of a model that has only one set of them."""
@@ -138,9 +139,9 @@ class Adapters:
 class Lora(Method):
     """Adapters in the blocks and the classifier train."""
 
-    def __init__(self, vit: ViT, config: Recipe) -> None:
+    def __init__(self, vit: ViT, config: Recipe, times: Times | None = None) -> None:
         self.adapters = Adapters(vit, config.lora, config.model)
-        super().__init__(vit, config)
+        super().__init__(vit, config, times)
 
     @override
     def save(self, folder: Path) -> None:

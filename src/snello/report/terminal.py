@@ -9,9 +9,9 @@ from rich import progress
 from rich.console import Console
 from rich.table import Table
 
-from snello.config import CodecsConfig
+from snello.config import CodecsConfig, FinetuneConfig
 from snello.config.registry import FROZEN_GOALS, GOALS
-from snello.measure.comparison import Comparison, Progress, compared_with
+from snello.measure.comparison import SAVING, Comparison, Progress, compared_with
 from snello.measure.plan import Plan, command, method_label
 from snello.runs.summary import Summary, Traffic
 from snello.train.display import say
@@ -53,9 +53,9 @@ def print_per_class(rows: list[dict[str, Any]]) -> None:
 
 
 @contextmanager
-def measuring(console: Console, method: str, folder: Path) -> Iterator[Progress]:
+def measuring(console: Console, config: FinetuneConfig, folder: Path) -> Iterator[Progress]:
     """Says what is measured after a run whose model is in `folder`, and draws a bar until that is done."""
-    against = f"measuring the cost of a step: {method} against {_names(compared_with(method))}"
+    against = f"measuring the cost of a step: {config.method_name} against {_names(compared_with(config))}"
     say(console, f"the model is saved in {folder}; {against} (Ctrl-C skips this)")
     what = progress.TextColumn("measuring, {task.description}")
     columns = (what, progress.BarColumn(bar_width=20), progress.MofNCompleteColumn())
@@ -65,7 +65,8 @@ def measuring(console: Console, method: str, folder: Path) -> Iterator[Progress]
 
 
 def _names(methods: Iterable[str]) -> str:
-    return " and ".join("full fine-tuning" if method == "full" else method for method in methods)
+    named = {SAVING: "full fine-tuning with the same exact savings", "full": "full fine-tuning"}
+    return " and ".join(named.get(method, method) for method in methods)
 
 
 def print_costs(console: Console, costs: Comparison) -> None:
@@ -73,7 +74,8 @@ def print_costs(console: Console, costs: Comparison) -> None:
     others = costs.others
     table = Table(title=f"{costs.method} vs {_names(others)}, measured here, batch {costs.compared_batch_size}")
     table.add_column("")
-    for heading in (costs.method, *others, *(f"{method} / {costs.method}" for method in others)):
+    names = ["full, saving" if method == SAVING else method for method in others]
+    for heading in (costs.method, *names, *(f"{name} / {costs.method}" for name in names)):
         table.add_column(heading, justify="right")
     for name, field, style, unit in COST_ROWS:
         own = getattr(costs.own, field)

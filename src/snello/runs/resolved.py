@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from snello.models import Preprocessing
+from snello.vit.times import Times
 
 VERSION = 1
 
@@ -53,6 +54,8 @@ class Resolved(Machine):
     fingerprint: str | None = None
     """What tells the pictures from others of the same number; None where an older version has not noted it."""
     processes: int = 1
+    times: Times | None = None
+    """What a block takes here, where --alast.time asks for it."""
     codec: str | None = None
     """The codec at the cut, `auto` resolved; None without a cut."""
     server: ServerAddress | None = None

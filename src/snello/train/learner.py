@@ -25,6 +25,7 @@ from snello.seeds import mix
 from snello.train.mixing import Mixing
 from snello.train.optim import make_optimizer, set_lr
 from snello.vit import ViT, logits_of
+from snello.vit.times import Times
 
 # These keep the seeds of the model's noise and the codec's apart from those of order and augmentation.
 NOISE, CODEC, SERVER_NOISE = 1, 2, 3
@@ -141,10 +142,17 @@ class Learner(ABC):
 class WholeLearner(Learner):
     """A model in one piece, on Accelerate, the same in every process of the run."""
 
-    def __init__(self, vit: ViT, config: FinetuneConfig, accelerator: Accelerator, num_classes: int) -> None:
+    def __init__(
+        self,
+        vit: ViT,
+        config: FinetuneConfig,
+        accelerator: Accelerator,
+        num_classes: int,
+        times: Times | None = None,
+    ) -> None:
         self.config, self.accelerator, device = config, accelerator, accelerator.device
         self._mixing = Mixing(config.augment, num_classes) if config.augment.mixes else None
-        self.method: Method = make_method(vit, config)
+        self.method: Method = make_method(vit, config, times=times)
         if accelerator.num_processes > 1:
             self.method.process_group = torch.distributed.group.WORLD
         optimizer = make_optimizer(

@@ -24,6 +24,7 @@ from snello.data import Splits, imbalance
 from snello.data.loaders import Batch, batches, eval_loader, eval_transform, train_loader, train_transform
 from snello.devices import Precision, autocast, resolve_precision
 from snello.errors import ConfigError, TrainingError
+from snello.methods.alast import decided
 from snello.models import architecture_of, preprocessing
 from snello.runs.folder import flat
 from snello.runs.resolved import Resolved, machine
@@ -39,6 +40,8 @@ from snello.train.signals import Interrupted, stopping
 from snello.train.tracking import Trackers
 from snello.vit import ViT
 from snello.vit.attention import faster_attention
+from snello.vit.rules import make_rule
+from snello.vit.times import Times, measure_times
 
 SAVE_SECONDS = 60.0
 """Between checkpoints while another side takes its last steps."""
@@ -86,6 +89,7 @@ class Trainer:
             self.precision,
             self.schedule,
             self.resolved.codec,
+            self.resolved.times,
             ranks,
             self._stop,
             self.run,
@@ -112,6 +116,9 @@ class Trainer:
         if attention == "auto":
             attention = ranks.from_main(lambda: faster_attention(vit, config.batch_size, self.device, self.precision))
         vit.set_attention_paths([attention] * vit.depth)  # type: ignore[list-item]
+        times = saved.times if saved else None
+        if times is None and "alast" in config.method_name and config.alast.time is not None:
+            times = ranks.from_main(lambda: self._measure_times(vit))
         return Resolved(
             **machine(str(self.device) if ranks.size == 1 else self.device.type, self.precision, str(attention)),
             classes=tuple(splits.train.classes),
@@ -122,11 +129,17 @@ class Trainer:
             num_skipped=splits.num_skipped,
             fingerprint=f"{splits.train.fingerprint()}-{splits.val.fingerprint()}",
             processes=ranks.size,
+            times=times,
             codec=saved.codec if saved else config.split.codec_text,
             server=self.place.server,
             data=_absolute(config.data),
             data_root=_absolute(config.data_root),
         )
+
+    def _measure_times(self, vit: ViT) -> Times:
+        config = self.config
+        rule, size = make_rule(decided(config.alast, vit).rule), self.preprocessing.size
+        return measure_times(vit, rule, size, config.batch_size, self.device, self.precision, config.exact_savings)
 
     @property
     def total_steps(self) -> int:

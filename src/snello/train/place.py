@@ -27,6 +27,7 @@ from snello.train.ranks import ALONE, Ranks, make_accelerator
 from snello.train.schedule import Schedule
 from snello.train.tracking import require_trackers
 from snello.vit import ViT
+from snello.vit.times import Times
 
 State = dict[str, Any]
 """What a checkpoint says beside weights and optimizers, as values that JSON can hold."""
@@ -64,6 +65,8 @@ class Setup:
     """Without the learner's own buffer and budget."""
     codec: str | None = None
     """The codec at the cut, `auto` resolved."""
+    times: Times | None = None
+    """What a block takes here, for --alast.time."""
     ranks: Ranks = ALONE
     stop: list[int] = field(default_factory=list)
     """Fills when the user asks to stop."""
@@ -147,7 +150,7 @@ class Place(ABC):
 def make_whole_learner(vit: ViT, setup: Setup) -> Learner:
     """A learner for a model in one piece."""
     accelerator = make_accelerator(setup.device, setup.precision, setup.ranks)
-    return WholeLearner(vit, setup.config, accelerator, setup.num_classes)
+    return WholeLearner(vit, setup.config, accelerator, setup.num_classes, setup.times)
 
 
 class LocalPlace(Place):

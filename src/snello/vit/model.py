@@ -40,10 +40,11 @@ class ViT:
         """Patch tokens of one picture at the model's own size, and the longer side of a patch in pixels."""
         self.embed_dim, self.features_shape = family.embed_dim, family.features_shape
         self._passes = Passes(self.num_prefix_tokens)
-        self._adapters = [family.adapter(block, index) for index, block in enumerate(self.blocks)]
-        for adapter in self._adapters:
+        self.adapters = [family.adapter(block, index) for index, block in enumerate(self.blocks)]
+        """Around each of the blocks."""
+        for adapter in self.adapters:
             adapter.passes = self._passes
-        self._adapters[-1].is_last = True
+        self.adapters[-1].is_last = True
 
     @property
     def depth(self) -> int:
@@ -73,11 +74,11 @@ class ViT:
     @property
     def attention_paths(self) -> list[AttentionPath]:
         """How each block computes attention: with the fused kernel or explicitly."""
-        return [adapter.path for adapter in self._adapters]
+        return [adapter.path for adapter in self.adapters]
 
     def set_attention_paths(self, paths: list[AttentionPath]) -> None:
         """Makes block i compute attention by `paths[i]`; both give the same result up to rounding."""
-        for adapter, path in zip(self._adapters, paths, strict=True):
+        for adapter, path in zip(self.adapters, paths, strict=True):
             adapter.path = path
 
     def set_grad_checkpointing(self, on: bool) -> None:
@@ -91,13 +92,13 @@ class ViT:
         others. Where it pools patches, and where something watches the block, on all. The MLPs compute GELU again in
         the backward pass, which has no use with gradient checkpointing: `mlp` leaves it out. Eval mode is untouched.
         """
-        for adapter in self._adapters:
+        for adapter in self.adapters:
             adapter.save_exactly(self.family.reads if on and adapter.is_last else None, on and mlp)
 
     @property
     def last_rows(self) -> tuple[int | None, int | None]:
         """The leading tokens that attention and MLP of the last block work on in training mode; None: on all."""
-        return self._adapters[-1].computes()
+        return self.adapters[-1].computes()
 
     def cut(self, blocks: int, *, head_below: bool = False) -> tuple["ViT", "ViT"]:
         """Two Vision Transformers that together are this one: embeddings and the first `blocks` blocks, and the rest.
@@ -145,7 +146,7 @@ class ViT:
 
     def watch(self, index: int) -> None:
         """Makes the attention of block `index` available to `cls_attention` after every forward in training mode."""
-        self._adapters[index].watch()
+        self.adapters[index].watch()
 
     def cls_attention(self, index: int, score: Score = "auto") -> Tensor:
         """How much attention each token that the watched block `index` passed on received in the last forward, once.
@@ -158,7 +159,7 @@ class ViT:
         """
         if score == "cls" and not self.has_cls:
             raise ModelError("score=cls needs a CLS token, which this model lacks: use score=received")
-        return self._adapters[index].take_attention(self.has_cls if score == "auto" else score == "cls")
+        return self.adapters[index].take_attention(self.has_cls if score == "auto" else score == "cls")
 
     @property
     def context(self) -> ForwardContext:
@@ -174,7 +175,7 @@ class ViT:
     @property
     def observer(self) -> BlockObserver | None:
         """What was attached through this ViT; another of the same model may have attached something else."""
-        return self._adapters[0].observer
+        return self.adapters[0].observer
 
     def attach(self, observer: BlockObserver) -> None:
         """Lets `observer` see and drop tokens in every block until `detach`.
@@ -184,18 +185,18 @@ class ViT:
         """
         if self.attached:
             raise ModelError("the model's blocks are already attached to something: call its detach() first")
-        for adapter in self._adapters:
+        for adapter in self.adapters:
             adapter.attach(observer)
 
     def detach(self) -> None:
         """Gives every block its own forward back."""
         self._passes.begin()
-        for adapter in self._adapters:
+        for adapter in self.adapters:
             adapter.detach()
 
     def require_intact(self) -> None:
         """Raises a ModelError where adapters (LoRA) came into the blocks after they were attached or watched."""
-        if not all(adapter.intact() for adapter in self._adapters):
+        if not all(adapter.intact() for adapter in self.adapters):
             raise ModelError("the blocks were given adapters after ALaST was attached: apply peft first, then attach")
 
 

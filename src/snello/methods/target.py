@@ -1,21 +1,35 @@
-"""Budgets scaled so that a step costs a given share of full fine-tuning."""
+"""Budgets scaled so that a step costs a given share of full fine-tuning, in FLOPs or in time."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from snello.config import AlastConfig
 from snello.errors import require
 from snello.vit import ViT
-from snello.vit.flops import StepFlops, Tokens
+from snello.vit.flops import Tokens
 from snello.vit.rules import TokenRule
 
 
-class FlopTarget:
+class StepCost(Protocol):
+    """What a step costs: `snello.vit.flops.StepFlops`, or `snello.vit.times.StepTime`."""
+
+    def full(self, num_patches: int) -> float:
+        """Plain full fine-tuning of a picture with so many patch tokens."""
+
+    def step(
+        self, tokens: Sequence[Tokens], num_patches: int, trained: Collection[int], train_embeddings: bool
+    ) -> float:
+        """A step that begins with `num_patches` patch tokens, has `tokens` in the blocks and trains some of those."""
+
+
+class CostTarget:
     """One factor on all budgets, found by bisection; what a step misses, since tokens are whole, the next makes up for.
 
     Args:
-        share: of full fine-tuning's FLOPs.
+        option: what the share is called among ALaST's options.
+        share: of what full fine-tuning costs.
+        cost: of a step.
         config: where tokens are dropped, and whether embeddings train.
         vit: a model as ALaST finds it: what requires gradients may train.
         rule: what becomes of the tokens that are not passed on.
@@ -28,26 +42,27 @@ class FlopTarget:
 
     def __init__(
         self,
+        option: str,
         share: float,
+        cost: StepCost,
         config: AlastConfig,
         vit: ViT,
         rule: TokenRule,
         num_blocks: int,
         keep: Callable[[int, float, int], int],
     ) -> None:
-        self.share, self.drop_at, self.rule, self._keep = share, config.drop_at, rule, keep
+        self.option, self.share, self._cost = option, share, cost
+        self.drop_at, self.rule, self._keep, self._vit = config.drop_at, rule, keep, vit
         self.train_embeddings = config.train_embeddings and any(p.requires_grad for p in vit.embedding_parameters())
-        self.num_prefix_tokens, self.embed_dim, self.flops = vit.num_prefix_tokens, vit.embed_dim, StepFlops(vit)
-        self._vit = vit
         self.num_patches = vit.num_patches  # of the forward before
         self.scaled: list[float] | None = None
         """The budgets of the step under way, or of the last that dropped tokens; None before the first."""
-        self._owed = 0.0  # FLOPs of a picture by which the steps so far stayed below the target
+        self._owed = 0.0  # of a picture's cost, by which the steps so far stayed below the target
         self._require_reachable(num_blocks, vit.depth)
 
     def scale(self, budgets: Sequence[float], trained: Collection[int]) -> None:
         """Chooses `scaled` for a step that trains the blocks `trained`."""
-        target = self.share * self.flops.full(self.num_patches) + self._owed
+        target = self.share * self._cost.full(self.num_patches) + self._owed
         low, high = 0.0, 1 / min(budgets)
         for _ in range(20):
             factor = (low + high) / 2
@@ -61,8 +76,13 @@ class FlopTarget:
         self._owed = target - cost
 
     def cost(self, budgets: Sequence[float], trained: Collection[int]) -> float:
-        """FLOPs of a picture in a step by these budgets."""
-        prefix, patches, tokens = self.num_prefix_tokens, self.num_patches, []
+        """What a picture costs in a step by these budgets."""
+        tokens = self.tokens(budgets)
+        return self._cost.step(tokens, self.num_patches, trained, self.train_embeddings)
+
+    def tokens(self, budgets: Sequence[float]) -> list[Tokens]:
+        """The tokens in every block by these budgets."""
+        prefix, patches, tokens = self._vit.num_prefix_tokens, self.num_patches, list[Tokens]()
         queries, read = self._vit.last_rows
         for index, budget in enumerate(budgets):
             if read is not None and index == len(budgets) - 1:
@@ -71,20 +91,20 @@ class FlopTarget:
             keep = self._keep(index, budget, patches)
             scored, reducing = False, (0.0, 0.0)
             if keep < patches:
-                scored, reducing = self.rule.needs_scores, self.rule.cost(patches, keep, prefix, self.embed_dim)
+                scored, reducing = self.rule.needs_scores, self.rule.cost(patches, keep, prefix, self._vit.embed_dim)
             attended = keep if self.drop_at == "start" else patches
             in_mlp = patches if self.drop_at == "block-end" else keep
             tokens.append(Tokens(prefix + attended, prefix + in_mlp, scored, reducing))
             patches = keep
-        return self.flops.step(tokens, self.num_patches, trained, self.train_embeddings)
+        return tokens
 
     def _require_reachable(self, num_blocks: int, depth: int) -> None:
-        full = self.flops.full(self.num_patches)
+        full = self._cost.full(self.num_patches)
         least = self.cost([0.0] * depth, range(num_blocks)) / full  # with the dearest draw
         most = self.cost([1.0] * depth, range(depth - num_blocks, depth)) / full  # with the cheapest
         low, high = math.ceil(100 * least - 1e-9) / 100, math.floor(100 * most + 1e-9) / 100
         reach = f"in {low}..{high} for this model with {num_blocks} of {depth} blocks trained"
-        require(low <= self.share <= high, "flops", reach, self.share, section="alast")
+        require(low <= self.share <= high, self.option, reach, self.share, section="alast")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
