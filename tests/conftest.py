@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start: 
 import numpy as np
 import pytest
 import torch
+from helpers.budgets import DROPPING
 from PIL import Image
 from rich.console import Console
 from timm.models.deit import VisionTransformerDistilled
@@ -87,8 +88,8 @@ def small(pictures: Path, tmp_path: Path) -> FinetuneConfig:
 
 
 def with_method(config: FinetuneConfig, /, method: str = "full", **settings: Any) -> FinetuneConfig:
-    """The same run with another method; ALaST with budgets that move visibly, since its CLS token changes little."""
-    adaptive = {"alast": AlastConfig(alpha=5.0)} if "alast" in method else {}
+    """The same run with another method; ALaST by DROPPING, with budgets that move visibly for so small changes."""
+    adaptive = {"alast": AlastConfig(**DROPPING, alpha=5.0)} if "alast" in method else {}
     return replace(config, method=method, **adaptive | settings)
 
 
@@ -105,7 +106,10 @@ def _flags(config: Any, default: Any, prefix: str) -> list[str]:
         if is_dataclass(value) or value == getattr(default, name):
             continue
         flag = prefix + name.replace("_", "-")
-        result += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+        values = value if isinstance(value, tuple) else (value,)
+        result += (
+            [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", *map(str, values)]
+        )
     return result
 
 

@@ -45,7 +45,7 @@ def refused(capfd, small, tmp_path, monkeypatch):
         (["--lr", "-1"], "--lr must be above 0 and finite, got -1.0"),
         (["--lr=-1"], "--lr must be above 0 and finite, got -1.0"),
         (["--alast.start-budget", "1.5"], "--alast.start-budget must be in (0, 1], got 1.5"),
-        (["--alast.min-budget", "0"], "--alast.min-budget must be in (0, 0.9] (start_budget), got 0.0"),
+        (["--alast.min-budget", "0"], "--alast.min-budget must be in (0, 1], got 0.0"),
         (["--method", "alast", "--alast.blocks", "7"], "--alast.blocks must be in 1..6 (the model's depth), got 7"),
         (["--method", "last-k", "--last-k", "7"], "--last-k must be in 1..6 (the model's depth), got 7"),
         (["--image-size", "50"], "--image-size for test_vit must be a multiple of its patch size 16, got 50"),

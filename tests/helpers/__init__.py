@@ -1,6 +1,7 @@
 """What several test files share, beside the fixtures of conftest.py; no test file imports another.
 
 - `vits`: timm's ViT in many variants.
+- `budgets`: ALaST that says what a test means, whatever its defaults are.
 - `resuming`: runs that are cut off like a process that is killed.
 - `whole_runs`: what every source of pictures must stand.
 - `run_folders`: run folders for exports, and what their models compute.

@@ -76,7 +76,11 @@ def batch(n: int = 4, seed: int = 7) -> tuple[Tensor, Tensor]:
 
 
 def make_cut(model: nn.Module, codec: str = "none", cut: int = 2, precision: Precision = "fp32", **options: Any) -> Cut:
-    run = {key: options.pop(key) for key in ("method", "alast", "label_smoothing", "seed") if key in options}
+    run = {
+        key: options.pop(key)
+        for key in ("method", "alast", "exact_savings", "label_smoothing", "seed")
+        if key in options
+    }
     split = SplitConfig(cut=cut, codec=codec, **options)
     return Cut(
         model,

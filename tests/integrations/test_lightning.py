@@ -158,8 +158,8 @@ def test_after_an_error_the_model_is_as_it_was_found_and_trains_again(tmp_path):
 
 
 def test_the_base_learning_rate_is_the_step_size_not_the_scheduled_one(tmp_path):
-    _, ours, _ = fit(tmp_path, ALaSTCallback(**{**OPTIONS, "alpha": None}))
-    _, expected, _ = fit(tmp_path, ALaSTCallback(**{**OPTIONS, "alpha": 1e-2}))
+    _, ours, _ = fit(tmp_path, ALaSTCallback(**{**OPTIONS, "adapt": "difference", "alpha": None}))
+    _, expected, _ = fit(tmp_path, ALaSTCallback(**{**OPTIONS, "adapt": "difference", "alpha": 1e-2}))
     assert ours.rows == expected.rows and len({tuple(row["budgets"]) for row in ours.rows}) > 2
 
 

@@ -142,7 +142,7 @@ def test_after_an_error_the_callback_trains_again(tmp_path):
 
 
 def test_the_base_learning_rate_is_the_step_size_not_the_scheduled_one(tmp_path):
-    options = {**OPTIONS, "alpha": None}
+    options = {**OPTIONS, "adapt": "difference", "alpha": None}
     _, ours = train(tmp_path, ALaSTCallback(**options), learning_rate=0.02)
     _, expected = train(tmp_path, ALaSTCallback(**{**options, "alpha": 0.02}), learning_rate=0.02)
     assert ours.rows == expected.rows and len({tuple(row["budgets"]) for row in ours.rows}) > 2

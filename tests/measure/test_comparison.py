@@ -1,5 +1,6 @@
 """A method against full fine-tuning, in processes of their own."""
 
+import itertools
 import json
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -14,9 +15,10 @@ from snello.config import AlastConfig, FinetuneConfig, LoraConfig
 from snello.config.values import from_dict
 from snello.errors import SnelloError
 from snello.measure import comparison
-from snello.measure.comparison import Comparison, TimedCosts, compare, not_measured
+from snello.measure.comparison import SAVING, Comparison, TimedCosts, compare, compared_with, not_measured
 from snello.measure.process import OutOfMemoryError
 from snello.report import terminal as report
+from snello.vit.times import Times
 
 SUMMARY = SimpleNamespace(num_classes=3, device="cpu", precision="fp32", attention="explicit")
 
@@ -27,7 +29,7 @@ SUMMARY = SimpleNamespace(num_classes=3, device="cpu", precision="fp32", attenti
 def test_a_complete_run_is_not_measured_again(small, monkeypatch):
     config = replace(small, epochs=1, compare=True)
     calls = []
-    one = dict.fromkeys(not_measured("full"), 1)
+    one = dict.fromkeys(not_measured(config), 1)
     measured = SimpleNamespace(summary=lambda: one)
     monkeypatch.setattr(comparison, "compare", lambda *args: calls.append(args) or measured)
     monkeypatch.setattr("snello.report.terminal.print_costs", lambda console, costs: None)
@@ -42,7 +44,7 @@ def test_run_with_comparison(small, capsys):
     threads = torch.get_num_threads()
     summary = finetune(config)
     assert summary == json.loads((config.out / "summary.json").read_text())
-    names = not_measured("alast")
+    names = not_measured(config)
     assert summary.keys() >= names.keys() and threads == torch.get_num_threads()
     # The peak of so small a model may be lost in the heap.
     peaks = {name for name in names if name.endswith("peak_memory_bytes")}
@@ -60,7 +62,9 @@ def test_run_with_comparison(small, capsys):
     assert summary["full_optimizer_bytes"] == pytest.approx(8 * summary["full_trainable_parameters"], rel=0.01)
     err = capsys.readouterr().err
     assert f"the model is saved in {config.out}; measuring the cost of a step: alast against full" in err
-    for text in ("alast vs full fine-tuning, measured here, batch 4", "step time, ms", "peak memory measured, MiB"):
+    title = "alast vs full fine-tuning with the same exact savings and full fine-tuning, measured here, batch 4"
+    assert title in " ".join(err.split())
+    for text in ("full, saving", "step time, ms", "peak memory measured, MiB"):
         assert text in err
 
 
@@ -68,15 +72,17 @@ def test_run_with_comparison(small, capsys):
 
 
 class FakeProcess:
-    """Fits up to a batch size, per method."""
+    """Fits up to a batch size, per method; `full_saving` is full fine-tuning with exact savings."""
 
     fits: dict[str, int]
     started: list[tuple[str, int]]
     open = 0
 
     def __init__(self, request):
-        self.method, self.batch_size = request["config"]["method"], request["batch_size"]
-        from_dict(FinetuneConfig, request["config"])  # what the process does first
+        config = from_dict(FinetuneConfig, request["config"])  # what the process does first
+        self.method, self.batch_size = config.method, request["batch_size"]
+        if config.method == "full" and config.exact_savings:
+            self.method = SAVING
         FakeProcess.started.append((self.method, self.batch_size))
         if self.batch_size > 4 * FakeProcess.fits[self.method]:
             raise OutOfMemoryError  # as early as when the batch is made
@@ -86,7 +92,7 @@ class FakeProcess:
         if self.batch_size > FakeProcess.fits[self.method]:
             raise OutOfMemoryError
         if line == "step":
-            return {"seconds": 0.5 if self.method == "full" else 0.25}
+            return {"seconds": {"full": 0.5, SAVING: 0.375}.get(self.method, 0.25)}
         return {
             "flops_per_sample": 1e9,
             "saved_bytes_per_sample": 1e6,
@@ -120,20 +126,51 @@ def compared(batch_size: int = 64, method: str = "alast", **settings) -> Compari
 
 
 def test_both_fit(fake):
-    fake(alast=64, full=64)
+    fake(alast=64, full_saving=64, full=64)
     costs = compared()
-    assert (costs.full_fits, costs.compared_batch_size, costs.own.step_time_s, costs.others["full"].step_time_s) == (
-        True,
-        64,
-        0.25,
-        0.5,
-    )
-    assert FakeProcess.started == [("alast", 64), ("full", 64)] and FakeProcess.open == 0
+    assert costs.full_fits and costs.compared_batch_size == 64 and costs.own.step_time_s == 0.25
+    assert {name: other.step_time_s for name, other in costs.others.items()} == {SAVING: 0.375, "full": 0.5}
+    assert FakeProcess.started == [("alast", 64), (SAVING, 64), ("full", 64)] and FakeProcess.open == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "beside"),
+    [
+        ({"method": "alast"}, [SAVING, "full"]),
+        ({"method": "last-k"}, [SAVING, "full"]),
+        ({"method": "full"}, ["full"]),  # the run itself is full fine-tuning with exact savings
+        ({"method": "alast", "exact_savings": False}, ["full"]),
+        ({"method": "alast+lora"}, ["lora", SAVING, "full"]),
+        ({"method": "alast+lora", "exact_savings": False}, ["lora", "full"]),
+    ],
+)
+def test_what_is_measured_beside_a_run(fake, settings, beside):
+    fake(**dict.fromkeys(("alast", "last-k", "lora", "alast+lora", SAVING, "full"), 64))
+    config = FinetuneConfig(**settings)
+    assert compared_with(config) == beside == list(compare(config, SUMMARY, {}).others)
+    own = SAVING if config.method == "full" else config.method
+    assert [method for method, _ in FakeProcess.started] == [own, *beside]
+
+
+def test_the_presets_settings_are_left_out_for_full_fine_tuning(fake):
+    fake(alast=64, full_saving=64, full=64)
+    assert compared(preset="published", alast=AlastConfig(alpha=0.1)).full_fits
+
+
+def test_the_times_of_the_run_are_those_that_its_step_is_measured_with(fake, monkeypatch):
+    fake(alast=64, full_saving=64, full=64)
+    asked = []
+    monkeypatch.setattr(comparison, "Process", lambda request: asked.append(request) or FakeProcess(request))
+    times = Times((1, 2), *[(0.5, 1.0)] * 6, 1.0, 0.0, 0.0)
+    config = FinetuneConfig(method="alast", batch_size=64, alast=AlastConfig(time=0.5))
+    compare(config, SUMMARY, {"budgets": []}, times)
+    assert [request["times"] and from_dict(Times, request["times"]) for request in asked] == [times, None, None]
+    assert [request["state"] for request in asked] == [{"budgets": []}, None, None]
 
 
 @pytest.mark.parametrize("most", [40, 3])
 def test_full_fits_at_a_smaller_batch(fake, most):
-    fake(alast=64, full=most)
+    fake(alast=64, full_saving=64, full=most)
     costs = compared()
     expected = 32 if most == 40 else 2
     assert (costs.full_fits, costs.compared_batch_size, costs.batch_size) == (False, expected, 64)
@@ -144,56 +181,61 @@ def test_full_fits_at_a_smaller_batch(fake, most):
 
 
 def test_full_never_fits(fake):
-    fake(alast=64, full=0)
+    fake(alast=64, full_saving=64, full=0)
     costs = compared()
     assert costs.others["full"] is None and not costs.full_fits
+    assert costs.others[SAVING].peak_memory_bytes == 2**20 * 64
     assert (costs.compared_batch_size, costs.own.peak_memory_bytes) == (64, 2**20 * 64)
     summary = costs.summary()
-    assert summary.keys() == not_measured("alast").keys()
-    assert all(summary[name] is None for name in summary if name.startswith("full_") and name != "full_fits")
+    assert summary.keys() == not_measured(FinetuneConfig(method="alast")).keys()
+    of_full = {name for name in summary if name.startswith("full_") and not name.startswith(f"{SAVING}_")}
+    of_full.remove("full_fits")
+    assert len(of_full) > 5 and all(summary[name] is None for name in of_full)
+    assert all(summary[name] is not None for name in summary if name.startswith(f"{SAVING}_"))
     assert FakeProcess.open == 0
 
 
 def test_not_even_the_method_fits(fake):
-    fake(alast=0, full=0)
+    fake(alast=0, full_saving=0, full=0)
     with pytest.raises(SnelloError, match="too little memory"):
         compared(8)
     assert FakeProcess.open == 0
 
 
 def test_progress_counts_every_question_to_its_end(fake):
-    fake(alast=64, full=32)
+    fake(alast=64, full_saving=64, full=32)
     told: list[tuple[str, int, int]] = []
-    compare(FinetuneConfig(method="alast", batch_size=64), SUMMARY, {}, lambda *values: told.append(values))
+    compare(FinetuneConfig(method="alast", batch_size=64), SUMMARY, {}, None, lambda *values: told.append(values))
     refused = [values for values in told if values[0] == "batch 64"]
-    assert refused == [("batch 64", done, 24) for done in range(2)], "full did not take its first step"
-    assert told[2:] == [("batch 32", done, 24) for done in range(25)]
+    assert refused == [("batch 64", done, 36) for done in range(3)], "full did not take its first step"
+    assert told[3:] == [("batch 32", done, 36) for done in range(37)]
 
 
 def test_odd_batch_sizes_end_at_one(fake):
-    fake(alast=64, full=1)
+    fake(alast=64, full_saving=64, full=1)
     assert compared(13).compared_batch_size == 1
     assert [size for method, size in FakeProcess.started if method == "alast"] == [13, 6, 3, 1]
 
 
 def test_not_measured_names_what_is_measured():
     measured = TimedCosts(*range(1, 10))
-    for method, others in (("alast", ["full"]), ("lora", ["full"]), ("alast+lora", ["lora", "full"])):
-        summary = Comparison(method, 8, 8, measured, dict.fromkeys(others, measured)).summary()
-        assert summary.keys() == not_measured(method).keys() >= asdict(measured).keys()
+    for method, savings in itertools.product(("full", "alast", "lora", "alast+lora"), (True, False)):
+        config = FinetuneConfig(method=method, exact_savings=savings)
+        summary = Comparison(method, 8, 8, measured, dict.fromkeys(compared_with(config), measured)).summary()
+        assert summary.keys() == not_measured(config).keys() >= asdict(measured).keys()
 
 
 def test_alast_with_lora_is_measured_beside_lora_alone(fake):
-    fake(**{"alast+lora": 64, "lora": 64, "full": 64})
+    fake(**{"alast+lora": 64, "lora": 64, SAVING: 64, "full": 64})
     costs = compared(method="alast+lora", lora=LoraConfig(r=4))
-    assert [method for method, _ in FakeProcess.started] == ["alast+lora", "lora", "full"]
-    assert list(costs.others) == ["lora", "full"] and costs.full_fits
-    fake(**{"alast+lora": 64, "lora": 64, "full": 0})
+    assert [method for method, _ in FakeProcess.started] == ["alast+lora", "lora", SAVING, "full"]
+    assert list(costs.others) == ["lora", SAVING, "full"] and costs.full_fits
+    fake(**{"alast+lora": 64, "lora": 64, SAVING: 64, "full": 0})
     costs = compared(method="alast+lora")
     assert costs.others["full"] is None and costs.others["lora"].peak_memory_bytes == 2**20 * 64
-    fake(**{"alast+lora": 64, "lora": 0, "full": 0})
+    fake(**{"alast+lora": 64, "lora": 0, SAVING: 0, "full": 0})
     costs = compared(method="alast+lora")
-    assert costs.others == {"lora": None, "full": None} and costs.compared_batch_size == 64
+    assert costs.others == {"lora": None, SAVING: None, "full": None} and costs.compared_batch_size == 64
     assert FakeProcess.open == 0
 
 
@@ -215,6 +257,14 @@ def test_table():
     assert "4.00x" in text and "does not fit" not in text
     (row,) = [line for line in text.splitlines() if "sum, MiB" in line]
     assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["sum, MiB", "132", "520", "3.94x"]
+    text = printed(Comparison("alast", 64, 64, own, {SAVING: own, "full": full}))
+    assert "alast vs full fine-tuning with the same exact savings and full fine-tuning" in " ".join(text.split())
+    (row,) = [line for line in text.splitlines() if "full, saving" in line]
+    cells = [cell.strip() for cell in row.strip("┃ ").split("┃")]
+    assert cells == ["alast", "full, saving", "full", "full, saving / alast", "full / alast"]
+    (row,) = [line for line in text.splitlines() if "step time" in line]
+    cells = [cell.strip() for cell in row.strip("│ ").split("│")]
+    assert cells == ["step time, ms", "10.0", "10.0", "25.0", "1.00x", "2.50x"]
     text = printed(Comparison("alast+lora", 64, 64, own, {"lora": full, "full": full}))
     assert "alast+lora vs lora and full fine-tuning, measured here, batch 64" in text
     (row,) = [line for line in text.splitlines() if "step time" in line]

@@ -144,8 +144,8 @@ def test_asked_to_stop_while_costs_are_measured(small, tmp_path, number, when):
     saved, skipped, folder = text.splitlines()[-3:]
     assert saved == (
         f"the model is saved in {config.out}; measuring the cost of a step: alast against full fine-tuning "
-        "(Ctrl-C skips this)"
+        "with the same exact savings and full fine-tuning (Ctrl-C skips this)"
     )
     assert skipped == f"measuring skipped; the model is in {config.out}" and folder == f"run folder: {config.out}"
     summary = json.loads((config.out / "summary.json").read_text())
-    assert {name: summary[name] for name in not_measured("alast")} == not_measured("alast")
+    assert {name: summary[name] for name in not_measured(config)} == not_measured(config)

@@ -32,7 +32,7 @@ def held_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def make_step(method: str = "full", batch_size: int = 2, **settings) -> TrainingStep:
-    names = ("alast", "grad_checkpointing", "model", "image_size")
+    names = ("alast", "grad_checkpointing", "model", "image_size", "exact_savings")
     chosen = {name: settings.pop(name) for name in names if name in settings}
     config = FinetuneConfig(**{"model": "test_vit", "weights": "none", "image_size": 48, "method": method, **chosen})
     options = {"num_classes": 3, "device": CPU, "precision": "fp32", "attention": "explicit"}
@@ -240,7 +240,7 @@ def multiply_adds(tokens: int, dim: int, patch: int, classes: int) -> dict[str, 
 
 def test_flops_of_full_fine_tuning():
     """Backward costs twice the forward, less the gradient for the pictures."""
-    step = make_step(batch_size=2)
+    step = make_step(batch_size=2, exact_savings=False)
     model = step.model
     tokens, dim, depth = step.vit.num_patches + step.vit.num_prefix_tokens, step.vit.embed_dim, step.vit.depth
     hidden = model.blocks[0].mlp.fc1.out_features
@@ -249,6 +249,17 @@ def test_flops_of_full_fine_tuning():
     forward = 2 * (counts["patch_embed"] + depth * block + counts["head"])
     expected = 3 * forward - 2 * counts["patch_embed"]
     assert step.costs(draws=2).flops_per_sample == expected
+
+
+def test_flops_of_full_fine_tuning_with_exact_savings():
+    """Of the last block the keys and values are of all tokens, the rest of the CLS token alone."""
+    plain, saving = (make_step(batch_size=2, exact_savings=on) for on in (False, True))
+    vit = saving.vit
+    tokens, dim, hidden = vit.num_patches + 1, vit.embed_dim, saving.model.blocks[0].mlp.fc1.out_features
+    spared = (tokens - 1) * (2 * dim * dim + 2 * dim * hidden + 2 * tokens * dim)
+    costs = [step.costs(draws=1) for step in (plain, saving)]
+    assert costs[0].flops_per_sample - costs[1].flops_per_sample == 3 * 2 * spared
+    assert costs[1].saved_bytes_per_sample < 0.8 * costs[0].saved_bytes_per_sample
 
 
 @pytest.mark.parametrize("attention", ["explicit", "fused"])

@@ -7,11 +7,13 @@ import os
 import re
 import warnings
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import tiny_deit, tiny_vit
+from helpers.budgets import DROPPING, dropping
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from snello.config import AlastConfig
 from snello.errors import ConfigError, SnelloWarning
-from snello.methods.alast import PAPER_LR, ALaST
+from snello.methods.alast import PAPER_LR, ALaST, decided
 from snello.vit import ViT
 
 
@@ -74,7 +76,7 @@ def inclusion(alast: ALaST, times: int = 3000) -> list[float]:
 def test_budgets_move_by_the_change_of_delta_and_are_clipped():
     model = tiny_vit()
     rows = watch(model)
-    alast = ALaST(model, blocks=4, start_budget=0.8, min_budget=0.75, alpha=2.0)
+    alast = dropping(model, blocks=4, start_budget=0.8, min_budget=0.75, alpha=2.0)
     expected = [0.8] * 4
     ends = set()
     for step in range(8):
@@ -103,7 +105,7 @@ def test_delta_is_a_mean_over_the_batch():
 
 def test_first_step_only_records():
     model = tiny_vit()
-    alast = ALaST(model, alpha=10.0)
+    alast = dropping(model, alpha=10.0)
     alast.step()
     assert alast.state_dict()["deltas"] is None
     backward(model, 0)
@@ -116,7 +118,7 @@ def test_first_step_only_records():
 
 def test_hooks_only_record():
     model = tiny_vit()
-    alast = ALaST(model, alpha=10.0, blocks=2)
+    alast = dropping(model, alpha=10.0, blocks=2)
     for seed in range(3):
         alast.step()
         before = alast.summary()
@@ -126,7 +128,7 @@ def test_hooks_only_record():
 
 def test_eval_mode_neither_records_nor_drops_nor_moves():
     model = tiny_vit()
-    alast = ALaST(model, alpha=10.0, start_budget=0.5)
+    alast = dropping(model, alpha=10.0, start_budget=0.5)
     for seed in range(2):
         alast.step()
         backward(model, seed)
@@ -144,7 +146,7 @@ def test_eval_mode_neither_records_nor_drops_nor_moves():
 def test_step_takes_the_mean_over_the_samples_since_the_last():
     model = tiny_vit()
     rows = watch(model)
-    alast = ALaST(model, alpha=0.1)
+    alast = dropping(model, alpha=0.1)
     for seeds in [(0, 1, 2), (3,), (4, 5)]:
         alast.step()
         for seed in seeds:
@@ -182,7 +184,7 @@ def test_micro_batches_are_one_batch():
 )
 def test_alpha_defaults_to_the_learning_rate(alpha, lr, used):
     model = tiny_vit()
-    alast = ALaST(model, alpha=alpha)
+    alast = dropping(model, alpha=alpha)
     deltas = []
     for seed in range(3):
         alast.step(lr=lr)
@@ -198,7 +200,7 @@ def test_alpha_defaults_to_the_learning_rate(alpha, lr, used):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_delta_that_is_not_finite_is_ignored(value):
     model = tiny_vit()
-    alast = ALaST(model, alpha=1.0)
+    alast = dropping(model, alpha=1.0)
     for seed in range(2):
         alast.step()
         backward(model, seed)
@@ -283,7 +285,7 @@ def test_at_most_one_host_sync_per_step(drop_at, monkeypatch):
 
 @pytest.mark.parametrize("num_blocks", [1, 2])
 def test_proportional_draw_follows_the_budgets(num_blocks):
-    alast = ALaST(tiny_vit(), blocks=num_blocks, seed=1)
+    alast = dropping(tiny_vit(), blocks=num_blocks, seed=1)
     alast.budgets = [1.0, 0.5, 0.7, 0.3]
     p = [b / 2.5 for b in alast.budgets]
     expected = list(p)
@@ -295,7 +297,7 @@ def test_proportional_draw_follows_the_budgets(num_blocks):
 def test_softmax_draw_is_nearly_uniform_and_temperature_sharpens_it():
     shares = {}
     for temperature in (1.0, 0.1):
-        alast = ALaST(tiny_vit(), blocks=1, draw="softmax", temperature=temperature)
+        alast = dropping(tiny_vit(), blocks=1, draw="softmax", temperature=temperature)
         alast.budgets = [1.0, 0.5, 0.75, 0.5]
         weights = [math.exp(b / temperature) for b in alast.budgets]
         shares[temperature] = inclusion(alast)
@@ -306,7 +308,7 @@ def test_softmax_draw_is_nearly_uniform_and_temperature_sharpens_it():
 
 def test_the_draw_follows_the_budgets_of_this_step():
     model = tiny_vit()
-    alast = ALaST(model, blocks=1, start_budget=1.0, min_budget=1e-9)
+    alast = dropping(model, blocks=1, start_budget=1.0, min_budget=1e-9)
     deltas = iter([[5.0] * 4, [4.0, 4.0, 5.0, 4.0]])  # only block 2 keeps its budget
     alast.step(lr=1.0)
     for row in deltas:
@@ -333,11 +335,14 @@ def test_draws_depend_on_the_seed_and_on_nothing_else():
     assert all(len(set(trained)) == 2 and trained == sorted(trained) for trained in results[0])
 
 
-@pytest.mark.parametrize(("depth", "expected"), [(1, 1), (4, 3), (12, 9)])
-def test_three_quarters_of_the_blocks_train_by_default(depth, expected):
-    alast = ALaST(tiny_vit(depth=depth))
+@pytest.mark.parametrize(
+    ("depth", "blocks", "expected"),
+    [*[(depth, None, depth) for depth in (1, 4, 12)], (1, 0.75, 1), (4, 0.75, 3), (12, 0.75, 9), (12, 0.01, 1)],
+)
+def test_all_blocks_train_by_default_or_a_share_of_them(depth, blocks, expected):
+    alast = ALaST(tiny_vit(depth=depth), blocks=blocks)
     alast.step()
-    assert len(alast.trained) == expected
+    assert len(alast.trained) == alast.num_blocks == expected
 
 
 # Freezing
@@ -370,7 +375,7 @@ def test_a_frozen_block_is_bit_identical_after_the_step_and_a_drawn_one_moves(ma
 
 def test_every_drawn_block_below_a_frozen_one_gets_gradient(monkeypatch):
     model = tiny_vit()
-    alast = ALaST(model)
+    alast = dropping(model)
     monkeypatch.setattr(alast, "_draw", lambda: [0, 2])
     alast.step()
     backward(model, 0)
@@ -388,7 +393,7 @@ def test_only_what_was_trainable_at_the_start_is_switched_and_detach_restores_it
     found = {name: p.requires_grad for name, p in model.named_parameters()}
     keys, contents, paths = list(model.state_dict()), [dict(vars(b)) for b in model.blocks], model.blocks[0].attn
     fused = paths.fused_attn
-    alast = ALaST(model, blocks=2, train_embeddings=False, start_budget=0.5)
+    alast = dropping(model, blocks=2, train_embeddings=False, start_budget=0.5)
     assert list(model.state_dict()) == keys
     for seed in range(4):
         alast.step()
@@ -438,7 +443,7 @@ def test_an_optimizer_of_what_trains_now_is_refused():
 @pytest.mark.parametrize("optimizer_state", ["keep", "release"])
 def test_moments_of_a_frozen_block_are_kept_or_released(optimizer_state, monkeypatch):
     model = tiny_vit()
-    alast = ALaST(model, optimizer_state=optimizer_state)
+    alast = dropping(model, optimizer_state=optimizer_state)
     optimizer = adamw(model)
     plan = iter([[0, 1, 2, 3], [0, 3], [0, 3], [0, 1, 2, 3]])
     monkeypatch.setattr(alast, "_draw", lambda: next(plan))
@@ -471,7 +476,7 @@ def test_releasing_moments_needs_the_optimizer():
 
 def test_summary_counts_what_trains():
     model = tiny_vit()
-    alast = ALaST(model, blocks=1)
+    alast = dropping(model, blocks=1)
     total, block = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.blocks[0].parameters())
     alast.step()
     summary = alast.summary()
@@ -491,23 +496,26 @@ def test_summary_counts_what_trains():
         (0.5, 1, 1, 1),
         (0.5, 1, 3, 1),
         (1.0, 1, 16, 16),
-        (0.5, 8, 16, 8),
-        (0.6, 8, 16, 16),
-        (0.9, 8, 196, 176),
-        (0.95, 8, 196, 192),
-        (0.99, 8, 196, 196),
-        (0.5, 64, 16, 16),
+        (0.5, 8, 16, 7),  # with the CLS token 8, the nearest to 9
+        (0.6, 8, 16, 7),
+        (0.7, 8, 16, 15),  # 16, the nearest to 12: of two as near the even multiple
+        (0.9, 8, 196, 175),
+        (0.95, 8, 196, 183),
+        (0.99, 8, 196, 191),
+        (1.0, 8, 196, 196),  # all of them
+        (0.5, 64, 16, 16),  # there are not so many
+        (0.1, 64, 196, 63),  # at least one multiple
     ],
 )
 def test_number_of_kept_patch_tokens(budget, multiple, patches, expected):
-    alast = ALaST(tiny_vit(), start_budget=budget, token_multiple=multiple)
+    alast = dropping(tiny_vit(), start_budget=budget, min_budget=budget, token_multiple=multiple)
     assert alast.num_keep(0, patches) == expected
 
 
 @pytest.mark.parametrize("drop_at", ["mid", "block-end"])
 def test_budgets_decide_over_the_tokens_and_dropping_switches_it_off(drop_at):
     model = tiny_vit()
-    alast = ALaST(model, start_budget=0.5, drop_at=drop_at)
+    alast = dropping(model, start_budget=0.5, drop_at=drop_at)
     alast.budgets = [0.75, 1.0, 0.5, 0.5]
     lengths = []
     for block in model.blocks:
@@ -524,7 +532,7 @@ def test_budgets_decide_over_the_tokens_and_dropping_switches_it_off(drop_at):
 def test_forward_features_and_forward_head_are_the_forward():
     models = [tiny_vit(), tiny_vit()]
     for model in models:
-        ALaST(model, start_budget=0.5).step()
+        dropping(model, start_budget=0.5).step()
     x, _ = batch(0)
     whole = models[0](x)
     features = models[1].forward_features(x)
@@ -539,7 +547,7 @@ def test_gradient_checkpointing_keeps_the_same_tokens_and_records_once(drop_at, 
     results, calls = [], Counter()
     for checkpointing in (False, True):
         model = tiny_vit(proj_drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2)
-        alast = ALaST(model, start_budget=0.6, drop_at=drop_at, rule=rule, blocks=2, alpha=0.1)
+        alast = dropping(model, start_budget=0.6, drop_at=drop_at, rule=rule, blocks=2, alpha=0.1)
         model.set_grad_checkpointing(checkpointing)
         model.blocks[1].mlp.register_forward_hook(lambda m, a, y, key=checkpointing: calls.update([key]))
         optimizer = adamw(model)
@@ -564,13 +572,14 @@ def test_gradient_checkpointing_keeps_the_same_tokens_and_records_once(drop_at, 
             assert (grad - plain[3][name]).abs().max() <= 1e-5, name
 
 
+@pytest.mark.parametrize("settings", [DROPPING, {}])
 @pytest.mark.slow
-def test_compiling_after_attaching_gives_the_same():
+def test_compiling_after_attaching_gives_the_same(settings):
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):
         model = tiny_vit(depth=2)
-        alast = ALaST(model, blocks=1, start_budget=0.6, alpha=0.05)
+        alast = ALaST(model, **settings | {"blocks": 1, "start_budget": 0.6, "alpha": 0.05})
         optimizer = adamw(model)
         forward = torch.compile(model, backend="eager") if compiled else model
         losses = []
@@ -624,13 +633,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(draw):
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_resumed_run_meets_the_flop_target_by_the_same_tokens(micro_batches):
     model, options = tiny_vit(dynamic_img_size=True), {"blocks": 2, "alpha": 0.05, "flops": 0.6}
-    alast = ALaST(model, **options)
+    alast = dropping(model, **options)
     for step in range(3):
         alast.step()
         for micro in range(micro_batches):
             model(batch(2 * step + micro, size=24)[0])
     other = tiny_vit(dynamic_img_size=True)
-    resumed = ALaST(other, **options)
+    resumed = dropping(other, **options)
     resumed.load_state_dict(json.loads(json.dumps(alast.state_dict())))
     assert resumed.step_budgets == alast.step_budgets != alast.budgets
     for one in (alast, resumed):
@@ -640,13 +649,13 @@ def test_a_resumed_run_meets_the_flop_target_by_the_same_tokens(micro_batches):
 
 def test_resuming_between_two_micro_batches_keeps_the_first_ones_deltas():
     model = tiny_vit()
-    alast = ALaST(model, alpha=0.05)
+    alast = dropping(model, alpha=0.05)
     backward(model, 0)
     alast.step()
     backward(model, 1)
     alast.dropping = False
     other = tiny_vit()
-    resumed = ALaST(other, alpha=0.05)
+    resumed = dropping(other, alpha=0.05)
     resumed.load_state_dict(json.loads(json.dumps(alast.state_dict())))
     assert resumed.dropping is False
     for one, its_model in ((alast, model), (resumed, other)):
@@ -691,7 +700,7 @@ def test_a_flop_target_is_held_while_the_budgets_move(share, options):
     model = tiny_vit()
     ViT(model).set_attention_paths(["explicit"] * 4)  # torch's counter knows no fused kernel on a CPU
     full = counted(model)
-    alast = ALaST(model, flops=share, alpha=0.05, **options)
+    alast = dropping(model, flops=share, alpha=0.05, **options)
     costs, budgets = [], set()
     for step in range(12):
         alast.step()
@@ -705,7 +714,7 @@ def test_a_flop_target_is_held_while_the_budgets_move(share, options):
 
 def test_steps_with_all_tokens_leave_the_flop_target_alone():
     model = tiny_vit()
-    alast = ALaST(model, flops=0.5, blocks=4)
+    alast = dropping(model, flops=0.5, blocks=4)
     alast.dropping = False
     alast.step()
     assert alast.step_budgets == alast.budgets == [0.9] * 4 and alast.num_keep(0, 16) == 16
@@ -715,13 +724,13 @@ def test_steps_with_all_tokens_leave_the_flop_target_alone():
 def test_a_flop_target_out_of_reach_names_what_is_within_it(share):
     model = tiny_vit()
     with pytest.raises(ConfigError) as error:
-        ALaST(model, flops=share, blocks=3)
+        dropping(model, flops=share, blocks=3)
     low, high = map(float, re.findall(r"0\.\d+", str(error.value))[:2])
     assert f"flops must be in {low}..{high} for this model with 3 of 4 blocks trained, got {share}" == str(error.value)
     assert not ViT(model).attached
     for reachable in (low, high):
-        ALaST(model, flops=reachable, blocks=3).detach()
-    ALaST(model, flops=1.0, blocks=4)
+        dropping(model, flops=reachable, blocks=3).detach()
+    dropping(model, flops=1.0, blocks=4)
 
 
 # Settings
@@ -751,8 +760,9 @@ def test_a_setting_out_of_range_is_refused_and_the_model_left_alone(name, value)
 def test_options_and_a_config_are_the_same_thing():
     options = {"blocks": 2, "start_budget": 0.8, "draw": "softmax", "rule": "merge", "full_tail": 0.5}
     one, other = ALaST(tiny_vit(), **options), ALaST(tiny_vit(), AlastConfig(**options))
-    assert one.config == other.config == AlastConfig(**options)
-    assert ALaST(tiny_vit(), AlastConfig(**options), blocks=3).config == AlastConfig(**{**options, "blocks": 3})
+    assert one.config == other.config == decided(AlastConfig(**options), one.vit)
+    assert {name: getattr(one.config, name) for name in options} == options
+    assert ALaST(tiny_vit(), AlastConfig(**options), blocks=3).config == replace(one.config, blocks=3)
     with pytest.raises(ConfigError, match=r"^ALaST has no option block, heads; it has: blocks, start_budget, "):
         ALaST(tiny_vit(), block=2, heads=3)
 
@@ -807,7 +817,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
     model = tiny_vit(depth=3)
     rows = watch(model)
-    alast = ALaST(model, blocks=1, alpha=0.05)
+    alast = dropping(model, blocks=1, alpha=0.05)
     parallel = DistributedDataParallel(model, find_unused_parameters=True)
     optimizer = adamw(model)
     log = []
@@ -825,7 +835,7 @@ def _rank(rank: int, folder: str) -> None:
     alone = alast.state_dict() if rank == 0 else None  # would wait for ever if it were collective
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        own = ALaST(tiny_vit())
+        own = dropping(tiny_vit())
         for seed in range(2):
             own.step()
             backward(own.vit.model, 100 * rank + seed)
@@ -838,7 +848,7 @@ def _rank(rank: int, folder: str) -> None:
 def _sharded(rank: int, shard: bool) -> tuple[dict[str, torch.Tensor], list]:
     """A few steps under FSDP2, attached before the blocks are sharded, or else under DDP."""
     model = tiny_vit(depth=3)
-    alast, log = ALaST(model, blocks=1, alpha=0.05), []
+    alast, log = dropping(model, blocks=1, alpha=0.05), []
     forward = model if shard else DistributedDataParallel(model, find_unused_parameters=True)
     if shard:
         mesh = init_device_mesh("cpu", (2,))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import assert_same_run, tiny_deit, tiny_vit, with_method
+from helpers.budgets import DROPPING, dropping
 from helpers.resuming import stopped_and_resumed
 
 peft = pytest.importorskip("peft")
@@ -89,7 +90,7 @@ def test_training_moves_adapters_and_head_alone(kind, method):
 
 def test_alast_draws_whose_adapters_train():
     model = tiny_vit()
-    method = trained(model, "alast+lora", steps=0, blocks=2)
+    method = trained(model, "alast+lora", steps=0, **DROPPING | {"blocks": 2})
     method.step(1e-3, torch.optim.SGD(model.parameters(), lr=1e-3), 0.0)
     drawn = method.metrics()["trained"]
     trains = {int(n.split(".")[1]) for n, p in model.named_parameters() if n.startswith("blocks.") and p.requires_grad}
@@ -114,7 +115,7 @@ def test_the_attention_that_ranks_tokens_is_that_with_the_adapters():
     plain.load_state_dict(merged_state(model))
     kept = []
     for one in (model, plain):
-        alast = ALaST(one, blocks=4, start_budget=0.5)
+        alast = dropping(one, blocks=4, start_budget=0.5)
         alast.step()
         one(images())
         kept.append(list(alast.vit.context.kept.values()))
@@ -124,7 +125,7 @@ def test_the_attention_that_ranks_tokens_is_that_with_the_adapters():
 
 def _kept_without_adapters():
     model = tiny_vit()
-    alast = ALaST(model, blocks=4, start_budget=0.5)
+    alast = dropping(model, blocks=4, start_budget=0.5)
     alast.step()
     model(images())
     return alast.vit.context.kept[0]

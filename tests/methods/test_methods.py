@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import QUIET, tiny_deit, tiny_vit
+from helpers.budgets import DROPPING
 
 from snello.config import AlastConfig, FinetuneConfig, SplitConfig
 from snello.config.registry import METHODS
@@ -45,7 +46,7 @@ def test_a_method_trains_what_it_says_and_detach_restores(name, kind):
     found = trainable(model)
     vit = ViT(model)
     optimizer = make_optimizer(vit, lr=1e-2, weight_decay=0.1, device=torch.device("cpu"))
-    settings = {"alast": {"alast": AlastConfig(blocks=2)}, "last-k": {"last_k": 2}}.get(name, {})
+    settings = {"alast": {"alast": AlastConfig(**DROPPING | {"blocks": 2})}, "last-k": {"last_k": 2}}.get(name, {})
     method = make_method(vit, FinetuneConfig(method=name, **settings))
     if name == "alast":
         assert trainable(model) == found  # nothing is frozen before its first step, as data parallelism needs
@@ -107,7 +108,10 @@ def test_alast_takes_every_setting_from_the_config():
         alpha=0.5,
         draw="softmax",
         temperature=0.3,
+        adapt="difference",
         drop_at="block-end",
+        rule="merge",
+        merge_blocks=(1, 3),
         train_embeddings=False,
         full_tail=0.25,
         token_multiple=4,
@@ -124,7 +128,8 @@ def test_alast_takes_every_setting_from_the_config():
 @pytest.mark.parametrize(("tail", "dropped"), [(0.0, [1, 1, 1, 1]), (0.5, [1, 1, 0, 0]), (1.0, [0, 0, 0, 0])])
 def test_the_tail_drops_no_tokens(tail, dropped):
     model = tiny_vit()
-    method = make_method(ViT(model), FinetuneConfig(alast=AlastConfig(full_tail=tail, start_budget=0.5), exact_savings=False))
+    settings = AlastConfig(full_tail=tail, start_budget=0.5)
+    method = make_method(ViT(model), FinetuneConfig(alast=settings, exact_savings=False))
     lengths = []
     model.norm.register_forward_hook(lambda m, a, y: lengths.append(y.shape[1]))
     for step in range(4):
@@ -148,8 +153,7 @@ def test_the_base_learning_rate_is_the_step_size_of_the_budgets():
     budgets = []
     for lr, alpha in ((0.02, None), (9.0, 0.02)):
         model = tiny_vit()
-        configured = FinetuneConfig(alast=AlastConfig())
-        method = make_method(ViT(model), replace(configured, alast=AlastConfig(alpha=alpha)))
+        method = make_method(ViT(model), FinetuneConfig(alast=AlastConfig(**DROPPING, alpha=alpha)))
         for seed in range(3):
             method.step(lr, torch.optim.SGD(model.parameters()), 0.0)
             torch.manual_seed(seed)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_deit, tiny_vit
+from helpers.budgets import DROPPING
 from helpers.halves import CLASSES, CPU, LR, Cut, batch, make_cut, step
 from helpers.vits import VARIANTS, make
 from torch import nn
@@ -23,9 +24,10 @@ from snello.vit import ViT
 
 
 def whole_steps(
-    model: nn.Module, precision: str, steps: int, eps: float = 1e-8
+    model: nn.Module, precision: str, steps: int, eps: float = 1e-8, savings: bool = False
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """Losses of a plain training loop on the untouched model, and the gradients of its first step."""
+    """Losses of a plain training loop on the model in one piece, and the gradients of its first step."""
+    ViT(model).set_exact_savings(savings)
     optimizer = make_optimizer(ViT(model), lr=LR, weight_decay=0.05, device=CPU)
     set_eps(optimizer, eps)
     losses: list[torch.Tensor] = []
@@ -50,15 +52,16 @@ def set_eps(optimizer: torch.optim.Optimizer, eps: float) -> None:
         group["eps"] = eps
 
 
+@pytest.mark.parametrize("savings", [False, True])
 @pytest.mark.parametrize("labels", ["server", "client"])
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "stochastic"])
-def test_without_compression_a_cut_model_is_the_whole_model(variant, labels):
+def test_without_compression_a_cut_model_is_the_whole_model(variant, labels, savings):
     whole = make(variant)
     model = copy.deepcopy(whole)
     # Average pooling alone rounds differently at the cut; Adam would make full steps of what is nothing but rounding.
     eps = 1e-2 if variant == "no-cls" else 1e-8
-    losses, gradients = whole_steps(whole, "fp32", 5, eps)
-    cut = make_cut(model, cut=1 if labels == "server" else 3, labels=labels)
+    losses, gradients = whole_steps(whole, "fp32", 5, eps, savings)
+    cut = make_cut(model, cut=1 if labels == "server" else 3, labels=labels, exact_savings=savings)
     for optimizer in cut.optimizers.values():
         set_eps(optimizer, eps)
     for index, expected in enumerate(losses):
@@ -76,11 +79,12 @@ def test_without_compression_a_cut_model_is_the_whole_model(variant, labels):
 @pytest.mark.parametrize("cut", [1, 2, 3])
 @pytest.mark.parametrize("labels", ["server", "client"])
 @pytest.mark.parametrize("frames", [True, False])
-def test_in_bf16_too_and_with_frames_off(cut, labels, frames):
+@pytest.mark.parametrize("savings", [True, False])
+def test_in_bf16_too_and_with_frames_off(cut, labels, frames, savings):
     whole = make("layerscale")
     model = copy.deepcopy(whole)
-    losses, _ = whole_steps(whole, "bf16", 3)
-    halves = make_cut(model, cut=cut, labels=labels, frames=frames, precision="bf16")
+    losses, _ = whole_steps(whole, "bf16", 3, savings=savings)
+    halves = make_cut(model, cut=cut, labels=labels, frames=frames, precision="bf16", exact_savings=savings)
     for index, expected in enumerate(losses):
         assert_close(step(halves, [batch(seed=index)], index), expected, "loss")
     for (name, value), (_, other) in zip(model.state_dict().items(), whole.state_dict().items(), strict=True):
@@ -255,7 +259,9 @@ def test_alast_inside_a_cut(codec, where):
 
 def test_tokens_dropped_on_the_client_shorten_what_is_sent():
     config = FinetuneConfig(
-        method="alast", alast=AlastConfig(start_budget=0.5), split=SplitConfig(cut=2, codec="none", alast="client")
+        method="alast",
+        alast=AlastConfig(**DROPPING | {"start_budget": 0.5}),
+        split=SplitConfig(cut=2, codec="none", alast="client"),
     )
     cut = Cut(tiny_vit(), config)
     step(cut, [batch(8)])

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from conftest import tiny_deit, tiny_vit
+from helpers.budgets import DROPPING
 from helpers.halves import LR, Cut, batch, make_cut, step
 from helpers.vits import in_pairs
 from torch import Tensor, nn
@@ -138,9 +139,10 @@ def test_a_pass_that_broke_off_leaves_no_sizes():
 
 def cut_with_alast(model: nn.Module, codec: str, where: Literal["client", "server", "both"], **alast: Any) -> Cut:
     """A cut of which the blocks on one side, or both, pass on half of their tokens."""
-    settings = AlastConfig(**{"blocks": 4, "start_budget": 0.5, "min_budget": 0.2, **alast})
+    settings = AlastConfig(**DROPPING | {"blocks": 4, "start_budget": 0.5, "min_budget": 0.2, **alast})
     split = SplitConfig(cut=2, codec=codec, alast=where)
-    return Cut(model, FinetuneConfig(method="alast", alast=settings, lr=LR, warmup=0.0, clip_norm=0.0, split=split))
+    still = {"lr": LR, "warmup": 0.0, "clip_norm": 0.0, "exact_savings": False}  # the last block drops tokens too
+    return Cut(model, FinetuneConfig(method="alast", alast=settings, split=split, **still))
 
 
 @pytest.mark.parametrize("drop_at", ["mid", "block-end"])

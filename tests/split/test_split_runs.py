@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of, tiny_vit, with_method
+from helpers.budgets import DROPPING
 from helpers.halves import batch, make_cut, step
 from helpers.resuming import cut_off, whole
 from rich.console import Console
@@ -82,14 +83,16 @@ def test_summary_metrics_and_files(split, pictures):
     assert "step_time_s" not in summary  # costs are those of the halves
 
 
-def test_flops_of_both_sides_add_up_to_the_whole_model(small):
-    config = replace(small, split=SplitConfig(cut=2, codec="none"))
+@pytest.mark.parametrize("savings", [False, True])
+def test_flops_of_both_sides_add_up_to_the_whole_model(small, savings):
+    config = replace(small, split=SplitConfig(cut=2, codec="none"), exact_savings=savings)
     counted = costs.flops(config, "none", 3)
     from torch.utils.flop_counter import FlopCounterMode
 
     model = create_model("test_vit", "none", 3, 48)
     vit = ViT(model)
     vit.set_attention_paths(["explicit"] * vit.depth)
+    vit.set_exact_savings(savings)
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(4, 3, 48, 48)).sum().backward()
     assert sum(counted) == pytest.approx(counter.get_total_flops() / 4, rel=1e-6)
@@ -212,7 +215,7 @@ def test_method_auto_is_alast_alone_and_full_across_a_cut():
 
 
 def test_alast_across_a_cut_leaves_its_plot_and_state(split):
-    config = replace(split, method="alast", alast=AlastConfig(blocks=4, alpha=5.0))
+    config = replace(split, method="alast", alast=AlastConfig(**DROPPING | {"blocks": 4}, alpha=5.0))
     finetune(config, QUIET)
     state = json.loads((config.out / "alast.json").read_text())
     assert [len(state[side]["budgets"]) for side in ("client", "server")] == [2, 4]

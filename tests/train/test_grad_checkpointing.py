@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import QUIET, assert_same_run, finetune, resumed, rows_of, with_method
+from helpers.budgets import DROPPING
 from helpers.resuming import cut_off, whole
 
 from snello.config import AlastConfig, FinetuneConfig
@@ -32,7 +33,7 @@ def config(request, small: FinetuneConfig, tmp_path: Path) -> FinetuneConfig:
 def test_same_run_as_without_and_exact_resume(config, tmp_path, monkeypatch, method):
     if "lora" in method:
         pytest.importorskip("peft")
-    alast = {"alast": AlastConfig(alpha=5.0, blocks=2)} if "alast" in method else {}
+    alast = {"alast": AlastConfig(**DROPPING | {"blocks": 2}, alpha=5.0)} if "alast" in method else {}
     config = with_method(config, method, **alast)
     other = whole(config, tmp_path / "whole")
     plain = tmp_path / "plain"

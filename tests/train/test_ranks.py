@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of, small_config, write_pictures
+from helpers.budgets import DROPPING
 
 from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
 from snello.config.values import to_dict
@@ -94,7 +95,7 @@ def base(odd: Path) -> FinetuneConfig:
     return replace(small_config(odd), batch_size=3)
 
 
-ALAST = {"method": "alast", "alast": AlastConfig(alpha=5.0), "accumulate": 2, "layer_decay": 0.8}
+ALAST = {"method": "alast", "alast": AlastConfig(**DROPPING, alpha=5.0), "accumulate": 2, "layer_decay": 0.8}
 
 
 @pytest.fixture(scope="module")

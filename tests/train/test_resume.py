@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of, with_method, write_pictures
+from helpers.budgets import DROPPING
 from helpers.resuming import cut_off, whole
 from timm.layers import DropPath
 from torch import nn
@@ -38,16 +39,27 @@ CASES = {
     "alast, bf16": {"method": "alast", "checkpoint_steps": 3, "precision": "bf16"},
     "alast, accumulating": {"method": "alast", "accumulate": 3, "checkpoint_steps": 1},
     "alast, accumulating, bf16": {"method": "alast", "accumulate": 3, "checkpoint_steps": 1, "precision": "bf16"},
-    "alast, block-end": {"method": "alast", "alast": AlastConfig(alpha=5.0, drop_at="block-end", draw="softmax")},
+    "alast, block-end": {
+        "method": "alast",
+        "alast": AlastConfig(**DROPPING, alpha=5.0, drop_at="block-end", draw="softmax"),
+    },
     "alast, released": {
         "method": "alast",
         "checkpoint_steps": 3,
-        "alast": AlastConfig(blocks=2, optimizer_state="release"),
+        "alast": AlastConfig(**DROPPING | {"blocks": 2}, optimizer_state="release"),
     },
-    "alast, tail": {"method": "alast", "checkpoint_steps": 3, "alast": AlastConfig(alpha=5.0, full_tail=0.4)},
-    "alast, flops": {"method": "alast", "checkpoint_steps": 3, "alast": AlastConfig(alpha=5.0, flops=0.5)},
-    "alast, merge": {"method": "alast", "checkpoint_steps": 3, "alast": AlastConfig(alpha=5.0, rule="merge")},
-    "alast, embeddings": {"method": "alast", "alast": AlastConfig(alpha=5.0, train_embeddings=False)},
+    "alast, tail": {
+        "method": "alast",
+        "checkpoint_steps": 3,
+        "alast": AlastConfig(**DROPPING, alpha=5.0, full_tail=0.4),
+    },
+    "alast, flops": {"method": "alast", "checkpoint_steps": 3, "alast": AlastConfig(**DROPPING, alpha=5.0, flops=0.5)},
+    "alast, merge": {
+        "method": "alast",
+        "checkpoint_steps": 3,
+        "alast": AlastConfig(**DROPPING | {"rule": "merge"}, alpha=5.0),
+    },
+    "alast, embeddings": {"method": "alast", "alast": AlastConfig(**DROPPING, alpha=5.0, train_embeddings=False)},
     "rare evaluation": {"eval_epochs": 2},  # the checkpoint after the first epoch is one without an evaluation
     "fused attention": {"method": "alast", "attention": "fused", "checkpoint_steps": 3},
 }
@@ -345,7 +357,7 @@ def test_another_config_is_refused(small):
     config = with_method(small, "alast", epochs=1)
     finetune(config, QUIET)
     before = {path: path.read_bytes() for path in config.out.iterdir()}
-    changed = replace(resumed(config), lr=0.25, alast=AlastConfig(alpha=5.0, blocks=2), workers=1)
+    changed = replace(resumed(config), lr=0.25, alast=AlastConfig(**DROPPING | {"blocks": 2}, alpha=5.0), workers=1)
     with pytest.raises(ConfigError) as caught:
         finetune(changed, QUIET)
     text = str(caught.value)

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import tiny_deit, tiny_vit
+from helpers.budgets import dropping
 from helpers.vits import VARIANTS, assert_same, make, run
 from timm.layers import Attention
 from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelScalingBlock, ResPostBlock
@@ -91,7 +92,7 @@ def test_real_models_keep_their_output_and_drop_their_tokens(name, size):
     model = models.create_model(name, "none", 5, size).train()
     x = images(2, models.preprocessing(model, size).size)
     untouched = copy.deepcopy(model)
-    alast = ALaST(model, blocks=12, start_budget=1.0)
+    alast = dropping(model, blocks=12, start_budget=1.0)
     assert_same(model, untouched, x)
     alast.budgets = [0.5] * 12
     lengths = []

@@ -7,8 +7,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import tiny_vit
+from helpers.budgets import dropping
 from torch.autograd.graph import saved_tensors_hooks
 
+from snello.config.registry import RULES
 from snello.errors import ModelError
 from snello.measure.step import saved_bytes, storages_of
 from snello.methods.alast import ALaST
@@ -42,7 +44,7 @@ def set_checkpointing(model, reentrant: bool, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("rule", ["drop", "merge"])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("library", MODELS)
 def test_several_forwards_before_one_backward_are_each_recomputed_with_their_own_tokens(
     library, rule, reentrant, monkeypatch
@@ -64,7 +66,7 @@ def test_several_forwards_before_one_backward_are_each_recomputed_with_their_own
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-5, msg=name)  # sums in other orders
 
 
-@pytest.mark.parametrize("rule", ["drop", "merge"])
+@pytest.mark.parametrize("rule", RULES)
 def test_a_forward_can_be_recomputed_twice(rule, monkeypatch):
     model = tiny_vit()
     ALaST(model, blocks=4, start_budget=0.6, rule=rule)
@@ -105,7 +107,7 @@ def test_gradient_checkpointing_saves_memory_while_tokens_are_dropped(library, b
     assert saved[1] < 0.5 * saved[0]
 
 
-@pytest.mark.parametrize("rule", ["drop", "merge"])
+@pytest.mark.parametrize("rule", RULES)
 def test_a_forward_that_broke_off_leaves_nothing(rule):
     model = tiny_vit()
     alast = ALaST(model, blocks=4, start_budget=0.6, rule=rule)
@@ -124,7 +126,7 @@ def test_a_forward_that_broke_off_leaves_nothing(rule):
     assert torch.equal(model(pictures(0)), untouched(pictures(0))) and alast.vit.context.positions is None
 
 
-@pytest.mark.parametrize("rule", ["drop", "merge"])
+@pytest.mark.parametrize("rule", RULES)
 def test_an_input_that_was_moved_before_it_is_computed_again(rule, monkeypatch):
     """As hooks that offload activations do: dropping ranks the tokens anew, merging would need their sizes."""
     gradients = []
@@ -134,7 +136,7 @@ def test_an_input_that_was_moved_before_it_is_computed_again(rule, monkeypatch):
         set_checkpointing(model, False, monkeypatch)
         with saved_tensors_hooks(torch.clone, lambda x: x) if moving else nullcontext():
             loss = model(pictures(0)).square().sum()
-        if moving and rule == "merge":
+        if moving and rule != "drop":
             with pytest.raises(ModelError, match="use rule=drop"):
                 loss.backward()
             return
@@ -155,7 +157,7 @@ def test_contexts_go_with_the_tensors_that_they_are_kept_for():
 @pytest.mark.parametrize("drop_at", ["mid", "block-end"])
 def test_positions_say_where_the_tokens_stood(drop_at):
     model = tiny_vit()
-    alast = ALaST(model, blocks=4, start_budget=0.8, drop_at=drop_at)
+    alast = dropping(model, blocks=4, start_budget=0.8, drop_at=drop_at)
     x = torch.randn(2, 17, 32)
     x[:, :, 0] = torch.arange(17.0)
     for parameter in model.blocks.parameters():

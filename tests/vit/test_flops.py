@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_deit, tiny_vit
+from helpers.budgets import dropping
 from timm.layers import SwiGLU
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,7 +59,7 @@ def test_a_step_costs_what_torch_counts(variant, train_embeddings, drop_at):
     model = VARIANTS[variant]()
     flops, images = StepFlops(explicit(model)), torch.randn(2, 3, 16, 16)
     assert counted(model, images) == flops.full(16)
-    alast = ALaST(model, blocks=2, start_budget=0.7, drop_at=drop_at, train_embeddings=train_embeddings)
+    alast = dropping(model, blocks=2, start_budget=0.7, drop_at=drop_at, train_embeddings=train_embeddings)
     for _ in range(3):
         alast.step()
         expected = flops.step(tokens_of(alast), 16, alast.trained, train_embeddings)
@@ -72,7 +73,7 @@ def test_a_step_of_a_transformers_model_costs_what_torch_counts(kind):
     model = getattr(transformers, f"{kind}ForImageClassification")(getattr(transformers, f"{kind}Config")(**shape))
     flops, images = StepFlops(explicit(model)), torch.randn(2, 3, 16, 16)
     assert counted(model, images) == flops.full(16)
-    alast = ALaST(model, blocks=2, start_budget=0.7)
+    alast = dropping(model, blocks=2, start_budget=0.7)
     alast.step()
     assert counted(model, images) == flops.step(tokens_of(alast), 16, alast.trained, True)
 

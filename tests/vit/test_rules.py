@@ -1,12 +1,17 @@
 """Every token rule, the same battery: what it leaves, what it says of it, and what it costs."""
 
+from typing import get_args
+
 import pytest
 import torch
 from conftest import tiny_vit
 from torch.utils.flop_counter import FlopCounterMode
 
+from snello.config.methods import DropAt
 from snello.config.registry import RULES
+from snello.errors import ConfigError
 from snello.methods.alast import ALaST
+from snello.vit import ViT
 from snello.vit.context import ForwardContext
 from snello.vit.rules import make_rule
 
@@ -50,8 +55,11 @@ def test_it_costs_what_torch_counts(name):
         assert (forward, counter.get_total_flops()) == rule.cost(N, keep, P, D)
 
 
-@pytest.mark.parametrize("drop_at", ["mid", "block-end"])
-@pytest.mark.parametrize("name", RULES)
+SCORING = [name for name in RULES if make_rule(name).needs_scores]
+PLACES = [(name, at) for name in RULES for at in get_args(DropAt) if at != "start" or name not in SCORING]
+
+
+@pytest.mark.parametrize(("name", "drop_at"), PLACES)
 def test_a_model_trains_by_it(name, drop_at):
     model = tiny_vit()
     alast = ALaST(model, blocks=4, start_budget=0.7, rule=name, drop_at=drop_at, alpha=0.1)
@@ -62,3 +70,48 @@ def test_a_model_trains_by_it(name, drop_at):
         torch.manual_seed(seed)
         model(torch.randn(2, 3, 16, 16)).square().sum().backward()
     assert max(lengths) < 10 and alast.budgets != [0.7] * 4
+
+
+@pytest.mark.parametrize(("name", "drop_at"), PLACES)
+def test_where_a_block_has_fewer_tokens(name, drop_at):
+    model = tiny_vit()
+    alast = ALaST(model, start_budget=0.5, rule=name, drop_at=drop_at, merge_blocks=(1,), token_multiple=1)
+    lengths = []
+    for part in (model.blocks[1].attn, model.blocks[1].mlp, model.blocks[2].attn):
+        part.register_forward_hook(lambda m, args, y: lengths.append(y.shape[1]))
+    alast.step()
+    model(torch.randn(2, 3, 16, 16))
+    assert lengths == {"start": [9, 9, 9], "mid": [17, 9, 9], "block-end": [17, 17, 9]}[drop_at]
+
+
+@pytest.mark.parametrize("name", SCORING)
+def test_a_rule_that_looks_at_attention_is_refused_before_it(name):
+    model = tiny_vit()
+    with pytest.raises(ConfigError) as error:
+        ALaST(model, rule=name, drop_at="start")
+    others = " or ".join(other for other in RULES if other not in SCORING)
+    reason = "there is no attention yet to choose by"
+    assert str(error.value) == f"rule must be {others} with drop_at start: {reason}, got {name}"
+    assert not ViT(model).attached and "\n" not in error.value.for_command_line
+
+
+def test_a_model_whose_rule_is_drop_has_no_tokens_to_reduce_before_attention():
+    with pytest.raises(ConfigError, match=r"^rule must be merge or merge-even with drop_at start"):
+        ALaST(tiny_vit(global_pool="avg"), drop_at="start")
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name not in SCORING])
+def test_at_the_start_the_block_is_the_block_on_what_is_left(name):
+    model, untouched = tiny_vit(), tiny_vit()
+    alast = ALaST(model, start_budget=0.5, rule=name, drop_at="start", merge_blocks=(0,), token_multiple=1)
+    x = torch.randn(2, 17, 32)
+    y = model.blocks[0](x)
+    pass_ = ForwardContext(1)
+    left = make_rule(name).reduce(x, pass_, 8)
+    assert torch.equal(alast.vit.context.sizes, pass_.sizes) and pass_.sizes.max() > 1
+    bias = pass_.sizes.log()[:, None, None]  # each counts in attention as often as the tokens that it stands for
+    block = untouched.blocks[0]
+    h = left + block.attn(block.norm1(left), attn_mask=bias)
+    torch.testing.assert_close(y, h + block.mlp(block.norm2(h)))
+    change = (y[:, 0] - x[:, 0]).square().sum(-1).mean()
+    torch.testing.assert_close(alast.vit.context.changes[0], change.detach())

@@ -76,7 +76,7 @@ def test_all_tokens_where_patches_are_pooled_or_noise_is_drawn(variant):
 
 
 def test_both_tokens_where_a_distillation_token_is_read():
-    model, _, vit = both("distilled")
+    _, _, vit = both("distilled")
     assert vit.last_rows == (2, 2)
 
 
@@ -110,7 +110,7 @@ def test_half_precision_keeps_its_digits():
 
 
 def test_an_mlp_honours_autocast():
-    model, plain, vit = both()
+    model, plain, _ = both()
     kinds = {}
     for name, one in (("own", model), ("plain", plain)):
         with torch.autocast("cpu", torch.bfloat16):
@@ -217,3 +217,25 @@ def test_adapters_that_come_later_are_not_passed_by(targets):
                 torch.nn.init.normal_(parameter, std=0.1)
     assert_equal(model, plain)
     assert ViT(model).blocks[-1] is model.blocks[-1]
+
+
+@pytest.mark.parametrize("variant", ["plain", "distilled", "registers", "stochastic", "no-cls"])
+def test_what_is_dropped_after_a_block_is_not_given_to_its_mlp(variant):
+    from snello import ALaST
+
+    model, plain, vit = both(variant)
+    sizes = {True: [], False: []}
+    attached = []
+    for one, exact in ((vit, True), (ViT(plain), False)):
+        one.blocks[0].norm2.register_forward_hook(
+            lambda module, args, out, exact=exact: sizes[exact].append(out.shape[1])
+        )
+        attached.append(
+            ALaST(one, blocks=one.depth, start_budget=0.5, rule="drop", drop_at="block-end", token_multiple=1)
+        )
+        attached[-1].step()
+    assert_equal(model, plain)
+    early = variant not in ("stochastic", "no-cls")
+    assert sizes[True] == ([sizes[False][0] - 8] if early else sizes[False])
+    changes = [torch.stack(list(one._records[0])) for one in attached]
+    assert torch.allclose(*changes, rtol=1e-4)

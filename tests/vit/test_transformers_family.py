@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import assert_same_run
+from helpers.budgets import dropping
 from helpers.resuming import stopped_and_resumed
 from helpers.vits import assert_same, run
 
@@ -129,7 +130,7 @@ def test_tokens_that_stay_are_those_with_most_attention_from_the_cls_token(kind,
     ViT(eager).blocks[0].attention.register_forward_hook(lambda m, args, out: seen.append(out[1]))
     eager(images())
     expected = seen[0].mean(1)[:, 0, prefix:].topk(8).indices.sort(1).values + prefix
-    alast = ALaST(model, blocks=4, start_budget=0.5, drop_at=drop_at)
+    alast = dropping(model, blocks=4, start_budget=0.5, drop_at=drop_at)
     alast.step()
     model(images())
     kept = alast.vit.context.kept
@@ -142,8 +143,8 @@ def test_tokens_that_stay_are_those_with_most_attention_from_the_cls_token(kind,
 def test_the_block_that_drops_is_the_block_on_fewer_tokens(kind):
     """`mid`: attention sees all tokens, the MLP those that stay."""
     model = make(kind)
-    alast = ALaST(model, blocks=4, start_budget=0.5, drop_at="mid")
-    adapter = alast.vit._adapters[1]
+    alast = dropping(model, blocks=4, start_budget=0.5, drop_at="mid")
+    adapter = alast.vit.adapters[1]
     x = torch.randn(3, 9, 32)
     y = adapter.block(x)
     whole = adapter.attend(x)
@@ -195,7 +196,7 @@ def test_two_models_of_one_config_do_not_see_each_other():
 @pytest.mark.parametrize("path", PATHS)
 def test_another_vit_of_the_model_changes_paths_without_ending_the_observation(path):
     model = make("vit", "explicit" if path == "fused" else "fused")
-    alast = ALaST(model, blocks=4, start_budget=0.5)
+    alast = dropping(model, blocks=4, start_budget=0.5)
     other = ViT(model)
     other.set_attention_paths([path] * other.depth)
     assert other.attention_paths == ViT(model).attention_paths == [path] * 4
@@ -216,7 +217,7 @@ def test_two_vits_look_at_the_same_attention():
     other.watch(1)
     run(model, images())
     assert torch.equal(one.cls_attention(1), other.cls_attention(1))
-    alast = ALaST(model, blocks=4, start_budget=0.5)
+    alast = dropping(model, blocks=4, start_budget=0.5)
     alast.step()
     run(model, images())
     assert one.cls_attention(1).shape == (3, 9)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import QUIET, rows_of
+from helpers.budgets import DROPPING
 from helpers.clients import serve_config
 from helpers.servers import Running, join_config
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 def test_alast_on_the_server_alone(pictures, tmp_path):
     """The client has no budgets to draw; docs/split.md recommends the setting."""
     split = SplitConfig(cut=3, codec="int8", alast="server")
-    config = serve_config(method="alast", alast=AlastConfig(alpha=5.0), epochs=1)
+    config = serve_config(method="alast", alast=AlastConfig(**DROPPING, alpha=5.0), epochs=1)
     with Running(replace(config, split=split), tmp_path / "server") as server:
         summary = join(join_config(server, pictures, tmp_path / "client"), QUIET)
     assert summary.method == "alast" and summary.traffic is not None and summary.steps == 7

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.budgets import DROPPING
 from helpers.clients import (
     CLASSES,
     CODEC_TEXTS,
@@ -372,7 +373,7 @@ class TestMalformed:
     @pytest.mark.parametrize("name", ["no labels", "narrow"])
     def test_a_method_that_looks_at_steps(self, tmp_path, undisturbed, name):
         """ALaST moves its budgets by what it saw in forward passes: those of a refused frame do not count."""
-        options = {"method": "alast", "alast": AlastConfig(alpha=5.0), "cut": 2}
+        options = {"method": "alast", "alast": AlastConfig(**DROPPING, alpha=5.0), "cut": 2}
         client = Client(registry_in(tmp_path, **options))
         client.open()
         client.train(carry=refusing(client, {name: {**SHAPES, **LABELS}[name]}))
@@ -458,7 +459,7 @@ class TestSaves:
         [
             {"codec": "adc(0.5)+int8"},
             {"codec": "bottlenet(0.5)", "labels": "client"},
-            {"method": "alast", "alast": AlastConfig(alpha=5.0), "cut": 2},
+            {"method": "alast", "alast": AlastConfig(**DROPPING, alpha=5.0), "cut": 2},
             {"accumulate": 3, "labels": "client"},
         ],
         ids=["adc", "bottlenet", "alast", "accumulate"],

@@ -13,6 +13,7 @@ import grpc
 import pytest
 import torch
 from conftest import QUIET, finetune, rows_of
+from helpers.budgets import DROPPING
 from helpers.clients import Client, serve_config, to_bytes, weights
 from helpers.servers import DEADLINE, Raw, Running, anyone, connected, hello_of, join_config, opened, until
 from rich.console import Console
@@ -69,7 +70,7 @@ def same_recipe(small: FinetuneConfig, **options: Any) -> tuple[FinetuneConfig, 
 RECIPES: dict[str, dict[str, Any]] = {
     "labels on the server": {},
     "u-shape": {"split": {"labels": "client"}, "accumulate": 2},
-    "alast on both": {"method": "alast", "alast": AlastConfig(alpha=5.0)},
+    "alast on both": {"method": "alast", "alast": AlastConfig(**DROPPING, alpha=5.0)},
 }
 
 
