@@ -68,6 +68,7 @@ def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunF
     found = (splits.train.classes, splits.num_skipped, list(splits.train.labels), list(splits.val.labels))
     ranks.require_same(found, DataError(f"--data: other pictures than in process 0 ({splits.source})"))
     known = Summary.read(place.run.summary_file)  # of a run that was complete already
+    config = place.config = ranks.from_main(lambda: _within_time(config, len(splits.train.classes), console))
     with warnings_on(console):
         trainer = Trainer(config, splits, place, console, ranks)
         try:
@@ -81,6 +82,17 @@ def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunF
         ranks.on_main(lambda: summary.write(place.run.summary_file))
     terminal.print_result(console, summary, splits.num_skipped)
     return place.run, summary, state
+
+
+def _within_time(config: FinetuneConfig, num_classes: int, console: Console) -> FinetuneConfig:
+    """With as many epochs as --time-budget has room for; a run that is resumed has them already."""
+    if config.time_budget is None or config.resume:
+        return config
+    say(console, "timing steps for --time-budget")
+    share = comparison.relative_time(config, num_classes)
+    epochs = max(1, int(config.time_budget / share))
+    say(console, f"{epochs} epochs: a step takes {share:.2f} of the time of plain full fine-tuning here")
+    return replace(config, epochs=epochs)
 
 
 def _compare(

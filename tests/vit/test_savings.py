@@ -239,3 +239,37 @@ def test_what_is_dropped_after_a_block_is_not_given_to_its_mlp(variant):
     assert sizes[True] == ([sizes[False][0] - 8] if early else sizes[False])
     changes = [torch.stack(list(one._records[0])) for one in attached]
     assert torch.allclose(*changes, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "DeiT with teacher", "Dinov2", "Dinov2WithRegisters"])
+@pytest.mark.parametrize("path", ["fused", "explicit"])
+def test_transformers_models_give_the_same_gradients(kind, path):
+    transformers = pytest.importorskip("transformers")
+    name, _, teacher = kind.partition(" ")
+    shape = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    shape |= {"intermediate_size": 64, "num_labels": 5}
+    config = getattr(transformers, f"{name}Config")(**shape)
+    ending = "ForImageClassificationWithTeacher" if teacher else "ForImageClassification"
+    model = getattr(transformers, name + ending)(config).train()
+    plain = copy.deepcopy(model)
+    for one in (model, plain):
+        ViT(one).set_attention_paths([path] * 3)
+    vit = ViT(model)
+    vit.set_exact_savings(True)
+    assert vit.last_rows == ((None, None) if name.startswith("Dino") else (2, 2) if teacher else (1, 1))
+    assert_equal(model, plain)
+    assert saved(model) < 0.9 * saved(plain)
+    vit.set_grad_checkpointing(True)
+    assert_equal(model, plain)
+
+
+def test_transformers_dropout_needs_all_tokens():
+    transformers = pytest.importorskip("transformers")
+    shape = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(**shape, num_labels=5, **{name: 0.1}))
+        plain = copy.deepcopy(model.train())
+        vit = ViT(model)
+        vit.set_exact_savings(True)
+        assert vit.last_rows == (None, None)
+        assert_equal(model, plain)

@@ -150,6 +150,7 @@ MIXED_ACROSS = "with --split.cut, where --split.cutmix mixes tokens at the serve
 RECIPE_NEEDS: tuple[Need, ...] = (
     Need("last_k", lambda c: c.method_name == "last-k", "without --method last-k"),
     Need("alast", lambda c: "alast" in c.method_name, "without --method alast or alast+lora"),
+    Need("time_budget", lambda c: c.split.cut == 0, "with --split.cut"),
     Need("preset", lambda c: "alast" in c.method_name, "without --method alast or alast+lora"),
     Need("alast.temperature", lambda c: c.alast.draw == "softmax", "without --alast.draw softmax"),
     Need("alast.train_embeddings", lambda c: "lora" not in c.method_name, "with LoRA, which freezes them anyway"),
@@ -187,6 +188,9 @@ class Recipe:
     split: SplitConfig = field(default_factory=SplitConfig)
     epochs: int = 5
     """Passes over the training pictures."""
+    time_budget: float | None = None
+    """Train for as long as so many epochs of plain full fine-tuning would take here, whatever --epochs says: steps of
+    both are timed at the start, and the number of epochs follows."""
     batch_size: int = 64
     """Pictures in one pass of one process; a step has this times --accumulate times the processes of torchrun."""
     accumulate: int = 1
@@ -241,6 +245,8 @@ class Recipe:
         require(self.eval_epochs is None or self.eval_epochs >= 1, "--eval-epochs", "at least 1", self.eval_epochs)
         for name in ("clip_norm", "weight_decay", "patience", "checkpoint_steps"):
             require(getattr(self, name) >= 0, flag(name), "0 or more", getattr(self, name))
+        budget = self.time_budget
+        require(budget is None or 0 < budget < math.inf, "--time-budget", "above 0 and finite", budget)
         require(0 <= self.seed < 2**63, "--seed", "in 0..2**63-1", self.seed)
         require(0 < self.lr < math.inf, "--lr", "above 0 and finite", self.lr)
         require(0 < self.layer_decay <= 1, "--layer-decay", "in (0, 1]", self.layer_decay)

@@ -14,10 +14,14 @@ from typing import Any
 
 from snello.config import FinetuneConfig
 from snello.config.effect import effective
+from snello.devices import resolve_device, resolve_precision
 from snello.errors import SnelloError
 from snello.measure.process import OutOfMemoryError, Process, make_request
 from snello.measure.step import Costs
+from snello.models import create_model
 from snello.runs.summary import Summary
+from snello.vit import ViT
+from snello.vit.attention import faster_attention
 from snello.vit.times import Times
 
 WARMUP, STEPS = 2, 9
@@ -70,7 +74,7 @@ class Comparison:
 
 
 def compared_with(config: FinetuneConfig) -> list[str]:
-    """What the run's method is measured beside: `full` is plain full fine-tuning, SAVING the same with exact savings."""
+    """What the run's method is measured beside: `full` is plain full fine-tuning, SAVING that with exact savings."""
     method = config.method_name
     others = ["lora"] if method == "alast+lora" else []
     others += [SAVING] if config.exact_savings and method != "full" else []
@@ -105,6 +109,31 @@ def compare(
         raise SnelloError("too little memory is left to measure the costs; --no-compare leaves it out") from None
     except SnelloError as error:
         raise SnelloError(f"{error}; --no-compare leaves it out") from None
+
+
+def relative_time(config: FinetuneConfig, num_classes: int) -> float:
+    """What a step of a run takes of a step of plain full fine-tuning here; steps in turn, each in its own process.
+
+    Raises:
+        SnelloError: where one of the two runs out of memory, or a measuring process fails otherwise.
+    """
+    if "alast" in config.method_name and config.alast.time is not None:
+        own = config.alast.time  # what it is planned to take
+    else:
+        device = resolve_device(config.device)
+        precision, attention = resolve_precision(config.precision, device), config.attention
+        if attention == "auto":
+            vit = ViT(create_model(config.model, "none", num_classes, config.image_size))
+            attention = faster_attention(vit, config.batch_size, device, precision)
+        request = make_request(config, num_classes, str(device), precision, attention)
+        try:
+            with Process(request) as mine, Process(_with_method(request, "full")) as full:
+                pairs = [[process.ask("step")["seconds"] for process in (mine, full)] for _ in range(WARMUP + STEPS)]
+        except OutOfMemoryError:
+            raise SnelloError("--time-budget: full fine-tuning does not fit into memory here: say --epochs") from None
+        own = statistics.median(mine / full for mine, full in pairs[WARMUP:])
+    tail = config.alast.full_tail if "alast" in config.method_name else 0.0
+    return (1 - tail) * own + tail
 
 
 def _compare(own: dict[str, Any], others: list[str], progress: Progress) -> Comparison:

@@ -93,7 +93,8 @@ class CostTarget:
             if keep < patches:
                 scored, reducing = self.rule.needs_scores, self.rule.cost(patches, keep, prefix, self._vit.embed_dim)
             attended = keep if self.drop_at == "start" else patches
-            in_mlp = patches if self.drop_at == "block-end" else keep
+            early = scored and self._vit.adapters[index].drops_early(self.drop_at, self.rule)
+            in_mlp = patches if self.drop_at == "block-end" and not early else keep
             tokens.append(Tokens(prefix + attended, prefix + in_mlp, scored, reducing))
             patches = keep
         return tokens

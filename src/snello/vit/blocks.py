@@ -223,13 +223,23 @@ class BlockAdapter(ABC):
             self._record(observer, context, x, z)
             return z
         z = self._attend(context, x, scoring=reducing and rule.needs_scores)
-        if observer.drop_at == "mid":
+        if observer.drop_at == "mid" or (reducing and self.drops_early(observer.drop_at, rule)):
             z = self.feed(rule.reduce(z, context, num_keep) if reducing else z)
             self._record(observer, context, x, z)
             return z
         z = self.feed(z)
         self._record(observer, context, x, z)
         return rule.reduce(z, context, num_keep) if reducing else z
+
+    def drops_early(self, drop_at: DropAt, rule: TokenRule) -> bool:
+        """Whether tokens that are dropped after the block can go before its MLP, which works on each token apart.
+
+        They are chosen by attention, so they are the same, and what the MLP would make of them nobody reads.
+        """
+        unread = drop_at == "block-end" and rule.needs_scores and rule.has_places and self.has_cls
+        if not unread or self._mlp is None:
+            return False
+        return not savings.listened(self._mlp) and not _draws_noise(self.block)
 
     def _attend(self, context: ForwardContext, x: Tensor, scoring: bool) -> Tensor:
         context.scoring = scoring

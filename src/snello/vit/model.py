@@ -169,7 +169,9 @@ class ViT:
     @property
     def attached(self) -> bool:
         """Whether something observes the blocks."""
-        owners = (getattr(vars(block)["forward"], "__self__", None) for block in self.blocks if "forward" in vars(block))
+        owners = (
+            getattr(vars(block)["forward"], "__self__", None) for block in self.blocks if "forward" in vars(block)
+        )
         return any(not isinstance(owner, BlockAdapter) or owner.observer is not None for owner in owners)
 
     @property

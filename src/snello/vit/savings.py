@@ -61,7 +61,7 @@ class _Mlp(torch.autograd.Function):
         return linear(gelu(h), w2, b2).view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     @override
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, h, w1, w2 = ctx.saved_tensors

@@ -123,8 +123,9 @@ class TimmBlock(BlockAdapter):
         width = attn.num_heads * attn.head_dim
         of_q, of_kv = attn.qkv.weight.split([width, 2 * width])
         bias_q, bias_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([width, 2 * width])
-        q = linear(x[:, :rows], of_q, bias_q).unflatten(2, (attn.num_heads, -1)).transpose(1, 2)
-        k, v = linear(x, of_kv, bias_kv).unflatten(2, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        B, N, _ = x.shape
+        q = linear(x[:, :rows], of_q, bias_q).view(B, rows, attn.num_heads, attn.head_dim).transpose(1, 2)
+        k, v = linear(x, of_kv, bias_kv).view(B, N, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
         q, k = attn.q_norm(q), attn.k_norm(k)
         if attn.fused_attn:
             y = scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -142,11 +143,12 @@ class TimmBlock(BlockAdapter):
 
     @override
     def plain_mlp(self) -> nn.Module | None:
-        mlp: nn.Module = self.block.mlp
+        mlp: Any = self.block.mlp
         if type(mlp) is not Mlp or not isinstance(mlp.norm, nn.Identity) or mlp.drop1.p or mlp.drop2.p:
             return None
         exact = type(mlp.act) is nn.GELU and mlp.act.approximate == "none" and not listened(mlp.act)
-        return mlp if exact else None
+        plain: nn.Module = mlp
+        return plain if exact else None
 
     @override
     def feed(self, h: Tensor) -> Tensor:

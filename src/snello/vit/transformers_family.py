@@ -209,7 +209,6 @@ class TransformersBlock(BlockAdapter):
         q, k, scale = captured
         return q[:, :, :1] if from_cls else q, k, scale
 
-
     def attended(self, x: Tensor, bias: Tensor | None, rows: int | None, arguments: dict[str, Any]) -> Tensor:
         """What the attention makes of x (B, N, D), or of its first tokens alone, (B, rows, D)."""
         attention: Any = self.block.attention
@@ -231,7 +230,8 @@ class TransformersBlock(BlockAdapter):
     def plain_mlp(self) -> nn.Module | None:
         mlp: Any = self.block.mlp
         exact = type(getattr(mlp, "activation_fn", None)) is GELUActivation and not listened(mlp.activation_fn)
-        return mlp if type(mlp) in MLPS and exact else None
+        plain: nn.Module = mlp
+        return plain if type(plain) in MLPS and exact else None
 
 
 class ViTBlock(TransformersBlock):
