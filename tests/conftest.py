@@ -105,11 +105,11 @@ def _flags(config: Any, default: Any, prefix: str) -> list[str]:
     for name, value in vars(config).items():
         if is_dataclass(value) or value == getattr(default, name):
             continue
-        flag = prefix + name.replace("_", "-")
-        values = value if isinstance(value, tuple) else (value,)
-        result += (
-            [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", *map(str, values)]
-        )
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            result.append(f"--{prefix}{flag}" if value else f"--{prefix}no-{flag}")
+        else:
+            result += [f"--{prefix}{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
     return result
 
 

@@ -565,6 +565,18 @@ def test_a_run_with_settings_without_effect_stays_usable(small, tmp_path):
     assert parse("--config", str(file)) == replace(small, out=None, config=file)
 
 
+def test_a_run_from_before_few_blocks_merged_goes_on_as_it_began(small):
+    """Its config.yaml has no `adapt`, and an open `blocks` was three quarters of them."""
+    from snello.runs.folder import RunFolder
+
+    file = old_run(replace(small, method="alast"))
+    values = yaml.safe_load(file.read_text())
+    values["alast"] = {"blocks": None, "start_budget": 0.9, "min_budget": 0.5, "rule": "drop", "token_multiple": 1}
+    file.write_text(yaml.safe_dump(values))
+    alast = RunFolder(small.out).read()[0].alast
+    assert (alast.adapt, alast.blocks) == ("difference", 0.75)
+
+
 # ------------------------------------------------------------------------------------------- one home for each fact
 
 

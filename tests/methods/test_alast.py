@@ -8,6 +8,7 @@ import re
 import warnings
 from collections import Counter
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from snello.config import AlastConfig
+from snello.config.methods import DropAt
+from snello.config.registry import RULES
 from snello.errors import ConfigError, SnelloWarning
 from snello.methods.alast import PAPER_LR, ALaST, decided
 from snello.vit import ViT
@@ -540,8 +543,10 @@ def test_forward_features_and_forward_head_are_the_forward():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("rule", ["drop", "merge"])
-@pytest.mark.parametrize("drop_at", ["mid", "block-end"])
+@pytest.mark.parametrize(
+    ("rule", "drop_at"),
+    [(rule, at) for rule in RULES for at in get_args(DropAt) if rule != "drop" or at in ("mid", "block-end")],
+)
 def test_gradient_checkpointing_keeps_the_same_tokens_and_records_once(drop_at, rule, reentrant, monkeypatch):
     monkeypatch.setattr("timm.models._manipulate.use_reentrant_ckpt", lambda: reentrant)
     results, calls = [], Counter()
@@ -745,7 +750,8 @@ def test_a_flop_target_out_of_reach_names_what_is_within_it(share):
         *[("alpha", value) for value in (-1e-9, math.nan)],
         *[("temperature", value) for value in (0, -1.0, math.nan)],
         *[("token_multiple", value) for value in (0, -8)],
-        *[("draw", "uniform"), ("drop_at", "end"), ("rule", "mix"), ("optimizer_state", "offload")],
+        *[(name, value) for name in ("flops", "time") for value in (0, 1.01, math.nan)],
+        *[("draw", "uniform"), ("drop_at", "end"), ("rule", "mix"), ("adapt", "never"), ("optimizer_state", "offload")],
     ],
 )
 def test_a_setting_out_of_range_is_refused_and_the_model_left_alone(name, value):

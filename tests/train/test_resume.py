@@ -8,12 +8,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from conftest import QUIET, assert_same_run, finetune, flags, resumed, rows_of, with_method, write_pictures
-from helpers.budgets import DROPPING
+from helpers.budgets import DROPPING, LINEAR
 from helpers.resuming import cut_off, whole
 from timm.layers import DropPath
 from torch import nn
@@ -21,11 +22,13 @@ from torch import nn
 from snello import cli, files, finetuning
 from snello.config import AlastConfig, AugmentConfig, FinetuneConfig
 from snello.errors import CheckpointError, ConfigError
+from snello.measure import comparison
 from snello.models import create_model
 from snello.runs.folder import RunFolder
-from snello.train import place
+from snello.train import loop, place
 from snello.train.loop import Trainer
 from snello.train.signals import stopping
+from snello.vit.times import Times, measure_times
 
 # A run of `small` has 7 micro-batches in each of 2 epochs; with accumulate=3 its windows are of 3, 3 and 1.
 CASES = {
@@ -60,6 +63,14 @@ CASES = {
         "alast": AlastConfig(**DROPPING | {"rule": "merge"}, alpha=5.0),
     },
     "alast, embeddings": {"method": "alast", "alast": AlastConfig(**DROPPING, alpha=5.0, train_embeddings=False)},
+    "alast, by default": {"method": "alast", "checkpoint_steps": 3, "alast": AlastConfig(alpha=0.3)},
+    "alast, few blocks": {
+        "method": "alast",
+        "accumulate": 3,
+        "checkpoint_steps": 1,
+        "alast": AlastConfig(rule="merge-even", blocks=3, alpha=0.3, merge_blocks=(1, 3), drop_at="start"),
+    },
+    "alast, published": {"method": "alast", "preset": "published", "alast": AlastConfig(alpha=5.0)},
     "rare evaluation": {"eval_epochs": 2},  # the checkpoint after the first epoch is one without an evaluation
     "fused attention": {"method": "alast", "attention": "fused", "checkpoint_steps": 3},
 }
@@ -80,6 +91,65 @@ def test_cut_off_within_an_epoch(small, tmp_path, monkeypatch, name):
         budgets = [row["budgets"] for row in rows_of(config.out, "step")]
         assert len({tuple(row) for row in budgets}) > len(budgets) / 2, "budgets must move, or nothing is tested"
         assert len({tuple(row["trained"]) for row in rows_of(config.out, "step")}) > 2
+
+
+TIMED = replace(LINEAR, tokens=(1, 3, 7, 10))
+"""Of a block of test_vit, as if it had been measured; what is measured differs from run to run."""
+
+
+def no_stopwatch(*args) -> None:
+    raise AssertionError("a resumed run knows its times")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rule": "merge-even", "drop_at": "start", "token_multiple": 1}, {"rule": "drop", "blocks": 0.5}]
+)
+def test_a_time_target_goes_on_by_the_times_that_were_measured(small, tmp_path, monkeypatch, options):
+    share = 0.45 if "blocks" in options else 0.6
+    config = with_method(small, "alast", checkpoint_steps=3, alast=AlastConfig(alpha=0.3, time=share, **options))
+    monkeypatch.setattr(loop, "measure_times", lambda *args: TIMED)
+    other = whole(config, tmp_path / "whole")
+    cut_off(config, monkeypatch, Trainer, "_backward", 11)
+    assert RunFolder(config.out).read()[1].times == RunFolder(other).read()[1].times == TIMED
+    had = len(rows_of(config.out, "step"))
+    monkeypatch.setattr(loop, "measure_times", no_stopwatch)
+    finetune(resumed(config), QUIET)
+    assert_same_run(config.out, other)
+    rows = rows_of(other, "step")
+    assert 0 < had < len(rows) and len({tuple(row["step_budgets"]) for row in rows}) > 7
+
+
+def test_a_time_target_before_the_first_checkpoint(small, tmp_path, monkeypatch):
+    """The run begins anew, with its times."""
+    config = with_method(small, "alast", alast=AlastConfig(alpha=0.3, time=0.6))
+    monkeypatch.setattr(loop, "measure_times", lambda *args: TIMED)
+    other = whole(config, tmp_path / "whole")
+    cut_off(config, monkeypatch, Trainer, "_backward", 4)
+    monkeypatch.setattr(loop, "measure_times", no_stopwatch)
+    finetune(resumed(config), QUIET)
+    assert_same_run(config.out, other)
+
+
+def test_a_run_with_a_time_target_measures_once(small, monkeypatch):
+    config = with_method(small, "alast", epochs=1, alast=AlastConfig(time=0.6))
+    made: list[Times] = []
+    given: list[Times] = []
+
+    def measured(*args):
+        made.append(measure_times(*args))
+        return TIMED  # what is within reach of times that are real hangs on the machine
+
+    monkeypatch.setattr(loop, "measure_times", measured)
+    costs = SimpleNamespace(summary=lambda: {})
+    monkeypatch.setattr(comparison, "compare", lambda *args: given.append(args[3]) or costs)
+    monkeypatch.setattr("snello.report.terminal.print_costs", lambda console, costs: None)
+    finetune(replace(config, compare=True), QUIET)
+    assert len(made) == 1 and made[0].tokens[-1] == 10 and given == [TIMED]
+    finetune(resumed(config), QUIET)
+    assert len(made) == 1
+    untimed = replace(config, out=config.out.with_name("untimed"), alast=AlastConfig(flops=0.7))
+    finetune(untimed, QUIET)
+    assert len(made) == 1 and RunFolder(untimed.out).read()[1].times is None
 
 
 @pytest.mark.parametrize("method", ["full", "alast"])
@@ -203,6 +273,7 @@ def test_line_cut_off_in_the_metrics(small, tmp_path, monkeypatch):
 DIES = """
 import os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 from snello import cli
 name, calls, *args = sys.argv[1:]
 replace, left = Path.replace, int(calls)
@@ -361,7 +432,7 @@ def test_another_config_is_refused(small):
     with pytest.raises(ConfigError) as caught:
         finetune(changed, QUIET)
     text = str(caught.value)
-    assert "lr was 0.0005, now 0.25" in text and "alast.blocks was None, now 2" in text
+    assert "lr was 0.0005, now 0.25" in text and "alast.blocks was 0.75, now 2" in text
     assert "workers" not in text and "epochs" not in text
     assert before == {path: path.read_bytes() for path in config.out.iterdir()}
 

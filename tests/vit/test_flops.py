@@ -66,6 +66,60 @@ def test_a_step_costs_what_torch_counts(variant, train_embeddings, drop_at):
         assert counted(model, images) == expected < 0.8 * flops.full(16)
 
 
+READING = {
+    "plain": (tiny_vit, 1),
+    "registers": (lambda: tiny_vit(reg_tokens=2), 1),
+    "swiglu": (lambda: tiny_vit(mlp_layer=SwiGLU), 1),
+    "narrow-heads": (lambda: tiny_vit(num_heads=4, qkv_bias=False), 1),
+    "qk-norm": (lambda: tiny_vit(qk_norm=True, init_values=0.1), 1),
+    "distilled": (tiny_deit, 2),
+}
+
+
+@pytest.mark.parametrize("variant", READING)
+@pytest.mark.parametrize("train_embeddings", [True, False])
+@pytest.mark.parametrize("trained", [[0, 1, 2, 3], [1, 3], [1, 2], [3]])
+def test_a_last_block_for_what_is_read_costs_what_torch_counts(variant, trained, train_embeddings):
+    make, reads = READING[variant]
+    model, images = make(), torch.randn(2, 3, 16, 16)
+    vit = explicit(model)
+    flops = StepFlops(vit)
+    vit.set_exact_savings(True)
+    N = 16 + vit.num_prefix_tokens
+    tokens = [Tokens(N, N, scored=False)] * 3 + [Tokens(N, reads, scored=False, queries=reads)]
+    for index, block in enumerate(model.blocks):
+        block.requires_grad_(index in trained)
+    for parameter in vit.embedding_parameters():
+        parameter.requires_grad_(train_embeddings)
+    assert counted(model, images) == flops.step(tokens, 16, trained, train_embeddings) < flops.full(16)
+
+
+@pytest.mark.parametrize("targets", ["attention", "qkv", "all", "mlp"])
+@pytest.mark.parametrize("trained", [[0, 1, 2, 3], [1, 3], [1, 2]])
+def test_a_last_block_with_adapters_saves_what_torch_counts(targets, trained):
+    """The queries of a layer with adapters are not computed apart from its keys and values."""
+    pytest.importorskip("peft")
+    images, found, expected = torch.randn(2, 3, 16, 16), [], []
+    for savings in (False, True):
+        model = tiny_vit()
+        vit = explicit(model)
+        settings = AlastConfig(rule="drop", start_budget=1.0, min_budget=1.0, blocks=len(trained))
+        lora = LoraConfig(target_modules=(targets,))
+        config = FinetuneConfig(method="alast+lora", alast=settings, lora=lora, exact_savings=savings)
+        method = make_method(vit, config)
+        flops = StepFlops(vit)
+        method._draw = lambda: trained
+        method.step(1e-3, torch.optim.SGD(model.parameters()), 0.0)
+        queries, reads = vit.last_rows
+        last = Tokens(17, reads or 17, scored=False, queries=queries)
+        expected.append(flops.step([Tokens(17, 17, scored=False)] * 3 + [last], 16, trained, False))
+        found.append(counted(model, images))
+    assert reads == 1 and queries == (1 if targets == "mlp" else None)
+    assert found[0] - found[1] == expected[0] - expected[1] > 0
+    if targets != "mlp":  # nothing of the lowest block's attention would have to be known backward
+        assert found == expected
+
+
 @pytest.mark.parametrize("kind", ["ViT", "Dinov2WithRegisters"])
 def test_a_step_of_a_transformers_model_costs_what_torch_counts(kind):
     transformers = pytest.importorskip("transformers")

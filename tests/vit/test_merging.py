@@ -1,6 +1,7 @@
 """Tokens that are merged instead of dropped: which, into what, how often they count, and where that is refused."""
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import tiny_deit, tiny_vit
 from helpers.vits import in_pairs
 from torch.nn.functional import cosine_similarity
 
+from snello.config.methods import DropAt
 from snello.config.registry import RULES
 from snello.errors import ConfigError
 from snello.measure.step import saved_bytes, storages_of
@@ -132,7 +134,7 @@ class Merge:
 
 
 @pytest.mark.parametrize("path", ["fused", "explicit"])
-@pytest.mark.parametrize("drop_at", ["mid", "block-end", "start"])
+@pytest.mark.parametrize("drop_at", get_args(DropAt))
 @pytest.mark.parametrize("rule", MERGING)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_merging_equal_tokens_changes_nothing(variant, rule, drop_at, path):
