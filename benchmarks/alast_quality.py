@@ -41,8 +41,11 @@ class Setting:
     equal_time: bool = False
 
 
+PUBLISHED = replace(AlastConfig().published(), draw="proportional")
+
+
 def _mid(start_budget: float = 0.9, **options: Any) -> AlastConfig:
-    return AlastConfig(start_budget=start_budget, drop_at="mid", **options)
+    return replace(PUBLISHED, **{"start_budget": start_budget, "drop_at": "mid", **options})
 
 
 EQUAL = ", equal time"
@@ -62,7 +65,7 @@ SETTINGS = (
     Setting("mid, 0.95, lowest-first, embeddings frozen", alast=_mid(0.95, **LOWEST)),
     Setting("mid, 0.9, lowest-first, embeddings frozen", alast=_mid(**LOWEST)),
     Setting("mid, 0.9, lowest-first, embeddings frozen, equal time", alast=_mid(**LOWEST), equal_time=True),
-    Setting("published, 0.9", alast=AlastConfig(drop_at="block-end")),
+    Setting("published, 0.9", alast=PUBLISHED),
     Setting("mid, 0.9, last 0.2 with all tokens", alast=_mid(full_tail=0.2)),
     Setting("mid, 0.9, alpha 0.05", alast=_mid(alpha=0.05)),
     Setting("last-k (3)", method="last-k"),

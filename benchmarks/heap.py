@@ -48,7 +48,8 @@ def child(request: dict[str, Any]) -> None:
     )
     if "alast" in config.method_name:
         multiple = MULTIPLE if request["limit"] == "multiple" else 1
-        config = replace(config, alast=AlastConfig(min_budget=LOW, rule=request["rule"], token_multiple=multiple))
+        usual = AlastConfig(min_budget=LOW).published()
+        config = replace(config, alast=replace(usual, drop_at="mid", rule=request["rule"], token_multiple=multiple))
     before = resident_memory(device)
     step = TrainingStep(
         config, num_classes=100, batch_size=config.batch_size, device=device,

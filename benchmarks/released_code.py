@@ -41,7 +41,7 @@ from snello.vit.attention import faster_attention
 
 CPU = torch.device("cpu")
 FILE = Path("methods", "alast.py")
-PUBLISHED = AlastConfig(drop_at="block-end", draw="softmax")
+PUBLISHED = AlastConfig().published()
 BLOCKS = 9
 FLOP_DRAWS = 24  # a draw changes them by 1.5 percent
 SNELLO, RELEASED = "snello", "released"

@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +36,30 @@ class Variant:
     name: str
     method: str = "alast"
     alast: AlastConfig = field(default_factory=AlastConfig)
+    exact_savings: bool = True
     target: tuple[float, float, float] | None = None
 
 
+PUBLISHED = AlastConfig().published()
+MID = replace(PUBLISHED, drop_at="mid", draw="proportional")
+LOWEST = replace(MID, draw="lowest-first", train_embeddings=False)
 VARIANTS = (
-    Variant("full", method="full"),
-    Variant("published", alast=AlastConfig(drop_at="block-end"), target=(1.85, 1.7, 1.75)),
-    Variant("mid", alast=AlastConfig(drop_at="mid"), target=(1.95, 1.8, 1.9)),
-    Variant(
-        "mid, lowest-first, embeddings frozen",
-        alast=AlastConfig(drop_at="mid", draw="lowest-first", train_embeddings=False),
-        target=(2.5, 2.75, 2.4),
-    ),
+    Variant("full", method="full", exact_savings=False),
+    Variant("full, exact savings", method="full"),
+    Variant("ALaST (the default)", target=(1.0, 4.0, 2.6)),
+    Variant("ALaST (the default), no exact savings", exact_savings=False),
+    Variant("ALaST, pairs merged, 0.38 of the FLOPs", alast=AlastConfig(rule="merge", flops=0.38, token_multiple=1)),
+    Variant("published", alast=PUBLISHED),
+    Variant("published, no exact savings", alast=PUBLISHED, exact_savings=False, target=(1.85, 1.7, 1.75)),
+    Variant("mid", alast=MID, target=(1.95, 1.8, 1.9)),
+    Variant("mid, lowest-first, embeddings frozen", alast=LOWEST, target=(2.5, 2.75, 2.4)),
     Variant("LoRA", method="lora"),
     Variant("ALaST + LoRA", method="alast+lora", target=(1.0, 1.0, 2.2)),
     Variant(
-        "ALaST + LoRA, lowest-first",
-        method="alast+lora",
-        alast=AlastConfig(draw="lowest-first"),
-        target=(1.0, 1.0, 2.2),
+        "attached, nothing dropped or frozen",
+        alast=replace(PUBLISHED, blocks=None, start_budget=1.0),
+        exact_savings=False,
     ),
-    Variant("attached, nothing dropped or frozen", alast=AlastConfig(blocks=12, start_budget=1.0), target=None),
 )
 
 
@@ -68,7 +71,7 @@ def measure(args: argparse.Namespace, precision: Any) -> list[dict[str, Any]]:
     attention = faster_attention(
         TrainingStep(config, attention="fused", **common).vit, args.batch_size, device, precision
     )
-    variants = [v for v in VARIANTS if v.method == "full" or args.only in v.name]
+    variants = [v for v in VARIANTS if v.name == "full" or args.only in v.name]
     steps, costs = _measure(args, [request(args, variant, precision, attention) for variant in variants])
     rows: list[dict[str, Any]] = []
     for variant, taken, counted in zip(variants, steps, costs, strict=True):
@@ -98,6 +101,7 @@ def request(args: argparse.Namespace, variant: Variant, precision: Any, attentio
         weights="none",
         method=variant.method,
         alast=variant.alast,
+        exact_savings=variant.exact_savings,
         batch_size=args.batch_size,
     )
     device = str(resolve_device(args.device))

@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""The target table: every method on the micro ViT and the five CIFAR-10 classes it has never seen.
+"""The target table: every method on the micro ViT and five CIFAR-10 classes it has never seen, and on a second task.
 
     python get_cifar10.py cifar10 --classes automobile,cat,dog,horse,truck
     python benchmarks/target_table.py train cifar10 work/          # accuracy
     python benchmarks/target_table.py table cifar10 work/ --out results/target.json
+    python benchmarks/target_table.py train fashion work2/ --task fashion      # settings unchanged
+    python benchmarks/target_table.py table fashion work2/ --task fashion --out results/target_fashion.json
 
 Accuracy is that of the last epoch on all test pictures, over seeds. Where a method has several learning rates, seed 0
 runs with each, the best of them goes on with the other seeds, and the others stay in the results. Costs are measured
-apart: each method in a process of its own, steps in turn; a run's time is its step time times its steps.
+apart: each method in a process of its own, steps in turn, CPU seconds, budgets moving as in a run; a run's time is its
+step time times its steps.
 A tail of steps with all tokens counts at full cost, in memory too. Finished runs stay in the work folder: the script
 goes on where it was cut off, and several may share the folder.
 """
@@ -24,16 +27,16 @@ from typing import Any
 import torch
 from environment import environment
 from rich.console import Console
-from target import CLASSES, link_data
+from target import TASKS, Task, link_data
 
 from snello.config import AlastConfig, FinetuneConfig
-from snello.config.values import to_dict
 from snello.devices import resolve_device, resolve_precision
 from snello.environment import set_environment
 from snello.finetuning import finetune
-from snello.measure.process import Process
+from snello.measure.process import Process, make_request
 
-LR, SEEDS, EPOCHS, PER_CLASS, BATCH = 1e-3, (0, 1, 2), 5, 1000, 64
+LR, SEEDS, EPOCHS, BATCH = 1e-3, (0, 1, 2), 5, 64
+PER_CLASS = TASKS["cifar"].per_class
 WARMUP, STEPS = 2, 25
 SPENT = ("step_time_s", "relative_step_time", "flops_per_sample")
 
@@ -47,16 +50,24 @@ class Setting:
     epochs: int = EPOCHS
     lrs: tuple[float, ...] = (LR,)
     alast: AlastConfig = field(default_factory=AlastConfig)
+    exact_savings: bool = True
+    accuracy_of: str | None = None
+    """The setting whose runs count for this one too, since it computes the same."""
+    tasks: tuple[str, ...] = ("cifar",)
 
 
 TUNED = (1e-3, 3e-3, 1e-2)
-PUBLISHED = AlastConfig(drop_at="block-end", draw="softmax")
-DROP = AlastConfig(blocks=12)
-MERGE = AlastConfig(blocks=12, rule="merge", flops=0.47)
-BEST = replace(MERGE, flops=0.38)  # of what docs/alast.md lists as tried
+PUBLISHED = AlastConfig().published()
+OLD = replace(PUBLISHED, draw="proportional", drop_at="mid")  # what the default was
+DROP = replace(OLD, blocks=12)
+MERGE = replace(DROP, rule="merge", flops=0.47)
+PAIRS = replace(MERGE, flops=0.38)
+FIXED = AlastConfig(alpha=0.0)
+ALL = ("cifar", "fashion", "cifar, all")
 SETTINGS = (
-    Setting("full", "full", lrs=(2.5e-4, 1e-3, 2e-3)),
-    Setting("full, 3 epochs", "full", epochs=3),
+    Setting("full", "full", lrs=(2.5e-4, 1e-3, 2e-3), exact_savings=False, tasks=ALL),
+    Setting("full, exact savings", "full", accuracy_of="full"),
+    Setting("full, 3 epochs", "full", epochs=3, exact_savings=False),
     Setting("head", "head", lrs=TUNED),
     Setting("last 4 blocks", "last-k"),
     Setting("LoRA", "lora", lrs=TUNED),
@@ -65,7 +76,10 @@ SETTINGS = (
     Setting("ALaST, all blocks train, last 0.2 with all tokens", "alast", alast=replace(DROP, full_tail=0.2)),
     Setting("ALaST, all blocks train, equal time", "alast", epochs=9, alast=DROP),
     Setting("ALaST, all blocks train, merging", "alast", alast=MERGE),
-    Setting("ALaST (best)", "alast", epochs=6, alast=BEST),
+    Setting("ALaST, pairs merged in all blocks", "alast", epochs=6, alast=PAIRS),
+    Setting("ALaST (the default)", "alast", epochs=7, tasks=ALL),
+    Setting("ALaST (the default), equal time", "alast", epochs=15, tasks=("cifar", "fashion")),
+    Setting("ALaST (the default), budgets fixed", "alast", epochs=7, alast=FIXED),
     Setting("ALaST + LoRA", "alast+lora", lrs=TUNED, alast=DROP),
 )
 
@@ -76,6 +90,7 @@ def configure(setting: Setting, data: Path | None, lr: float, seed: int) -> Fine
         method=setting.method,
         **({"last_k": 4} if setting.method == "last-k" else {}),
         alast=setting.alast,
+        exact_savings=setting.exact_savings,
         epochs=setting.epochs,
         batch_size=BATCH,
         lr=lr,
@@ -91,8 +106,8 @@ def configure(setting: Setting, data: Path | None, lr: float, seed: int) -> Fine
 
 def folder(setting: Setting, work: Path, lr: float, seed: int) -> Path:
     """The run folder of one training."""
-    name = "".join(c if c.isalnum() or c in ".-" else "_" for c in setting.name)
-    return work / f"{name}--{PER_CLASS}-{lr:g}-{setting.epochs}-{seed}"
+    name = "".join(c if c.isalnum() or c in ".-" else "_" for c in setting.accuracy_of or setting.name)
+    return work / f"{name}--{lr:g}-{setting.epochs}-{seed}"
 
 
 def accuracy(setting: Setting, work: Path, lr: float, seed: int) -> float | None:
@@ -101,7 +116,7 @@ def accuracy(setting: Setting, work: Path, lr: float, seed: int) -> float | None
     return json.loads(file.read_text())["last_accuracy"] if file.exists() else None
 
 
-def train(setting: Setting, data: Path, work: Path, lr: float, seed: int) -> None:
+def train(setting: Setting, task: Task, data: Path, work: Path, lr: float, seed: int) -> None:
     """One run, unless it is finished or under way in another process."""
     out = folder(setting, work, lr, seed)
     claim = work / f"{out.name}.claim"
@@ -112,7 +127,7 @@ def train(setting: Setting, data: Path, work: Path, lr: float, seed: int) -> Non
     except FileExistsError:
         return
     try:
-        config = configure(setting, link_data(data, work, PER_CLASS), lr, seed)
+        config = configure(setting, link_data(data, work, task.per_class, task.classes), lr, seed)
         config = replace(config, out=out, resume=(out / "config.yaml").exists())
         with (work / "console.log").open("a") as log:
             summary = finetune(config, Console(file=log))
@@ -127,46 +142,52 @@ def best_lr(setting: Setting, work: Path) -> float | None:
     return None if any(a is None for a, _ in found) else max(found, key=lambda pair: pair[0] or 0.0)[1]
 
 
-def train_all(data: Path, work: Path, only: list[str]) -> None:
-    wanted = [s for s in SETTINGS if not only or s.name in only]
+def train_all(name: str, data: Path, work: Path, only: list[str]) -> None:
+    wanted = [s for s in settings_of(name) if s.accuracy_of is None and (not only or s.name in only)]
     for setting in wanted:
         for lr in setting.lrs:
-            train(setting, data, work, lr, 0)
-    for seed in SEEDS[1:]:
+            train(setting, TASKS[name], data, work, lr, 0)
+    for seed in SEEDS[1:] if name != "cifar, all" else ():
         for setting in wanted:
             lr = best_lr(setting, work)
             if lr is not None:
-                train(setting, data, work, lr, seed)
+                train(setting, TASKS[name], data, work, lr, seed)
+
+
+def settings_of(name: str) -> list[Setting]:
+    """Those of a task; on any but the first the learning rate is that which was best there."""
+    chosen = [setting for setting in SETTINGS if name in setting.tasks]
+    return chosen if name == "cifar" else [replace(setting, lrs=(LR,)) for setting in chosen]
 
 
 def kind(setting: Setting) -> str:
     """What a step of a setting depends on: settings that differ in epochs or tail alone are measured once."""
-    return json.dumps([setting.method, asdict(replace(setting.alast, full_tail=0.0))])
+    return json.dumps([setting.method, setting.exact_savings, asdict(replace(setting.alast, full_tail=0.0))])
 
 
-def costs() -> dict[str, dict[str, float]]:
+def costs(name: str) -> dict[str, dict[str, float]]:
     """Step time, FLOPs, saved bytes, optimizer bytes and peak memory of every kind of step."""
     device = resolve_device("cpu")
     precision = resolve_precision("auto", device)
-    common = {"num_classes": len(CLASSES), "batch_size": BATCH, "attention": "explicit", "precision": precision}
-    configs = {kind(setting): configure(setting, None, LR, 0) for setting in SETTINGS}
-    request = common | {"device": "cpu", "state": None, "memory_limit": None, "threads": torch.get_num_threads()}
-    seconds: dict[str, list[float]] = {name: [] for name in configs}
+    common = {"num_classes": TASKS[name].num_classes, "device": "cpu", "attention": "explicit", "precision": precision}
+    configs = {kind(setting): configure(setting, None, LR, 0) for setting in settings_of(name)}
+    seconds: dict[str, list[float]] = {one: [] for one in configs}
     with ExitStack() as stack:  # each with kernels of its own: see docs/memory.md
         processes = {
-            name: stack.enter_context(Process(request | {"config": to_dict(config), "method": config.method_name}))
-            for name, config in configs.items()
+            # Budgets move as in a run, so that the peak has the kernels of every number of tokens.
+            one: stack.enter_context(Process(make_request(config, **common) | {"moving": True}))
+            for one, config in configs.items()
         }
         for _ in range(WARMUP + STEPS):
-            for name, process in processes.items():
-                seconds[name].append(process.ask("step")["seconds"])
-        measured = {name: process.ask("costs") for name, process in processes.items()}
+            for one, process in processes.items():
+                seconds[one].append(process.ask("step")["cpu_seconds"])
+        measured = {one: process.ask("costs") for one, process in processes.items()}
     full = seconds[kind(SETTINGS[0])][WARMUP:]
-    for name, values in seconds.items():
+    for one, values in seconds.items():
         own = values[WARMUP:]
-        measured[name]["step_time_s"] = statistics.median(own)
+        measured[one]["step_time_s"] = statistics.median(own)
         # Of each round apart: what else the machine does comes and goes over the rounds.
-        measured[name]["relative_step_time"] = statistics.median(a / b for a, b in zip(own, full, strict=True))
+        measured[one]["relative_step_time"] = statistics.median(a / b for a, b in zip(own, full, strict=True))
     return measured
 
 
@@ -203,6 +224,7 @@ def main() -> None:
     parser.add_argument("do", choices=["train", "table"])
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
+    parser.add_argument("--task", choices=list(TASKS), default="cifar")
     parser.add_argument("--out", type=Path, default=Path("results/target.json"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="train these settings only, separated by semicolons")
@@ -210,14 +232,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     if args.do == "train":
-        train_all(args.data, args.work, [name for name in args.only.split(";") if name])
+        train_all(args.task, args.data, args.work, [name for name in args.only.split(";") if name])
         return
     file = args.work / "costs.json"
     if not file.exists():
-        file.write_text(json.dumps(costs()))
+        file.write_text(json.dumps(costs(args.task)))
     measured = json.loads(file.read_text())
-    config = {"per_class": PER_CLASS, "batch_size": BATCH, "epochs": EPOCHS, "threads": args.threads}
-    rows = [row(setting, args.work, measured) for setting in SETTINGS]
+    task = {"task": args.task, "per_class": TASKS[args.task].per_class, "num_classes": TASKS[args.task].num_classes}
+    config = {**task, "batch_size": BATCH, "epochs": EPOCHS, "threads": args.threads}
+    rows = [row(setting, args.work, measured) for setting in settings_of(args.task)]
     result = {"config": config, "environment": environment(resolve_device("cpu")), "rows": rows}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -10,7 +10,7 @@ from snello.config.registry import RuleChoice
 from snello.config.values import require_choices
 from snello.errors import ConfigError, require
 
-DropAt = Literal["start", "mid", "block-end"]
+DropAt = Literal["start", "queries", "mid", "block-end"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class AlastConfig:
     temperature: float = 1.0
     """Temperature of the softmax draw, > 0; small values favour high budgets."""
     drop_at: DropAt = "mid"
-    """Where tokens are dropped or merged: between attention and MLP (`mid`), after the block (`block-end`, as
-    published), or, by a rule that does not look at attention, before the block (`start`)."""
+    """Where tokens are dropped or merged: between attention and MLP (`mid`) or after the block (`block-end`, as
+    published); or, by a rule that does not look at attention, before the block (`start`), or before it but for its
+    keys and values, so that those that are left attend to all (`queries`)."""
     rule: RuleChoice = "auto"
     """What becomes of the tokens that a block does not pass on: discarded, those with the least attention (`drop`, as
     published); averaged with the token that is most like them, the pairs most alike first (`merge`); or with the most

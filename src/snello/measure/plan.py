@@ -28,15 +28,10 @@ from snello.models import create_model
 from snello.vit import AttentionPath, ViT
 from snello.vit.attention import faster_attention
 
-LOWEST = AlastConfig(draw="lowest-first", train_embeddings=False)
+LOWEST = AlastConfig(blocks=0.75, draw="lowest-first", train_embeddings=False)
 VARIANTS: tuple[tuple[str, AlastConfig], ...] = (
+    *((method, AlastConfig()) for method in ("alast", "full", "alast+lora", "lora", "last-k", "head")),
     ("alast", LOWEST),
-    ("full", AlastConfig()),
-    ("alast+lora", replace(LOWEST, train_embeddings=True)),  # LoRA freezes them anyway
-    ("lora", AlastConfig()),
-    ("last-k", AlastConfig()),
-    ("head", AlastConfig()),
-    ("alast", AlastConfig()),
 )
 """Methods and settings, in the order in which they are tried: each method once, then ALaST in another way."""
 STEPS = 3.5  # that measuring a candidate takes: one to warm up, one that is timed, one that is counted
@@ -362,5 +357,5 @@ def command(config: FinetuneConfig) -> str:
         if isinstance(value, bool):
             words.append(flag(name if value else f"{group}{dot}no_{own}"))
         else:
-            words += [flag(name), str(value)]
+            words += [flag(name), *(map(str, value) if isinstance(value, tuple) else [str(value)])]
     return shlex.join(words)

@@ -42,7 +42,7 @@ def make_request(
 ) -> dict[str, Any]:
     """What a measuring process is asked first: all that the step of a run with `config` is made of.
 
-    Its `memory_limit` is the bytes that the process may take on a CPU; None: what is available when it starts.
+    `moving` lets ALaST's budgets move. Its `memory_limit` is the bytes that the process may take on a CPU; None: what is available when it starts.
     """
     own = {"method": config.method_name, "data": None, "out": None, "config": None, "resume": False}
     return {
@@ -54,6 +54,7 @@ def make_request(
         "attention": attention,
         "state": None,
         "times": None,
+        "moving": False,
         "threads": torch.get_num_threads(),
         "memory_limit": None,
     }
@@ -138,7 +139,7 @@ def _serve() -> None:
         options = {"device": device, "precision": request["precision"], "attention": request["attention"]}
         _load_libraries(config, options)
         before = resident_memory(device)
-        own = {name: request[name] for name in ("num_classes", "batch_size", "state")}
+        own = {name: request[name] for name in ("num_classes", "batch_size", "state", "moving")}
         own["times"] = from_dict(Times, request["times"]) if request.get("times") else None
         step = TrainingStep(config, **own, **options)
         _answer({"ready": True})

@@ -76,8 +76,9 @@ class Memory:
 class TrainingStep:
     """A model, a method and an optimizer that take the same step again and again on one random batch.
 
-    ALaST's budgets stay where the `state` of a run put them, else at their start. A step `without_data` allocates and
-    computes nothing: only `memory` can be asked.
+    ALaST's budgets stay where the `state` of a run put them, else at their start, unless `moving`: then they move as in
+    a run, with kernels for every number of tokens on the way. A step `without_data` allocates and computes nothing:
+    only `memory` can be asked.
     """
 
     def __init__(
@@ -91,11 +92,14 @@ class TrainingStep:
         attention: AttentionPath,
         state: dict[str, Any] | None = None,
         times: Times | None = None,
+        moving: bool = False,
         without_data: bool = False,
     ) -> None:
         torch.manual_seed(config.seed)
-        if "alast" in config.method_name:  # budgets stay where they are
-            config = replace(config, alast=replace(config.alast, alpha=0.0, full_tail=0.0))
+        if "alast" in config.method_name:
+            config = replace(config, alast=replace(config.alast, full_tail=0.0))
+            if not moving:
+                config = replace(config, alast=replace(config.alast, alpha=0.0))
         self._data = FakeTensorMode() if without_data else contextlib.nullcontext()
         with torch.device("meta" if without_data else "cpu"):
             model = create_model(config.model, "none", num_classes, config.image_size)

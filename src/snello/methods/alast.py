@@ -90,8 +90,9 @@ class ALaST:
             rule = f"{others} for this model: its classifier averages patch tokens"
             require(False, "rule", rule, repr(config.rule), section="alast")
         choices = " or ".join(name for name in RULES if not make_rule(name).needs_scores)
-        at_start = f"{choices} with drop_at start: there is no attention yet to choose by"
-        require(self.drop_at != "start" or not self.rule.needs_scores, "rule", at_start, config.rule, section="alast")
+        early = f"{choices} with drop_at {self.drop_at}: there is no attention yet to choose by"
+        fits = self.drop_at not in ("start", "queries") or not self.rule.needs_scores
+        require(fits, "rule", early, config.rule, section="alast")
         self._reducing = set(config.merge_blocks or ())
         within = f"in 0..{depth - 1} (the model's depth less 1)"
         require(max(self._reducing) < depth, "merge_blocks", within, max(self._reducing), section="alast")

@@ -95,7 +95,8 @@ class CostTarget:
             attended = keep if self.drop_at == "start" else patches
             early = scored and self._vit.adapters[index].drops_early(self.drop_at, self.rule)
             in_mlp = patches if self.drop_at == "block-end" and not early else keep
-            tokens.append(Tokens(prefix + attended, prefix + in_mlp, scored, reducing))
+            asking = prefix + keep if self.drop_at == "queries" and keep < patches else None
+            tokens.append(Tokens(prefix + attended, prefix + in_mlp, scored, reducing, asking))
             patches = keep
         return tokens
 

@@ -77,15 +77,15 @@ class BlockAdapter(ABC):
     # What a library's blocks differ in.
 
     @abstractmethod
-    def attend(self, x: Tensor, bias: Tensor | None = None, rows: int | None = None, **arguments: Any) -> Tensor:
-        """Attention and its residual on x (B, N, D): (B, N, D), or the first `rows` tokens alone, (B, rows, D).
+    def attend(self, x: Tensor, bias: Tensor | None = None, queries: Tensor | None = None, **arguments: Any) -> Tensor:
+        """Attention and its residual on x (B, N, D): (B, N, D); or of `queries` (B, K, D) to x, (B, K, D).
 
         `bias` (B, 1, 1, N) is added to the logits of every key; `arguments` found those of the block's own attention.
         """
 
     @abstractmethod
     def queries_alone(self) -> bool:
-        """Whether the attention of some tokens can be computed without that of the others."""
+        """Whether the attention of some tokens costs less than that of all, and nobody listens to it."""
 
     @abstractmethod
     def plain_mlp(self) -> nn.Module | None:
@@ -217,9 +217,13 @@ class BlockAdapter(ABC):
             y: Tensor = inspect.unwrap(type(self.block).forward)(self.block, x, *args, **options)
             self._record(observer, context, x, y)
             return y
-        if observer.drop_at == "start":
-            z = rule.reduce(x, context, num_keep) if reducing else x
-            z = self.feed(self._attend(context, z, scoring=False))
+        if reducing and observer.drop_at in ("start", "queries"):
+            bias, z = _bias(context.sizes, x), rule.reduce(x, context, num_keep)
+            if observer.drop_at == "start":
+                z = self._attend(context, z, scoring=False)
+            else:
+                z = self.attend(x, bias, z, **context.arguments)
+            z = self.feed(z)
             self._record(observer, context, x, z)
             return z
         z = self._attend(context, x, scoring=reducing and rule.needs_scores)
@@ -259,7 +263,8 @@ class BlockAdapter(ABC):
 
     def _read(self, x: Tensor, context: ForwardContext) -> Tensor:
         """The tokens that are read, (B, R, D), after the block."""
-        queries, read = self.computes()
+        rows, read = self.computes()
+        queries = None if rows is None else x[:, :rows]
         return self.feed(self.attend(x, _bias(context.sizes, x), queries, **context.arguments)[:, :read])
 
     @torch.no_grad()

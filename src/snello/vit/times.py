@@ -114,7 +114,8 @@ class _Stopwatch:
 
     def __init__(self, vit: ViT, rule: TokenRule, images: Tensor, precision: Precision) -> None:
         self.images, self.device, self.precision, self.rule = images, images.device, precision, rule
-        self.vit = ViT(copy.deepcopy(vit.cut(1)[0].model).to(self.device).train())
+        first = vit.cut(1)[0] if vit.depth > 1 else vit  # embeddings and a block
+        self.vit = ViT(copy.deepcopy(first.model).to(self.device).train())
         self.adapter, self.block = self.vit.adapters[0], self.vit.blocks[0]
         self.reads, self.depth = vit.family.reads, vit.depth
         prefix, patches = vit.num_prefix_tokens, vit.num_patches
@@ -152,8 +153,8 @@ class _Stopwatch:
     def _last(self, x: Tensor) -> Tensor:
         if self.reads is None:
             return self.adapter.feed(self.adapter.attend(x))
-        rows = self.reads if self.adapter.queries_alone() else None
-        return self.adapter.feed(self.adapter.attend(x, None, rows)[:, : self.reads])
+        queries = x[:, : self.reads] if self.adapter.queries_alone() else None
+        return self.adapter.feed(self.adapter.attend(x, None, queries)[:, : self.reads])
 
     def _at_all(self, forward: Callable[[Tensor], Tensor]) -> tuple[float, ...]:
         return tuple(self._seconds(forward, tokens) for tokens in self.tokens)

@@ -108,32 +108,41 @@ class TimmBlock(BlockAdapter):
         self.block.attn.fused_attn = path == "fused"
 
     @override
-    def attend(self, x: Tensor, bias: Tensor | None = None, rows: int | None = None, **arguments: Any) -> Tensor:
-        block, normed = self.block, self.block.norm1(x)
-        if rows is None:
-            attended = block.attn(normed, attn_mask=bias, **arguments)
+    def attend(self, x: Tensor, bias: Tensor | None = None, queries: Tensor | None = None, **arguments: Any) -> Tensor:
+        block = self.block
+        if queries is None:
+            attended = block.attn(block.norm1(x), attn_mask=bias, **arguments)
         else:
-            x, attended = x[:, :rows], self._attended(normed, bias, rows)
+            attended = self._attended(block.norm1(queries), block.norm1(x), bias)
+            x = queries
         y: Tensor = x + block.drop_path1(block.ls1(attended))
         return y
 
-    def _attended(self, x: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-        """What `Attention` makes of x (B, N, D), of its first tokens alone, (B, rows, D)."""
+    def _attended(self, queries: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What `Attention` makes of queries (B, K, D) that attend to x (B, N, D), (B, K, D)."""
         attn: Any = self.block.attn
-        width = attn.num_heads * attn.head_dim
-        of_q, of_kv = attn.qkv.weight.split([width, 2 * width])
-        bias_q, bias_kv = (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([width, 2 * width])
-        B, N, _ = x.shape
-        q = linear(x[:, :rows], of_q, bias_q).view(B, rows, attn.num_heads, attn.head_dim).transpose(1, 2)
-        k, v = linear(x, of_kv, bias_kv).view(B, N, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-        q, k = attn.q_norm(q), attn.k_norm(k)
+        (B, K, _), N, H = queries.shape, x.shape[1], attn.num_heads
+        of_q, of_kv = self._projected(queries, x)
+        q = attn.q_norm(of_q.view(B, K, H, -1)).transpose(1, 2)
+        k, v = of_kv.view(B, N, 2, H, -1).permute(2, 0, 3, 1, 4)
+        k = attn.k_norm(k)
         if attn.fused_attn:
-            y = scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            drop = attn.attn_drop.p if attn.training else 0.0
+            y = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=drop)
         else:
             logits = (q * attn.scale) @ k.transpose(-2, -1)
-            y = (logits if bias is None else logits + bias).softmax(dim=-1) @ v
-        made: Tensor = attn.proj(y.transpose(1, 2).flatten(2))
+            y = attn.attn_drop((logits if bias is None else logits + bias).softmax(dim=-1)) @ v
+        made: Tensor = attn.proj_drop(attn.proj(y.transpose(1, 2).flatten(2)))
         return made
+
+    def _projected(self, queries: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B, K, D), and keys and values (B, N, 2 D), from the one layer that makes all three."""
+        attn: Any = self.block.attn
+        qkv, width = attn.qkv, attn.num_heads * attn.head_dim
+        if type(qkv) is not nn.Linear:  # adapters
+            return qkv(queries)[..., :width], qkv(x)[..., width:]
+        (q, kv), biases = _split(qkv.weight, width), _split(qkv.bias, width)
+        return linear(queries, q, biases[0]), linear(x, kv, biases[1])
 
     @override
     def queries_alone(self) -> bool:
@@ -188,6 +197,11 @@ class TimmBlock(BlockAdapter):
         if from_cls:
             q = q[:, :1]
         return attn.q_norm(q).transpose(1, 2), attn.k_norm(k).transpose(1, 2), attn.scale
+
+
+def _split(weights: Any, width: int) -> Any:
+    """The rows of queries, and those of keys and values; by one split: two slices would have two gradients to add."""
+    return (None, None) if weights is None else weights.split([width, 2 * width])
 
 
 def _unchanged(x: Tensor) -> Tensor:

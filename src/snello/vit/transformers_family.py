@@ -209,17 +209,21 @@ class TransformersBlock(BlockAdapter):
         q, k, scale = captured
         return q[:, :, :1] if from_cls else q, k, scale
 
-    def attended(self, x: Tensor, bias: Tensor | None, rows: int | None, arguments: dict[str, Any]) -> Tensor:
-        """What the attention makes of x (B, N, D), or of its first tokens alone, (B, rows, D)."""
+    def attended(
+        self, norm: nn.Module, x: Tensor, bias: Tensor | None, queries: Tensor | None, arguments: dict[str, Any]
+    ) -> Tensor:
+        """What the attention makes of x (B, N, D) after its norm, or of queries (B, K, D) that attend to x."""
         attention: Any = self.block.attention
         made: Tensor
-        if rows is None:
-            made = attention(x, attention_mask=bias, **arguments)[0]
+        normed = norm(x)
+        if queries is None:
+            made = attention(normed, attention_mask=bias, **arguments)[0]
             return made
-        q = attention.q_proj(x[:, :rows])
-        q, k, v = (y.unflatten(2, (-1, attention.head_dim)).transpose(1, 2) for y in (q, *_keys_values(attention, x)))
-        call, scale = _implementation(attention, attention.config._attn_implementation), attention.scaling
-        made = attention.o_proj(call(attention, q, k, v, bias, dropout=0.0, scaling=scale, **arguments)[0].flatten(2))
+        projected = attention.q_proj(norm(queries)), attention.k_proj(normed), attention.v_proj(normed)
+        q, k, v = (y.view(*y.shape[:2], -1, attention.head_dim).transpose(1, 2) for y in projected)
+        options = {"dropout": attention.attention_dropout if attention.training else 0.0, "scaling": attention.scaling}
+        call = _implementation(attention, attention.config._attn_implementation)
+        made = attention.o_proj(call(attention, q, k, v, bias, **options, **arguments)[0].flatten(2))
         return made
 
     @override
@@ -238,10 +242,10 @@ class ViTBlock(TransformersBlock):
     """ViT's and DeiT's layer."""
 
     @override
-    def attend(self, x: Tensor, bias: Tensor | None = None, rows: int | None = None, **arguments: Any) -> Tensor:
+    def attend(self, x: Tensor, bias: Tensor | None = None, queries: Tensor | None = None, **arguments: Any) -> Tensor:
         block = self.block
-        attended = self.attended(block.layernorm_before(x), bias, rows, arguments)
-        y: Tensor = block.dropout(attended) + x[:, :rows]
+        attended = self.attended(block.layernorm_before, x, bias, queries, arguments)
+        y: Tensor = block.dropout(attended) + (x if queries is None else queries)
         return y
 
     @override
@@ -255,10 +259,10 @@ class Dinov2Block(TransformersBlock):
     """DINOv2's layer, with LayerScale and drop path."""
 
     @override
-    def attend(self, x: Tensor, bias: Tensor | None = None, rows: int | None = None, **arguments: Any) -> Tensor:
+    def attend(self, x: Tensor, bias: Tensor | None = None, queries: Tensor | None = None, **arguments: Any) -> Tensor:
         block = self.block
-        attended = self.attended(block.norm1(x), bias, rows, arguments)
-        y: Tensor = block.drop_path(block.layer_scale1(attended)) + x[:, :rows]
+        attended = self.attended(block.norm1, x, bias, queries, arguments)
+        y: Tensor = block.drop_path(block.layer_scale1(attended)) + (x if queries is None else queries)
         return y
 
     @override
@@ -312,10 +316,6 @@ def _observed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask
 def _implementation(attention: nn.Module, name: str) -> Any:
     eager = sys.modules[type(attention).__module__].eager_attention_forward
     return AttentionInterface().get_interface(name, eager)
-
-
-def _keys_values(attention: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    return attention.k_proj(x), attention.v_proj(x)
 
 
 AttentionInterface.register(OBSERVED, _observed)
