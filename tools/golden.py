@@ -32,17 +32,26 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 MODEL = ["--model", "test_vit", "--weights", "none", "--image-size", "48"]
 MACHINE = ["--device", "cpu", "--attention", "explicit"]
 SMALL = ["--epochs", "2", "--batch-size", "8", "--seed", "3", "--precision", "fp32", "--checkpoint-steps", "0"]
-ALAST = ["--method", "alast", "--alast.alpha", "5"]
+OLD = [  # what the default was when most of these were made
+    *["--alast.blocks", "0.75", "--alast.start-budget", "0.9", "--alast.min-budget", "0.5", "--alast.rule", "drop"],
+    *["--alast.adapt", "difference", "--alast.token-multiple", "1"],
+]
+PLAIN = ["--no-exact-savings"]
+ALAST = ["--method", "alast", *PLAIN, *OLD, "--alast.alpha", "5"]
 EVALUATED = ["--split.eval-codec", "int8"]  # the default when they were made
-CUT = ["--method", "full", *EVALUATED, "--split.cut", "2", "--split.codec"]
+CUT = ["--method", "full", *PLAIN, *EVALUATED, "--split.cut", "2", "--split.codec"]
 RUNS: dict[str, list[str]] = {
     "alast": ALAST,
     "alast-merge-flops": [*ALAST, "--alast.rule", "merge", "--alast.flops", "0.7", "--alast.blocks", "5"],
     "alast-block-end-lowest-first": [*ALAST, "--alast.drop-at", "block-end", "--alast.draw", "lowest-first"],
-    "full-accumulate-decay": ["--method", "full", "--accumulate", "2", "--layer-decay", "0.8", "--grad-checkpointing"],
-    "last-k": ["--method", "last-k"],
-    "lora": ["--method", "lora"],
-    "alast-lora": ["--method", "alast+lora", "--alast.alpha", "5"],
+    "full-accumulate-decay": ["--method", "full", *PLAIN, "--accumulate", "2", "--layer-decay", "0.8", "--grad-checkpointing"],
+    "last-k": ["--method", "last-k", *PLAIN],
+    "lora": ["--method", "lora", *PLAIN],
+    "alast-lora": ["--method", "alast+lora", *PLAIN, *OLD, "--alast.alpha", "5"],
+    "alast-default": ["--method", "alast", "--batch-size", "4"],
+    "alast-default-flops": ["--method", "alast", "--alast.flops", "0.5", "--alast.token-multiple", "2"],
+    "full-exact-savings": ["--method", "full"],
+    "full-mixed": ["--method", "full", "--augment.mixup", "0.2", "--augment.cutmix", "1"],
     "cut-none": [*CUT, "none"],
     "cut-adc-int8": [*CUT, "adc(0.1)+int8", "--accumulate", "2"],
     "cut-bottlenet-u-shape": [*CUT, "bottlenet(0.2)+int4", "--split.labels", "client"],

@@ -1,7 +1,7 @@
 """snello fine-tunes Vision Transformers where compute, memory or bandwidth is scarce.
 
 >>> import snello
->>> alast = snello.ALaST(model, blocks=9, start_budget=0.9, min_budget=0.5, alpha=1e-4, draw="proportional")
+>>> alast = snello.ALaST(model)
 
 docs/api.md shows what else there is. Importing it registers the micro ViT `vit_micro_patch4_32` with timm, sets nothing
 in the process, and imports neither timm nor torch by itself: the command line answers at once.

@@ -621,3 +621,23 @@ def test_names_come_from_the_registry(capsys):
 def test_choices_are_checked_from_python_too(make, name):
     with pytest.raises(ConfigError, match=rf"^{name} must be one of "):
         make()
+
+
+def test_a_choice_that_may_be_left_open_is_read_from_a_file_and_checked(tmp_path):
+    made = from_dict(AlastConfig, {"adapt": "difference", "draw": None, "merge_blocks": [0, 2]})
+    assert (made.adapt, made.draw, made.merge_blocks) == ("difference", None, (0, 2))
+    with pytest.raises(ConfigError, match="adapt must be one of share, difference, got 'no'"):
+        from_dict(AlastConfig, {"adapt": "no"})
+    with pytest.raises(ConfigError, match="adapt must be one of share, difference, got no"):
+        AlastConfig(adapt="no")
+
+
+def test_what_is_given_wins_over_a_preset():
+    made = FinetuneConfig(preset="published", alast=AlastConfig(drop_at="mid", draw="proportional", blocks=5)).alast
+    assert (made.drop_at, made.draw, made.blocks, made.rule, made.adapt) == (
+        "mid",
+        "proportional",
+        5,
+        "drop",
+        "difference",
+    )

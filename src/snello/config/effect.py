@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from snello.config.methods import EARLIER
 from snello.config.values import default_of, flag, from_dict
 from snello.errors import ConfigError
 
@@ -62,6 +63,10 @@ def effective(cls: type[Any], values: Mapping[str, Any], where: str) -> dict[str
     kept = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
     for name in REMOVED:
         _remove(kept, name)
+    alast = kept.get("alast")
+    if isinstance(alast, dict) and "adapt" not in alast:  # a run of before: what it left open had another meaning
+        kept["alast"] = EARLIER | {name: value for name, value in alast.items() if value is not None}
+        kept.setdefault("exact_savings", False)
     for name, _ in list(idle(from_dict(cls, kept, where, checked=False))):
         _remove(kept, name)
     return kept

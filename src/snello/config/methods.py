@@ -25,19 +25,19 @@ class AlastConfig:
     blocks merge, 0.9 where every block does."""
     min_budget: float | None = None
     """Lowest budget a block can fall to, in (0, start_budget]; default: half of that."""
-    adapt: Literal["share", "difference"] = "share"
+    adapt: Literal["share", "difference"] | None = None
     """How budgets move: each towards its share of what the blocks do for the CLS token, a running mean, so that a block
-    that does less gives up more; or by the difference to the step before, as published."""
+    that does less gives up more (`share`, the default); or by the difference to the step before, as published."""
     alpha: float | None = None
     """Step size of the budgets, >= 0; default: 0.05 of the way (share), or the base learning rate (difference)."""
-    draw: Literal["proportional", "softmax", "lowest-first"] = "proportional"
-    """Which blocks train: drawn in proportion to the budgets, by softmax of the budgets, or always all but the lowest
-    (`lowest-first`, the cheapest: the backward pass ends early)."""
+    draw: Literal["proportional", "softmax", "lowest-first"] | None = None
+    """Which blocks train: drawn in proportion to the budgets (the default), by softmax of the budgets, or always all but
+    the lowest (`lowest-first`, the cheapest: the backward pass ends early)."""
     temperature: float = 1.0
     """Temperature of the softmax draw, > 0; small values favour high budgets."""
-    drop_at: DropAt = "mid"
-    """Where tokens are dropped or merged: between attention and MLP (`mid`) or after the block (`block-end`, as
-    published); or, by a rule that does not look at attention, before the block (`start`), or before it but for its
+    drop_at: DropAt | None = None
+    """Where tokens are dropped or merged: between attention and MLP (`mid`, the default) or after the block
+    (`block-end`, as published); or, by a rule that does not look at attention, before the block (`start`), or before it but for its
     keys and values, so that those that are left attend to all (`queries`)."""
     rule: RuleChoice = "auto"
     """What becomes of the tokens that a block does not pass on: discarded, those with the least attention (`drop`, as
@@ -65,7 +65,7 @@ class AlastConfig:
         require_choices(self, section="alast")
         blocks, start, least = self.blocks, self.start_budget, self.min_budget
         if blocks is not None:
-            fits = 0 < blocks < 1 or (blocks >= 1 and blocks == int(blocks))
+            fits = 0 < blocks < 1 or (1 <= blocks < math.inf and blocks == int(blocks))
             self._require(fits, "blocks", "a number of blocks, or a share in (0, 1)")
             object.__setattr__(self, "blocks", int(blocks) if blocks >= 1 else blocks)
         self._require(start is None or 0 < start <= 1, "start_budget", "in (0, 1]")
@@ -86,8 +86,9 @@ class AlastConfig:
 
     def published(self) -> "AlastConfig":
         """These settings, with those of the paper and its released code for all that are left to their default."""
-        usual = AlastConfig()
-        left = {name: value for name, value in PUBLISHED.items() if getattr(self, name) == getattr(usual, name)}
+        left = {name: value for name, value in PUBLISHED.items() if getattr(self, name) in (None, "auto")}
+        if self.start_budget is not None and "min_budget" in left:
+            left["min_budget"] = min(left["min_budget"], self.start_budget)
         return replace(self, **left)
 
     def with_options(self, options: Mapping[str, Any]) -> "AlastConfig":
@@ -114,6 +115,8 @@ PUBLISHED: dict[str, Any] = {
     "token_multiple": 1,
 }
 """ALaST as in arXiv:2408.08670 and its released code."""
+EARLIER = PUBLISHED | {"draw": "proportional", "drop_at": "mid"}
+"""What was left open in runs of before there was `adapt`."""
 
 
 @dataclass(frozen=True)

@@ -254,9 +254,9 @@ class Recipe:
         require(0 <= self.label_smoothing < 1, "--label-smoothing", "in [0, 1)", self.label_smoothing)
         require(self.image_size is None or self.image_size >= 1, "--image-size", "at least 1", self.image_size)
         require_choices(self)
-        require_effect(self)
-        if self.preset == "published":
+        if self.preset == "published" and "alast" in self.method_name:
             object.__setattr__(self, "alast", self.alast.published())
+        require_effect(self)
         if not self.split.cut:
             return
         refused, rule = "does not go with --split.cut", self.alast.rule

@@ -56,7 +56,7 @@ def default_of(field: "dataclasses.Field[Any]") -> Any:
 
 def _convert(value: Any, hint: Any, where: str, checked: bool, base: Any) -> Any:
     """`value` as YAML gave it, as the type `hint`; YAML's 1e-3 is a string, and paths are strings too."""
-    if isinstance(hint, types.UnionType):
+    if _is_union(hint):
         if value is None and type(None) in hint.__args__:
             return None
         hint = next(option for option in hint.__args__ if option is not type(None))
@@ -68,8 +68,9 @@ def _convert(value: Any, hint: Any, where: str, checked: bool, base: Any) -> Any
         if value not in hint.__args__:
             raise ConfigError(f"{where} must be one of {', '.join(hint.__args__)}, got {value!r}")
         return value
-    if typing.get_origin(hint) is tuple and isinstance(value, str):
-        value = (value,)  # `name: one` for a list of one
+    if typing.get_origin(hint) is tuple and value is not None:
+        items = value if isinstance(value, (list, tuple)) else (value,)  # `name: one` for a list of one
+        return tuple(_convert(item, typing.get_args(hint)[0], where, checked, None) for item in items)
     fits = value is not None and isinstance(value, bool) == (hint is bool)  # bool() and int() would take anything
     fits &= not (hint is int and isinstance(value, float))
     fits &= hint is not str or isinstance(value, (str, int, float))
@@ -77,6 +78,11 @@ def _convert(value: Any, hint: Any, where: str, checked: bool, base: Any) -> Any
         if fits:
             return hint(value)
     raise ConfigError(f"{where} must be of type {hint.__name__}, got {value!r}")
+
+
+def _is_union(hint: Any) -> bool:
+    """Whether it was written with `|`, which with a Literal makes another type than with a class."""
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
 
 
 def read_yaml(path: Path, where: str | None = None) -> dict[str, Any]:
@@ -111,10 +117,10 @@ def require_choices(config: Any, prefix: str = "", section: str = "") -> None:
     """
     for name, hint in typing.get_type_hints(type(config)).items():
         several = typing.get_origin(hint) is tuple
-        kind = typing.get_args(hint)[0] if several else hint
+        kind = typing.get_args(hint)[0] if several or _is_union(hint) else hint
         if typing.get_origin(kind) is not Literal:
             continue
         value, choices = getattr(config, name), typing.get_args(kind)
-        for one in value if several else (value,):
+        for one in value if several else (value,) if value is not None else ():
             called = name if section else flag(f"{prefix}{name}")
             require(one in choices, called, f"one of {', '.join(choices)}", one, section=section)

@@ -1,9 +1,9 @@
 """ALaST: every block of a Vision Transformer gets a compute budget that adapts at every step.
 
 Paper: Adaptive Layer Selection for Efficient Vision Transformer Fine-Tuning, arXiv:2408.08670. Low-budget blocks pass
-on fewer tokens and are frozen more often. Deviations, each with its reason in docs/alast.md: the change of the CLS
-token is averaged over the batch (the released code sums it), the draw is proportional to the budgets by default, and
-tokens are dropped between attention and MLP by default (`drop_at="block-end"` is the published place).
+on fewer tokens and are frozen more often. What was measured as better is the default: tokens are merged in the first
+blocks instead of dropped in all, all blocks train, and budgets follow each block's share of the change of the CLS
+token. `AlastConfig().published()` is the paper's setting; deviations are in docs/alast.md, each with its reason.
 """
 
 import math
@@ -38,16 +38,16 @@ SHARE_ALPHA, SHARE_POWER = 0.05, 0.5
 class ALaST:
     """Attaches ALaST to a Vision Transformer inside any training loop.
 
-        with ALaST(model, blocks=9, start_budget=0.9, min_budget=0.5, alpha=1e-4, draw="proportional") as alast:
+        with ALaST(model) as alast:
             for batch in loader:
                 alast.step()        # once per optimizer step, before its first forward
                 ...                 # forward, backward, optimizer step as ever
         # the model is as it was found; without `with`: alast.detach()
 
-    In training mode, block l keeps the share b_l (its budget) of its patch tokens, those with the most attention from
-    the CLS token (without one: on average); prefix tokens stay. `step` moves the budgets by the change of
-    delta_l = ||CLS_out - CLS_in||^2 since the last step, draws the blocks that train, and freezes the others. In eval
-    mode nothing is dropped and nothing recorded. Only parameters that require gradients here are ever switched.
+    In training mode, block l passes on the share b_l (its budget) of its patch tokens; the others are merged with those
+    that stay, or dropped; prefix tokens stay. `step` moves the budgets by what the blocks did to the CLS token,
+    delta_l = ||CLS_out - CLS_in||^2, draws the blocks that train, and freezes the others. In eval mode nothing is
+    merged, dropped or recorded. Only parameters that require gradients here are ever switched.
 
     Build the optimizer over all parameters, before the first `step`: a block frozen now trains later.
 
@@ -84,6 +84,7 @@ class ALaST:
         require(self.num_blocks <= depth, "blocks", limit, self.num_blocks, section="alast")
         self.config = config = decided(config, self.vit)
         self.start_budget, self.min_budget = float(config.start_budget or 0), float(config.min_budget or 0)
+        assert config.drop_at is not None
         self.drop_at, self.rule = config.drop_at, make_rule(config.rule)
         if self.vit.family.pools_patches and not self.rule.has_places:
             others = " or ".join(name for name in RULES if make_rule(name).has_places)
@@ -398,16 +399,20 @@ class AlastMethod(ALaST, Method):
 
 def decided(config: AlastConfig, vit: ViT) -> AlastConfig:
     """The options with all that they leave open decided for a model or a part of one."""
-    rule, merge_blocks, start = config.rule, config.merge_blocks, config.start_budget
+    rule, merge_blocks, start, depth = config.rule, config.merge_blocks, config.start_budget, vit.depth
     if rule == "auto":
         rule = "drop" if vit.family.reads is None else "merge-even"
+    few = rule == "merge-even" if merge_blocks is None else len(set(merge_blocks)) < depth
     if merge_blocks is None:
-        merge_blocks = tuple(range(min(2, vit.depth) if rule == "merge-even" else vit.depth))
+        merge_blocks = tuple(range(min(2, depth) if few else depth))
     if start is None:
-        start = 0.9 if len(set(merge_blocks)) == vit.depth > 2 else 0.5
+        start = 0.5 if few else 0.9
     return replace(
         config,
         rule=rule,
+        adapt=config.adapt or "share",
+        draw=config.draw or "proportional",
+        drop_at=config.drop_at or "mid",
         merge_blocks=merge_blocks,
         start_budget=start,
         min_budget=config.min_budget or start / 2,

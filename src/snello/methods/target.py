@@ -52,7 +52,7 @@ class CostTarget:
         keep: Callable[[int, float, int], int],
     ) -> None:
         self.option, self.share, self._cost = option, share, cost
-        self.drop_at, self.rule, self._keep, self._vit = config.drop_at, rule, keep, vit
+        self.drop_at, self.rule, self._keep, self._vit = config.drop_at or "mid", rule, keep, vit
         self.train_embeddings = config.train_embeddings and any(p.requires_grad for p in vit.embedding_parameters())
         self.num_patches = vit.num_patches  # of the forward before
         self.scaled: list[float] | None = None
