@@ -44,7 +44,9 @@ RUNS: dict[str, list[str]] = {
     "alast": ALAST,
     "alast-merge-flops": [*ALAST, "--alast.rule", "merge", "--alast.flops", "0.7", "--alast.blocks", "5"],
     "alast-block-end-lowest-first": [*ALAST, "--alast.drop-at", "block-end", "--alast.draw", "lowest-first"],
-    "full-accumulate-decay": ["--method", "full", *PLAIN, "--accumulate", "2", "--layer-decay", "0.8", "--grad-checkpointing"],
+    "full-accumulate-decay": [
+        *["--method", "full", *PLAIN, "--accumulate", "2", "--layer-decay", "0.8", "--grad-checkpointing"],
+    ],
     "last-k": ["--method", "last-k", *PLAIN],
     "lora": ["--method", "lora", *PLAIN],
     "alast-lora": ["--method", "alast+lora", *PLAIN, *OLD, "--alast.alpha", "5"],

@@ -112,7 +112,7 @@ def test_one_step_of_alast_per_optimizer_step(tmp_path):
         assert blocks == set(row["trained"]) and len(blocks) == 2
         assert "classifier.weight" in row["grads"] and "vit.embeddings.cls_token" in row["grads"]
     assert len({tuple(row["trained"]) for row in spy.rows}) > 1
-    assert spy.rows[0]["budgets"] == spy.rows[1]["budgets"] == [0.7] * 4  # nothing to compare with before
+    assert spy.rows[0]["budgets"] == spy.rows[1]["budgets"] == [0.7, 0.7, 1.0, 1.0]  # nothing to compare with before
     assert len({tuple(row["budgets"]) for row in spy.rows}) == 7
 
 

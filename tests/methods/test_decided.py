@@ -122,7 +122,7 @@ def test_what_is_decided_is_decided_once_and_for_all():
     config = decided(AlastConfig(), vit)
     assert decided(config, vit) == config and None not in {getattr(config, name) for name in FEW}
     alast = ALaST(vit)
-    assert alast.config == config and alast.budgets == [0.5] * 4 and alast.num_blocks == 4
+    assert alast.config == config and alast.budgets == [0.5, 0.5, 1.0, 1.0] and alast.num_blocks == 4
 
 
 def test_a_lowest_budget_above_the_start_that_is_decided_is_refused():
@@ -256,7 +256,7 @@ def test_a_running_mean_counts_and_only_of_blocks_that_reduce():
     alast = ALaST(tiny_vit(), merge_blocks=(0, 2), start_budget=0.5, min_budget=0.1, alpha=0.2)
     alast.step()
     told(alast, [0.4, 9.0, 0.1, 0.0])
-    assert alast.budgets == [0.5] * 4 and alast.state_dict()["deltas"] == pytest.approx([0.4, 9.0, 0.1, 0.0])
+    assert alast.budgets == [0.5, 1.0, 0.5, 1.0] and alast.state_dict()["deltas"] == pytest.approx([0.4, 9.0, 0.1, 0.0])
     mean = [0.4, 9.0, 0.1, 0.0]
     for deltas in ([0.8, 0.0, 0.3, 5.0], [0.2, 7.0, 0.9, 0.0]):
         before = list(alast.budgets)
@@ -265,7 +265,7 @@ def test_a_running_mean_counts_and_only_of_blocks_that_reduce():
         told(alast, deltas)
         assert alast.state_dict()["deltas"] == pytest.approx(mean)
         moved = [before[index] + 0.2 * (goals.get(index, before[index]) - before[index]) for index in range(4)]
-        assert alast.budgets == pytest.approx(moved) and alast.budgets[1] == alast.budgets[3] == 0.5
+        assert alast.budgets == pytest.approx(moved) and alast.budgets[1] == alast.budgets[3] == 1.0
 
 
 def test_budgets_stay_within_their_bounds_whatever_blocks_do():

@@ -120,7 +120,7 @@ def test_alast_takes_every_setting_from_the_config():
     model = tiny_vit()
     alast = make_method(ViT(model), FinetuneConfig(alast=settings, seed=7))
     assert alast.config == settings
-    assert alast.num_blocks == 2 and alast.budgets == [0.8] * 4
+    assert alast.num_blocks == 2 and alast.budgets == [1.0, 0.8, 1.0, 0.8]
     assert not model.cls_token.requires_grad
     assert alast._generator.initial_seed() == 7
 

@@ -31,14 +31,14 @@ class AlastConfig:
     alpha: float | None = None
     """Step size of the budgets, >= 0; default: 0.05 of the way (share), or the base learning rate (difference)."""
     draw: Literal["proportional", "softmax", "lowest-first"] | None = None
-    """Which blocks train: drawn in proportion to the budgets (the default), by softmax of the budgets, or always all but
-    the lowest (`lowest-first`, the cheapest: the backward pass ends early)."""
+    """Which blocks train: drawn in proportion to the budgets (the default), by softmax of the budgets, or always all
+    but the lowest (`lowest-first`, the cheapest: the backward pass ends early)."""
     temperature: float = 1.0
     """Temperature of the softmax draw, > 0; small values favour high budgets."""
     drop_at: DropAt | None = None
     """Where tokens are dropped or merged: between attention and MLP (`mid`, the default) or after the block
-    (`block-end`, as published); or, by a rule that does not look at attention, before the block (`start`), or before it but for its
-    keys and values, so that those that are left attend to all (`queries`)."""
+    (`block-end`, as published); or, by a rule that does not look at attention, before the block (`start`), or before it
+    but for its keys and values, so that those that are left attend to all (`queries`)."""
     rule: RuleChoice = "auto"
     """What becomes of the tokens that a block does not pass on: discarded, those with the least attention (`drop`, as
     published); averaged with the token that is most like them, the pairs most alike first (`merge`); or with the most

@@ -42,7 +42,8 @@ def make_request(
 ) -> dict[str, Any]:
     """What a measuring process is asked first: all that the step of a run with `config` is made of.
 
-    `moving` lets ALaST's budgets move. Its `memory_limit` is the bytes that the process may take on a CPU; None: what is available when it starts.
+    With `moving`, ALaST's budgets move. `memory_limit` is the bytes that the process may take on a CPU; None: what is
+    available when it starts.
     """
     own = {"method": config.method_name, "data": None, "out": None, "config": None, "resume": False}
     return {

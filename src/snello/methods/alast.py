@@ -98,7 +98,7 @@ class ALaST:
         within = f"in 0..{depth - 1} (the model's depth less 1)"
         require(max(self._reducing) < depth, "merge_blocks", within, max(self._reducing), section="alast")
         self.dropping = True  # False passes on every token
-        self.budgets = [self.start_budget] * depth
+        self.budgets = [self.start_budget if index in self._reducing else 1.0 for index in range(depth)]
         self.trained = list(range(depth))  # the blocks of the current draw
         self._deltas: list[float] | None = None  # of the step before, or their running mean
         self._records: list[Sequence[Tensor]] = []  # of each forward since the last step, the change in every block
@@ -312,6 +312,8 @@ class ALaST:
             alpha = next(value for value in (self.config.alpha, lr, PAPER_LR) if value is not None)
             moves = [alpha * (new - old) for new, old in zip(now, before, strict=True)]
         for index, move in enumerate(moves):
+            if index not in self._reducing:
+                continue  # it passes on all
             self.budgets[index] = min(1.0, max(self.min_budget, self.budgets[index] + move))
 
     def _towards_shares(self, deltas: list[float]) -> list[float]:

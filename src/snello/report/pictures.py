@@ -38,10 +38,15 @@ def budgets_figure(rows: Rows) -> "Figure":
     depth = len(rows[0]["budgets"])
     figure = _figure(9, 6)
     top, bottom = figure.subplots(2, 1, sharex=True)
-    for block in range(depth):
+    reducing = [block for block in range(depth) if any(row["budgets"][block] < 1 for row in rows)]
+    for block in reducing:
         colour = colormaps["viridis"](block / max(1, depth - 1))
         top.plot(steps, [row["budgets"][block] for row in rows], color=colour, label=f"block {block}")
-    top.set(ylabel="budget (share of patch tokens kept)", title="ALaST: budgets and trained blocks")
+    if len(reducing) < depth:
+        top.axhline(1.0, color="grey", linestyle="--", label="all others" if reducing else "all blocks")
+    top.set(
+        ylabel="budget (share of patch tokens passed on)", title="ALaST: budgets and trained blocks", ylim=(0, 1.05)
+    )
     top.legend(fontsize="x-small", ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
     trained = [[float(block in row["trained"]) for row in rows] for block in range(depth)]
     extent = (steps[0] - 0.5, steps[-1] + 0.5, -0.5, depth - 0.5)
