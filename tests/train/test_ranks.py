@@ -109,6 +109,7 @@ def two(odd, tmp_path_factory) -> Path:
     config = base(odd)
     runs = {
         "full": (config, None),
+        "plain": (replace(config, exact_savings=False), None),
         "alast": (replace(config, **ALAST), None),
         "mixed": (replace(config, augment=AugmentConfig(mixup=0.8, cutmix=1.0)), None),
         "stopped": (replace(config, **ALAST), 4),
@@ -155,6 +156,17 @@ def test_two_processes_compute_what_one_does(odd, two, tmp_path, name):
     for key in ("accuracy", "balanced_accuracy", "per_class"):
         assert [seen["result"][key] for seen in saw(two, name)] == [summary[key]] * 2
     assert not (two / name / "last.safetensors.tmp").exists() and (two / name / "summary.json").exists()
+
+
+@posix
+@pytest.mark.slow
+def test_exact_savings_compute_the_same_in_two_processes(two):
+    ours, plain = (load_tensors(RunFolder(two / name).checkpoint_file)[0] for name in ("full", "plain"))
+    assert ours.keys() == plain.keys()
+    for key, value in plain.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=2e-5)
+    rows, others = (rows_of(two / name) for name in ("full", "plain"))
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in others], rel=1e-5)
 
 
 @posix
