@@ -8,6 +8,7 @@ python benchmarks/tables.py --check    # exit code 1 where a text is not what th
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,45 @@ def target(result: dict[str, Any]) -> str:
         f"step, peak memory is of a process of its own. {env['device']}, {config['threads']} thread."
     )
     return "\n".join([*lines, "", note])
+
+
+def target_short(result: dict[str, Any]) -> str:
+    """Accuracy, time and memory on another task, settings unchanged."""
+    heads = ["", "epochs", "seeds", "accuracy, %", "time", "saved bytes", "peak"]
+    lines, full = [_line(heads), _line(["---"] * len(heads))], result["rows"][0]
+    for row in result["rows"]:
+        shares = [row[key] / full[key] for key in ("saved_bytes_per_sample", "peak_memory_bytes")]
+        cells = [row["setting"], row["epochs"], len(row["seeds"]), _accuracy(row), f"{row['relative_time']:.2f}"]
+        lines.append(_line(cells + [f"{share:.2f}" for share in shares]))
+    config, env = result["config"], result["environment"]
+    note = (
+        f"Task {config['task']}: {config['num_classes'] * config['per_class']} pictures, {config['num_classes']} classes, "
+        f"batch {config['batch_size']}; relative to *full*. {env['device']}, {config['threads']} thread."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def released_code(result: dict[str, Any]) -> str:
+    """A step of the authors' released code beside one of ours at the same setting."""
+    lines = ["| | precision | CPU seconds of a step | faster than full |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        cells = [row["variant"], row["precision"], f"{statistics.median(row['cpu_times_s']):.2f}"]
+        lines.append(_line([*cells, f"{row['ratios']['cpu_time']:.2f}x"]))
+    config, env = result["config"], result["environment"]
+    note = (
+        f"{config['model']}, batch {config['batch_size']}, {config['threads']} thread, steps taken in turn, {env['device']}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def time_tried(result: dict[str, Any]) -> str:
+    """What was tried to save time, whether or not it helped."""
+    heads = ["", "epochs", "seeds", "accuracy, %", "step", "run", "remark"]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for row in result["rows"]:
+        times = [f"{row[key]:.2f}" if row.get(key) else "" for key in ("relative_step_time", "relative_time")]
+        lines.append(_line([row["name"], row["epochs"], len(row["seeds"]), _accuracy(row), *times, row["remark"]]))
+    return "\n".join([*lines, "", "Step and run: time relative to plain full fine-tuning, a step of it and five epochs."])
 
 
 def alast_tried(result: dict[str, Any]) -> str:
@@ -339,6 +379,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "alast_quality": ("alast_quality", alast_quality),
     "alast_tried": ("alast_tried", alast_tried),
     "target": ("target", target),
+    "target_fashion": ("target_fashion", target_short),
+    "target_all": ("target_all", target_short),
+    "released_code": ("released_code", released_code),
+    "time_tried": ("time_tried", time_tried),
     "codecs": ("codecs", codecs),
     "fewer_bytes": ("fewer_bytes", fewer_bytes),
     "fewer_bytes_short": ("fewer_bytes", fewer_bytes_short),

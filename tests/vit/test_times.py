@@ -74,7 +74,7 @@ MODELS = {
 
 
 def measured(model: torch.nn.Module, rule: str, savings: bool = True, precision: Precision = "fp32") -> Times:
-    return measure_times(ViT(model), make_rule(rule), 16, 2, torch.device("cpu"), precision, savings)
+    return measure_times(ViT(model), make_rule(rule), 4, 16, 2, torch.device("cpu"), precision, savings)
 
 
 @pytest.mark.parametrize("savings", [True, False])

@@ -138,8 +138,9 @@ class Trainer:
 
     def _measure_times(self, vit: ViT) -> Times:
         config = self.config
-        rule, size = make_rule(decided(config.alast, vit).rule), self.preprocessing.size
-        return measure_times(vit, rule, size, config.batch_size, self.device, self.precision, config.exact_savings)
+        alast, size = decided(config.alast, vit), self.preprocessing.size
+        rule, multiple, batch_size = make_rule(alast.rule), alast.token_multiple or 1, config.batch_size
+        return measure_times(vit, rule, multiple, size, batch_size, self.device, self.precision, config.exact_savings)
 
     @property
     def total_steps(self) -> int:
