@@ -26,7 +26,8 @@ from snello.config import AlastConfig
 from snello.config.methods import DropAt
 from snello.config.registry import RULES
 from snello.errors import ConfigError, SnelloWarning
-from snello.methods.alast import PAPER_LR, ALaST, decided
+from snello.methods.alast import PAPER_LR, ALaST
+from snello.methods.budgets import decided
 from snello.vit import ViT
 
 

@@ -18,7 +18,8 @@ from snello.config.methods import PUBLISHED
 from snello.config.registry import RULES
 from snello.errors import ConfigError
 from snello.methods import make_method
-from snello.methods.alast import MOMENTUM, ALaST, decided
+from snello.methods.alast import ALaST
+from snello.methods.budgets import MOMENTUM, decided
 from snello.vit import ViT
 
 FEW = {"rule": "merge-even", "merge_blocks": (0, 1), "start_budget": 0.5, "min_budget": 0.25}

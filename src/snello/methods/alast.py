@@ -22,6 +22,7 @@ from snello.config import AlastConfig, Recipe
 from snello.config.registry import RULES
 from snello.errors import ConfigError, SnelloWarning, require
 from snello.methods import Method, training_share
+from snello.methods.budgets import decided, num_blocks, running_mean, towards_shares
 from snello.methods.target import CostTarget, StepCost
 from snello.vit import ViT
 from snello.vit.flops import StepFlops
@@ -29,10 +30,6 @@ from snello.vit.rules import make_rule
 from snello.vit.times import StepTime, Times
 
 PAPER_LR = 1e-4
-MOMENTUM = 0.1
-"""Weight of a step in the running mean of what a block does."""
-SHARE_ALPHA, SHARE_POWER = 0.05, 0.5
-"""How fast budgets follow their share, and the power of that: blocks differ by orders of magnitude."""
 
 
 class ALaST:
@@ -79,7 +76,7 @@ class ALaST:
         config = (config or AlastConfig()).with_options(options)
         self.vit = model if isinstance(model, ViT) else ViT(model)
         depth = self.vit.depth
-        self.num_blocks = _num_blocks(config.blocks, depth)
+        self.num_blocks = num_blocks(config.blocks, depth)
         limit = f"in 1..{depth} (the model's depth)"
         require(self.num_blocks <= depth, "blocks", limit, self.num_blocks, section="alast")
         self.config = config = decided(config, self.vit)
@@ -306,8 +303,8 @@ class ALaST:
         if before is None:
             return
         if self.config.adapt == "share":
-            self._deltas = [old + MOMENTUM * (new - old) for new, old in zip(now, before, strict=True)]
-            moves = self._towards_shares(self._deltas)
+            self._deltas = running_mean(before, now)
+            moves = towards_shares(self.budgets, self._deltas, self.config)
         else:
             alpha = next(value for value in (self.config.alpha, lr, PAPER_LR) if value is not None)
             moves = [alpha * (new - old) for new, old in zip(now, before, strict=True)]
@@ -315,20 +312,6 @@ class ALaST:
             if index not in self._reducing:
                 continue  # it passes on all
             self.budgets[index] = min(1.0, max(self.min_budget, self.budgets[index] + move))
-
-    def _towards_shares(self, deltas: list[float]) -> list[float]:
-        """The way of each budget towards start_budget times what the block does, relative to the geometric mean.
-
-        So a block that does less for the CLS token gives up more, and the product of the budgets, what is left at the
-        end, stays.
-        """
-        alpha = SHARE_ALPHA if self.config.alpha is None else self.config.alpha
-        logs = [math.log(max(deltas[index], 1e-30)) for index in sorted(self._reducing)]
-        mean, moves = sum(logs) / len(logs), [0.0] * len(deltas)
-        for index, value in zip(sorted(self._reducing), logs, strict=True):
-            goal = self.start_budget * math.exp(SHARE_POWER * (value - mean))
-            moves[index] = alpha * (goal - self.budgets[index])
-        return moves
 
     def _draw(self) -> list[int]:
         """The K blocks that train next, ascending."""
@@ -397,41 +380,6 @@ class AlastMethod(ALaST, Method):
     def metrics(self) -> dict[str, Any]:
         row = {"budgets": list(self.budgets), "trained": list(self.trained)}
         return row if self.target is None else row | {"step_budgets": self.step_budgets}
-
-
-def decided(config: AlastConfig, vit: ViT) -> AlastConfig:
-    """The options with all that they leave open decided for a model or a part of one."""
-    rule, merge_blocks, start, depth = config.rule, config.merge_blocks, config.start_budget, vit.depth
-    if rule == "auto":
-        rule = "drop" if vit.family.reads is None else "merge-even"
-    few = rule == "merge-even" if merge_blocks is None else len(set(merge_blocks)) < depth
-    if merge_blocks is None:
-        merge_blocks = tuple(range(min(2, depth) if few else depth))
-    if start is None:
-        start = 0.5 if few else 0.9
-    return replace(
-        config,
-        rule=rule,
-        adapt=config.adapt or "share",
-        draw=config.draw or "proportional",
-        drop_at=config.drop_at or "mid",
-        merge_blocks=merge_blocks,
-        start_budget=start,
-        min_budget=config.min_budget or start / 2,
-        token_multiple=config.token_multiple or _usual_multiple(vit.num_prefix_tokens + vit.num_patches),
-    )
-
-
-def _num_blocks(blocks: float | None, depth: int) -> int:
-    """How many of the blocks train at each step."""
-    if blocks is None:
-        return depth
-    return int(blocks) if blocks >= 1 else max(1, round(blocks * depth))
-
-
-def _usual_multiple(num_tokens: int) -> int:
-    """A power of two, at most 16, that leaves a model of so many tokens a choice of at least four sizes."""
-    return int(2 ** min(4, max(0, math.floor(math.log2(num_tokens / 4)))))
 
 
 def _places(root: nn.Module, among: set[int] | None = None) -> list[tuple[nn.Module, str]]:

@@ -24,7 +24,7 @@ from snello.data import Splits, imbalance
 from snello.data.loaders import Batch, batches, eval_loader, eval_transform, train_loader, train_transform
 from snello.devices import Precision, autocast, resolve_precision
 from snello.errors import ConfigError, TrainingError
-from snello.methods.alast import decided
+from snello.methods.budgets import decided
 from snello.models import architecture_of, preprocessing
 from snello.runs.folder import flat
 from snello.runs.resolved import Resolved, machine

@@ -207,33 +207,33 @@ class BlockAdapter(ABC):
         if arguments is None:
             raise ModelError("attention masks are not supported while tokens are dropped: detach first")
         context.arguments = arguments
+        reducing = context.num_keep < x.shape[1] - self.num_prefix_tokens
+        z: Tensor
         if self.computes()[1] is not None:
             z = self._read(x, context)
-            self._record(observer, context, x, z)
-            return z
-        rule, num_keep = observer.rule, context.num_keep
-        reducing = num_keep < x.shape[1] - self.num_prefix_tokens
-        if not reducing and context.sizes is None:
-            y: Tensor = inspect.unwrap(type(self.block).forward)(self.block, x, *args, **options)
-            self._record(observer, context, x, y)
-            return y
-        if reducing and observer.drop_at in ("start", "queries"):
-            bias, z = _bias(context.sizes, x), rule.reduce(x, context, num_keep)
-            if observer.drop_at == "start":
-                z = self._attend(context, z, scoring=False)
-            else:
-                z = self.attend(x, bias, z, **context.arguments)
-            z = self.feed(z)
-            self._record(observer, context, x, z)
-            return z
-        z = self._attend(context, x, scoring=reducing and rule.needs_scores)
-        if observer.drop_at == "mid" or (reducing and self.drops_early(observer.drop_at, rule)):
-            z = self.feed(rule.reduce(z, context, num_keep) if reducing else z)
-            self._record(observer, context, x, z)
-            return z
-        z = self.feed(z)
+        elif reducing:
+            return self._reducing(observer, context, x)
+        elif context.sizes is not None:
+            z = self.feed(self._attend(context, x, scoring=False))
+        else:
+            z = inspect.unwrap(type(self.block).forward)(self.block, x, *args, **options)
         self._record(observer, context, x, z)
-        return rule.reduce(z, context, num_keep) if reducing else z
+        return z
+
+    def _reducing(self, observer: BlockObserver, context: ForwardContext, x: Tensor) -> Tensor:
+        """The block on x (B, N, D) where it passes on fewer tokens, (B, K, D)."""
+        rule, drop_at, keep = observer.rule, observer.drop_at, context.num_keep
+        if drop_at == "start":
+            z = self._attend(context, rule.reduce(x, context, keep), scoring=False)
+        elif drop_at == "queries":
+            bias, queries = _bias(context.sizes, x), rule.reduce(x, context, keep)
+            z = self.attend(x, bias, queries, **context.arguments)
+        else:
+            z = self._attend(context, x, scoring=rule.needs_scores)
+        early = drop_at == "mid" or self.drops_early(drop_at, rule)
+        z = self.feed(rule.reduce(z, context, keep) if early else z)
+        self._record(observer, context, x, z)
+        return rule.reduce(z, context, keep) if drop_at == "block-end" and not early else z
 
     def drops_early(self, drop_at: DropAt, rule: TokenRule) -> bool:
         """Whether tokens that are dropped after the block can go before its MLP, which works on each token apart.
