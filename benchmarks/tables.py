@@ -156,8 +156,8 @@ def target_short(result: dict[str, Any]) -> str:
         lines.append(_line(cells + [f"{share:.2f}" for share in shares]))
     config, env = result["config"], result["environment"]
     note = (
-        f"Task {config['task']}: {config['num_classes'] * config['per_class']} pictures, {config['num_classes']} classes, "
-        f"batch {config['batch_size']}; relative to *full*. {env['device']}, {config['threads']} thread."
+        f"Task {config['task']}: {config['num_classes'] * config['per_class']} pictures, {config['num_classes']} "
+        f"classes, batch {config['batch_size']}; relative to *full*. {env['device']}, {config['threads']} thread."
     )
     return "\n".join([*lines, "", note])
 
@@ -169,9 +169,8 @@ def released_code(result: dict[str, Any]) -> str:
         cells = [row["variant"], row["precision"], f"{statistics.median(row['cpu_times_s']):.2f}"]
         lines.append(_line([*cells, f"{row['ratios']['cpu_time']:.2f}x"]))
     config, env = result["config"], result["environment"]
-    note = (
-        f"{config['model']}, batch {config['batch_size']}, {config['threads']} thread, steps taken in turn, {env['device']}."
-    )
+    how = f"{config['threads']} thread, steps taken in turn"
+    note = f"{config['model']}, batch {config['batch_size']}, {how}, {env['device']}."
     return "\n".join([*lines, "", note])
 
 
@@ -179,10 +178,12 @@ def time_tried(result: dict[str, Any]) -> str:
     """What was tried to save time, whether or not it helped."""
     heads = ["", "epochs", "seeds", "accuracy, %", "step", "run", "remark"]
     lines = [_line(heads), _line(["---"] * len(heads))]
-    for row in result["rows"]:
-        times = [f"{row[key]:.2f}" if row.get(key) else "" for key in ("relative_step_time", "relative_time")]
+    for row in sorted((row for row in result["rows"] if row["seeds"]), key=lambda row: -row["accuracy"]):
+        times = [f"{row[key]:.2f}" for key in ("step_time_of_full", "relative_time")]
         lines.append(_line([row["name"], row["epochs"], len(row["seeds"]), _accuracy(row), *times, row["remark"]]))
-    return "\n".join([*lines, "", "Step and run: time relative to plain full fine-tuning, a step of it and five epochs."])
+    return "\n".join(
+        [*lines, "", "Step and run: time relative to plain full fine-tuning, a step of it and five epochs."]
+    )
 
 
 def alast_tried(result: dict[str, Any]) -> str:

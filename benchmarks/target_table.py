@@ -36,7 +36,6 @@ from snello.finetuning import finetune
 from snello.measure.process import Process, make_request
 
 LR, SEEDS, EPOCHS, BATCH = 1e-3, (0, 1, 2), 5, 64
-PER_CLASS = TASKS["cifar"].per_class
 WARMUP, STEPS = 2, 25
 SPENT = ("step_time_s", "relative_step_time", "flops_per_sample")
 
@@ -80,6 +79,8 @@ SETTINGS = (
     Setting("ALaST (the default)", "alast", epochs=7, tasks=ALL),
     Setting("ALaST (the default), equal time", "alast", epochs=15, tasks=("cifar", "fashion")),
     Setting("ALaST (the default), budgets fixed", "alast", epochs=7, alast=FIXED),
+    Setting("ALaST (the default), 0.27 of the FLOPs", "alast", epochs=7, alast=AlastConfig(flops=0.27)),
+    Setting("the same, budgets fixed", "alast", epochs=7, alast=replace(FIXED, flops=0.27)),
     Setting("ALaST + LoRA", "alast+lora", lrs=TUNED, alast=DROP),
 )
 

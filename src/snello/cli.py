@@ -232,6 +232,7 @@ def _one_line(box: str, verb: str) -> str:
     lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]  # the first is the box's title
     ends = (i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full help")))
     text = " ".join(" ".join(lines[: next(ends, None)]).split()) or "cannot be parsed"
+    text = re.sub(r" Got errors: .*", "", text)  # of each type that a value may have
     text = re.sub(r"^Error parsing \w+: (?=--|[A-Z]+ )", "", text)  # our own words, which name the flag already
     text = re.sub(r"^Error parsing (alast): (\w+) must", lambda m: f"{flag('.'.join(m.groups()))} must", text)
     return f"{text} (snello {verb} --help lists the options)"

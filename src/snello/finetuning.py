@@ -89,9 +89,11 @@ def _within_time(config: FinetuneConfig, num_classes: int, console: Console) -> 
     if config.time_budget is None or config.resume:
         return config
     say(console, "timing steps for --time-budget")
-    share = comparison.relative_time(config, num_classes)
+    with interruptible():
+        share = comparison.relative_time(config, num_classes)
     epochs = max(1, int(config.time_budget / share))
-    say(console, f"{epochs} epochs: a step takes {share:.2f} of the time of plain full fine-tuning here")
+    many = "1 epoch" if epochs == 1 else f"{epochs} epochs"
+    say(console, f"{many}: a step takes {share:.2f} of the time of plain full fine-tuning here")
     return replace(config, epochs=epochs)
 
 

@@ -169,8 +169,8 @@ def test_the_blocks_that_are_named_reduce_and_no_others(rule, drop_at):
     [
         ((4,), "merge_blocks must be in 0..3 (the model's depth less 1), got 4"),
         ((0, 7, 2), "merge_blocks must be in 0..3 (the model's depth less 1), got 7"),
-        ((), "merge_blocks must be block numbers from 0 on, got ()"),
-        ((0, -1), "merge_blocks must be block numbers from 0 on, got (0, -1)"),
+        ((), "merge_blocks must be block numbers from 0 on, got none"),
+        ((0, -1), "merge_blocks must be block numbers from 0 on, got 0 -1"),
     ],
 )
 def test_blocks_that_there_are_not_are_refused(blocks, message):

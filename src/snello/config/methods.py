@@ -76,10 +76,15 @@ class AlastConfig:
         self._require(self.flops is None or 0 < self.flops <= 1, "flops", "in (0, 1]")
         self._require(0 <= self.full_tail <= 1, "full_tail", "in [0, 1]")
         self._require(self.time is None or 0 < self.time <= 1, "time", "in (0, 1]")
-        self._require(self.time is None or self.flops is None, "time", "given without flops, or the other way round")
+        if self.time is not None and self.flops is not None:
+            raise ConfigError("--alast.time and --alast.flops are two targets for one thing: give one of them")
         self._require(self.token_multiple is None or self.token_multiple >= 1, "token_multiple", "at least 1")
-        some = self.merge_blocks is None or (len(self.merge_blocks) > 0 and min(self.merge_blocks) >= 0)
-        self._require(some, "merge_blocks", "block numbers from 0 on")
+        if self.merge_blocks is not None:
+            some, text = (
+                len(self.merge_blocks) > 0 and min(self.merge_blocks) >= 0,
+                " ".join(map(str, self.merge_blocks)),
+            )
+            require(some, "merge_blocks", "block numbers from 0 on", text or "none", section="alast")
 
     def _require(self, ok: bool, name: str, rule: str) -> None:
         require(ok, name, rule, getattr(self, name), section="alast")

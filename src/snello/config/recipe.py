@@ -254,6 +254,10 @@ class Recipe:
         require(0 <= self.label_smoothing < 1, "--label-smoothing", "in [0, 1)", self.label_smoothing)
         require(self.image_size is None or self.image_size >= 1, "--image-size", "at least 1", self.image_size)
         require_choices(self)
+        for name in ("flops", "time"):  # what full fine-tuning of a half costs is no target
+            if self.split.cut and getattr(self.alast, name) is not None:
+                reason = "does not go with --split.cut: the other half and the codec change the cost"
+                raise ConfigError(f"--alast.{name} {reason}")
         if self.preset == "published" and "alast" in self.method_name:
             object.__setattr__(self, "alast", self.alast.published())
         require_effect(self)
@@ -263,9 +267,6 @@ class Recipe:
         self._require_freezing()
         if "lora" in self.method:
             raise ConfigError(f"--method {self.method} {refused}: LoRA trains an uncut model")
-        for name in ("flops", "time"):  # what full fine-tuning of a half costs is no target
-            if getattr(self.alast, name) is not None:
-                raise ConfigError(f"--alast.{name} {refused}: the other half and the codec change the cost")
         # What crosses is named by where it stood; the default does, so torch is not needed here.
         if rule != "auto" and self.split.alast != "server" and not find(RULES[rule]).has_places:
             reason = "its tokens have no place of their own, unless --split.alast server keeps it off the client"

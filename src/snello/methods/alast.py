@@ -133,7 +133,8 @@ class ALaST:
     def step_budgets(self) -> list[float]:
         """What this step drops tokens by: the budgets, or those scaled to meet `flops`."""
         scaled = None if self.target is None else self.target.scaled
-        return list(self.budgets if scaled is None else scaled)
+        used = self.budgets if scaled is None else scaled
+        return [budget if index in self._reducing else 1.0 for index, budget in enumerate(used)]
 
     # What the blocks ask and tell (snello.vit.BlockObserver): they only record, `step` alone moves budgets.
 
@@ -156,7 +157,8 @@ class ALaST:
         config = self.config
         cost: StepCost = StepFlops(self.vit)
         if config.time is not None:
-            require(times is not None, "time", "with times=measure_times(...)", config.time, section="alast")
+            measured = "left out, or given with times=snello.vit.times.measure_times(...); flops needs none"
+            require(times is not None, "time", measured, config.time, section="alast")
             assert times is not None
             cost = StepTime(times, self.vit.depth)
         for option, share in (("flops", config.flops), ("time", config.time)):

@@ -104,7 +104,7 @@ class CostTarget:
         full = self._cost.full(self.num_patches)
         least = self.cost([0.0] * depth, range(num_blocks)) / full  # with the dearest draw
         most = self.cost([1.0] * depth, range(depth - num_blocks, depth)) / full  # with the cheapest
-        low, high = math.ceil(100 * least - 1e-9) / 100, math.floor(100 * most + 1e-9) / 100
+        low, high = math.ceil(100 * least - 1e-9) / 100, min(1.0, math.floor(100 * most + 1e-9) / 100)
         reach = f"in {low}..{high} for this model with {num_blocks} of {depth} blocks trained"
         require(low <= self.share <= high, self.option, reach, self.share, section="alast")
 

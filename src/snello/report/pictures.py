@@ -35,13 +35,14 @@ def budgets_figure(rows: Rows) -> "Figure":
     from matplotlib import colormaps
 
     steps = [row["step"] for row in rows]
-    depth = len(rows[0]["budgets"])
+    used: list[list[float]] = [row["step_budgets" if "step_budgets" in row else "budgets"] for row in rows]
+    depth = len(used[0])
     figure = _figure(9, 6)
     top, bottom = figure.subplots(2, 1, sharex=True)
-    reducing = [block for block in range(depth) if any(row["budgets"][block] < 1 for row in rows)]
+    reducing = [block for block in range(depth) if any(budgets[block] < 1 for budgets in used)]
     for block in reducing:
         colour = colormaps["viridis"](block / max(1, depth - 1))
-        top.plot(steps, [row["budgets"][block] for row in rows], color=colour, label=f"block {block}")
+        top.plot(steps, [budgets[block] for budgets in used], color=colour, label=f"block {block}")
     if len(reducing) < depth:
         top.axhline(1.0, color="grey", linestyle="--", label="all others" if reducing else "all blocks")
     top.set(

@@ -144,6 +144,9 @@ class BlockAdapter(ABC):
 
     def save_exactly(self, reads: int | None, mlp: bool) -> None:
         """Computes no other tokens than the first `reads`, and keeps less of the MLP for the backward pass; or not."""
+        owner = self._owner()
+        if reads is not None and isinstance(owner, BlockAdapter) and owner is not self and owner.observer is not None:
+            raise ModelError("the model's blocks are already attached to something: call its detach() first")
         self.reads = reads
         if reads is not None:
             self.block.forward = self.forward
@@ -156,8 +159,12 @@ class BlockAdapter(ABC):
 
     def _restore(self) -> None:
         """Gives the block its own forward back where nothing needs ours."""
-        if self.observer is None and self.reads is None:
-            vars(self.block).pop("forward", None)
+        if self.observer is None and self.reads is None and self._owner() is self:
+            del self.block.forward
+
+    def _owner(self) -> object:
+        """Whose forward the block has; None for its own."""
+        return getattr(vars(self.block).get("forward"), "__self__", None)
 
     @property
     def replaced(self) -> bool:
