@@ -31,29 +31,32 @@ def plot_traffic(run: RunFolder) -> None:
 
 
 def budgets_figure(rows: Rows) -> "Figure":
-    """Draws the budgets of each block above, and which blocks were trained below."""
+    """Draws the budgets that steps used, and below them which blocks were trained, where not always all were."""
     from matplotlib import colormaps
 
     steps = [row["step"] for row in rows]
     used: list[list[float]] = [row["step_budgets" if "step_budgets" in row else "budgets"] for row in rows]
     depth = len(used[0])
-    figure = _figure(9, 6)
-    top, bottom = figure.subplots(2, 1, sharex=True)
+    some = any(len(row["trained"]) < depth for row in rows)
+    figure = _figure(9, 6 if some else 3.6)
+    parts = figure.subplots(2, 1, sharex=True) if some else [figure.subplots()]
+    top = parts[0]
     reducing = [block for block in range(depth) if any(budgets[block] < 1 for budgets in used)]
-    for block in reducing:
-        colour = colormaps["viridis"](block / max(1, depth - 1))
+    for number, block in enumerate(reducing):
+        colour = colormaps["viridis"](number / max(1, len(reducing)))
         top.plot(steps, [budgets[block] for budgets in used], color=colour, label=f"block {block}")
     if len(reducing) < depth:
         top.axhline(1.0, color="grey", linestyle="--", label="all others" if reducing else "all blocks")
-    top.set(
-        ylabel="budget (share of patch tokens passed on)", title="ALaST: budgets and trained blocks", ylim=(0, 1.05)
-    )
+    title = "ALaST: budgets and trained blocks" if some else "ALaST: budgets; all blocks train"
+    top.set(ylabel="budget (share of patch tokens passed on)", title=title, ylim=(0, 1.05))
     top.legend(fontsize="x-small", ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    trained = [[float(block in row["trained"]) for row in rows] for block in range(depth)]
-    extent = (steps[0] - 0.5, steps[-1] + 0.5, -0.5, depth - 0.5)
-    options = {"aspect": "auto", "origin": "lower", "interpolation": "nearest"}
-    bottom.imshow(trained, cmap="Greens", vmin=0, vmax=1.4, extent=extent, **options)
-    bottom.set(xlabel="step", ylabel="block (green: trained)", yticks=range(depth))
+    parts[-1].set_xlabel("step")
+    if some:
+        trained = [[float(block in row["trained"]) for row in rows] for block in range(depth)]
+        extent = (steps[0] - 0.5, steps[-1] + 0.5, -0.5, depth - 0.5)
+        options: dict[str, Any] = {"aspect": "auto", "origin": "lower", "interpolation": "nearest"}
+        parts[1].imshow(trained, cmap="Greens", vmin=0, vmax=1.4, extent=extent, **options)
+        parts[1].set(ylabel="block (green: trained)", yticks=range(depth))
     return figure
 
 
