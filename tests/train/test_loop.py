@@ -93,7 +93,7 @@ def test_learns_the_shipped_pictures_with_the_shipped_model(tmp_path, monkeypatc
     summary = finetune(config, QUIET)
     assert (summary["steps"], summary["num_classes"], summary["method"]) == (20, 10, "alast")
     assert summary["accuracy"] > 0.2  # chance is 0.1, its standard deviation 0.034
-    assert all(len(row["trained"]) == 9 for row in rows_of(config.out, "step"))
+    assert all(len(row["trained"]) == 12 for row in rows_of(config.out, "step"))
 
 
 def test_the_head_alone_trains_the_head_alone(small):
