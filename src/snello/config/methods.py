@@ -80,11 +80,8 @@ class AlastConfig:
             raise ConfigError("--alast.time and --alast.flops are two targets for one thing: give one of them")
         self._require(self.token_multiple is None or self.token_multiple >= 1, "token_multiple", "at least 1")
         if self.merge_blocks is not None:
-            some, text = (
-                len(self.merge_blocks) > 0 and min(self.merge_blocks) >= 0,
-                " ".join(map(str, self.merge_blocks)),
-            )
-            require(some, "merge_blocks", "block numbers from 0 on", text or "none", section="alast")
+            fits, text = min(self.merge_blocks, default=-1) >= 0, " ".join(map(str, self.merge_blocks))
+            require(fits, "merge_blocks", "block numbers from 0 on", text or "none", section="alast")
 
     def _require(self, ok: bool, name: str, rule: str) -> None:
         require(ok, name, rule, getattr(self, name), section="alast")

@@ -54,10 +54,15 @@ def running_mean(before: Sequence[float], now: Sequence[float]) -> list[float]:
 
 
 def towards_shares(budgets: Sequence[float], deltas: Sequence[float], config: AlastConfig) -> list[float]:
-    """How far each budget goes towards start_budget times what its block does, relative to the geometric mean.
+    """How far each budget goes in a step towards start_budget * sqrt(delta / geometric mean of delta).
 
     So a block that does less for the CLS token gives up more, and the product of the budgets, what is left at the end,
-    stays. Blocks that pass on all do not count; `config` is decided.
+    stays. Blocks that pass on all do not count. Not of the paper, whose rule is the difference to the step before.
+
+    Args:
+        budgets: of every block, in (0, 1].
+        deltas: running mean of every block's squared change of the CLS token, >= 0.
+        config: decided.
     """
     alpha = SHARE_ALPHA if config.alpha is None else config.alpha
     reducing, start = sorted(set(config.merge_blocks or ())), config.start_budget or 1.0
