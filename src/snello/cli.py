@@ -42,7 +42,7 @@ def finetune(config: configs.FinetuneConfig) -> None:
 def evaluate(config: configs.EvaluateConfig) -> None:
     """Measure the accuracy of a run's model."""
     from snello.inference import evaluate as run
-    from snello.report.terminal import print_per_class
+    from snello.reports.terminal import print_per_class
 
     result = run(config)
     if config.format == "json":
@@ -99,7 +99,7 @@ def export(config: configs.ExportConfig) -> None:
 def plan(config: configs.PlanConfig) -> None:
     """Say what fits into a memory, the fastest first, with the command."""
     from snello.measure.plan import make_plan
-    from snello.report.terminal import print_plan
+    from snello.reports.terminal import print_plan
 
     found = make_plan(config, lambda text: print(text, file=sys.stderr))
     _print(config.format, found.to_dict(), lambda: print_plan(found))
@@ -107,7 +107,7 @@ def plan(config: configs.PlanConfig) -> None:
 
 def codecs(config: configs.CodecsConfig) -> None:
     """List what may stand at a cut, with options, sources and exact bytes."""
-    from snello.report.terminal import print_codecs
+    from snello.reports.terminal import print_codecs
     from snello.split.catalog import list_codecs
 
     rows = list_codecs(config)

@@ -11,7 +11,7 @@ from snello.data import splits_of
 from snello.environment import num_processes
 from snello.errors import ConfigError, DataError
 from snello.measure import comparison
-from snello.report import pictures, terminal
+from snello.reports import pictures, terminal
 from snello.runs.folder import RunFolder
 from snello.runs.summary import Summary
 from snello.split.flops import flops

@@ -23,7 +23,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         "timm",
-        "snello.report.terminal",
+        "snello.reports.terminal",
         "snello.split.security.certs",
         "snello.split.client.join",
         "snello.split.server.command",
@@ -113,7 +113,7 @@ def _run(args: list[str], log: str, wrong: Wrong) -> None:
     import torch
 
     from snello import cli
-    from snello.report import pictures
+    from snello.reports import pictures
     from snello.split.client import connection, link
 
     torch.set_num_threads(1)

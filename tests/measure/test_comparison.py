@@ -17,7 +17,7 @@ from snello.errors import SnelloError
 from snello.measure import comparison
 from snello.measure.comparison import SAVING, Comparison, TimedCosts, compare, compared_with, not_measured
 from snello.measure.process import OutOfMemoryError
-from snello.report import terminal as report
+from snello.reports import terminal as report
 from snello.vit.times import Times
 
 SUMMARY = SimpleNamespace(num_classes=3, device="cpu", precision="fp32", attention="explicit")
@@ -32,7 +32,7 @@ def test_a_complete_run_is_not_measured_again(small, monkeypatch):
     one = dict.fromkeys(not_measured(config), 1)
     measured = SimpleNamespace(summary=lambda: one)
     monkeypatch.setattr(comparison, "compare", lambda *args: calls.append(args) or measured)
-    monkeypatch.setattr("snello.report.terminal.print_costs", lambda console, costs: None)
+    monkeypatch.setattr("snello.reports.terminal.print_costs", lambda console, costs: None)
     first = finetune(config)
     assert finetune(replace(config, resume=True)) == first and first.items() >= one.items() and len(calls) == 1
 

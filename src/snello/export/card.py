@@ -11,7 +11,7 @@ import yaml
 
 from snello.errors import printable
 from snello.export.trained import Trained
-from snello.report.terminal import COST_ROWS
+from snello.reports.terminal import COST_ROWS
 from snello.runs.summary import Summary
 
 SHOWN = 100

@@ -14,7 +14,7 @@ from snello.config.values import from_dict, to_dict
 from snello.data import splits_of
 from snello.devices import resolve_device, resolve_precision
 from snello.errors import ConfigError
-from snello.report import pictures, terminal
+from snello.reports import pictures, terminal
 from snello.runs.folder import RunFolder, require_same_config
 from snello.runs.resolved import Resolved, ServerAddress
 from snello.runs.summary import Summary

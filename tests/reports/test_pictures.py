@@ -6,8 +6,8 @@ import pytest
 
 from snello.config import SplitConfig
 from snello.finetuning import finetune
-from snello.report import pictures
-from snello.report.pictures import traffic_figure
+from snello.reports import pictures
+from snello.reports.pictures import traffic_figure
 from snello.runs.folder import RunFolder
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snello.files import replacing
-from snello.report.terminal import server_time
+from snello.reports.terminal import server_time
 from snello.runs.folder import RunFolder
 
 if TYPE_CHECKING:  # slow to import, and not every run draws
