@@ -36,9 +36,9 @@ QUIET = Console(quiet=True)
 TIMES = ("seconds", "train_time_s", "client_seconds", "server_seconds")
 
 
-def finetune(config: FinetuneConfig, console: Console | None = None) -> dict[str, Any]:
-    """The summary of a run, as summary.json holds it."""
-    return finetuning.finetune(config, console).to_dict()
+def finetune(config: FinetuneConfig, console: Console | None = None, *, report: bool = False) -> dict[str, Any]:
+    """The summary of a run, as summary.json holds it; a report only where it is asked for: that takes longer."""
+    return finetuning.finetune(replace(config, report=report), console).to_dict()
 
 
 def write_pictures(folder: Path, counts: dict[str, int], seed: int = 0, size: int = 16) -> Path:

@@ -46,6 +46,8 @@ class PicturesConfig:
     """Decode every picture once before training, so that a bad one is found at the start."""
     workers: int = 2
     """Processes that load pictures; 0 loads in the main process."""
+    report: bool = True
+    """Write report.html at the end: the result, its cost, and what the method did to some of your pictures."""
     track: tuple[TrackerName, ...] = ()
     """Show the run also in these trackers: tensorboard (in the run folder), wandb, mlflow."""
 

@@ -11,6 +11,9 @@ tensorboard/        what TensorBoard shows (with --track tensorboard)
 tracking.json       the run's names in other trackers
 budgets.png         budgets and trained blocks over the steps (with ALaST)
 traffic.png         accuracy against epochs, bytes and time (across a cut)
+report.html         what a person looks at, drawn from the files here
+report/             what it is drawn from beside the above: predictions.jsonl of the held-out pictures, what the method
+                    did to some of them, small copies of those it shows
 adapter/            the adapters of those weights, as peft reads them (with LoRA; model.safetensors is merged)
 export.safetensors  the whole model for timm, once `snello export` has written it; export/ for transformers and
                     export.onnx likewise, each with a model card
@@ -41,7 +44,8 @@ from snello.vit import ViT
 
 # Settings that may differ when a run is resumed: they change where or how it runs, not what it computes.
 FREE = frozenset((
-    "config", "data_root", "out", "resume", "compare", "track", "workers", "checkpoint_steps", "check_pictures",
+    "config", "data_root", "out", "resume", "compare", "report", "track", "workers", "checkpoint_steps",
+    "check_pictures",
     # of a server
     "listen", "certs", "auth", "insecure_loopback", "insecure_plaintext_for_everyone_on_the_network_to_read",
     "max_sessions", "max_memory", "max_disk", "idle_seconds", "release_weights", "accept_weights", "metrics_port",
@@ -71,6 +75,9 @@ class RunFolder:
         self.summary_file = path / "summary.json"
         self.plot_file = path / "budgets.png"
         self.traffic_file = path / "traffic.png"
+        self.report_file = path / "report.html"
+        self.report_folder = path / "report"
+        self.predictions_file = self.report_folder / "predictions.jsonl"
         self.adapter_folder = path / "adapter"
         names = {"timm": "export.safetensors", "transformers": "export", "onnx": "export.onnx"}
         self.exports = {form: path / name for form, name in names.items()}

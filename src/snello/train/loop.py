@@ -33,6 +33,7 @@ from snello.seeds import mix
 from snello.train.display import progress_bar, say
 from snello.train.learner import MicroStep
 from snello.train.place import GoBack, Place, Progress, Setup, State
+from snello.train.predictions import Predictions
 from snello.train.ranks import ALONE, Ranks
 from snello.train.schedule import Schedule
 from snello.train.scoring import Normalize, Score, score
@@ -257,8 +258,11 @@ class Trainer:
             transform = eval_transform(pre.size, pre.interpolation, pre.crop_pct)
             self._eval_loader = eval_loader(self.splits.val, transform, batch_size=size, **self._loading)
         held_out, num_classes = self.ranks.all_of(batches(self._eval_loader)), len(self.splits.train.classes)
+        num, ranks = len(self.splits.val), self.ranks
+        self._predictions = Predictions(num, num_classes, ranks.share(num).start, self.device)
+        each = self._predictions.add
         with autocast(self.device, self.precision):
-            return score(self.learner.evaluator, held_out, num_classes, self.normalize, self.device, self.ranks.total)
+            return score(self.learner.evaluator, held_out, num_classes, self.normalize, self.device, ranks.total, each)
 
     def _summary(self) -> Summary:
         """The run's result, without costs."""
@@ -402,10 +406,14 @@ class Trainer:
         at = self.progress
         self.place.begin_evaluation()
         result = self.evaluate()
+        said = self._predictions
+        said.gather(self.ranks.total)
         at.last_accuracy = result.accuracy
         if at.last_accuracy > at.accuracy:
             at.accuracy, at.best_epoch, at.right = at.last_accuracy, at.epochs, list(result.right)
             self.ranks.on_main(lambda: self.place.save_best(self.learner))
+            if self.config.report:
+                self.ranks.on_main(lambda: said.write(self.run.predictions_file, self.splits.val))
         row: dict[str, Any] = {"kind": "eval", "step": at.step, "epoch": at.epochs}
         row |= {"accuracy": result.accuracy, "balanced_accuracy": result.balanced_accuracy, "loss": result.loss}
         row |= self.learner.eval_metrics()

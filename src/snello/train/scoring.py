@@ -59,10 +59,12 @@ def score(
     normalize: Normalize,
     device: torch.device,
     total: Callable[[Tensor], Tensor] = lambda counts: counts,
+    each: Callable[[Tensor, Tensor], None] = lambda logits, labels: None,
 ) -> Score:
     """Accuracy, overall and by class, and mean cross-entropy over labelled batches; leaves the model in eval mode.
 
-    `total` adds up what the ranks have counted, each over its share of the batches.
+    `total` adds up what the ranks have counted, each over its share of the batches; `each` is told the logits (B, C)
+    and labels (B,) of every batch.
     """
     model.eval()
     loss = torch.zeros((), device=device)
@@ -70,6 +72,7 @@ def score(
     for images, labels in labelled:
         labels = labels.to(device)
         logits = logits_of(model(normalize(images.to(device)))).float()
+        each(logits, labels)
         pictures = pictures + torch.bincount(labels, minlength=num_classes)
         right = right + torch.bincount(labels[logits.argmax(1) == labels], minlength=num_classes)
         loss += cross_entropy(logits, labels, reduction="sum")
