@@ -142,9 +142,10 @@ class ALaST:
         """Patch tokens that block `index` passes on: its budget's share, rounded down, at least one."""
         if self.target is not None and index == 0:
             self.target.num_patches = num_patches
-        return self._keep(index, self.step_budgets[index], num_patches) if self.dropping else num_patches
+        return self.keep(index, self.step_budgets[index], num_patches) if self.dropping else num_patches
 
-    def _keep(self, index: int, budget: float, num_patches: int) -> int:
+    def keep(self, index: int, budget: float, num_patches: int) -> int:
+        """The same by a given budget, in steps that drop tokens."""
         if index not in self._reducing:
             return num_patches
         keep = math.floor(budget * num_patches + 1e-6)  # 0.58 * 50 is 28.999... and means 29
@@ -163,7 +164,7 @@ class ALaST:
             cost = StepTime(times, self.vit.depth)
         for option, share in (("flops", config.flops), ("time", config.time)):
             if share is not None:
-                return CostTarget(option, share, cost, config, self.vit, self.rule, self.num_blocks, self._keep)
+                return CostTarget(option, share, cost, config, self.vit, self.rule, self.num_blocks, self.keep)
         return None
 
     def record(self, changes: Sequence[Tensor], num_samples: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""Budgets scaled so that a step costs a given share of full fine-tuning, in FLOPs or in time."""
+"""What a step costs by ALaST's budgets; and budgets scaled so that it costs a given share of full fine-tuning."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -23,57 +23,28 @@ class StepCost(Protocol):
         """A step that begins with `num_patches` patch tokens, has `tokens` in the blocks and trains some of those."""
 
 
-class CostTarget:
-    """One factor on all budgets, found by bisection; what a step misses, since tokens are whole, the next makes up for.
+class BudgetCost:
+    """What a picture costs in a step by given budgets.
 
     Args:
-        option: what the share is called among ALaST's options.
-        share: of what full fine-tuning costs.
         cost: of a step.
         config: where tokens are dropped, and whether embeddings train.
         vit: a model as ALaST finds it: what requires gradients may train.
         rule: what becomes of the tokens that are not passed on.
-        num_blocks: blocks that train at each step.
         keep: how many patch tokens a block passes on: of its index, its budget and how many it gets.
-
-    Raises:
-        ConfigError: where a step with some of the draws cannot cost that share.
     """
 
     def __init__(
-        self,
-        option: str,
-        share: float,
-        cost: StepCost,
-        config: AlastConfig,
-        vit: ViT,
-        rule: TokenRule,
-        num_blocks: int,
-        keep: Callable[[int, float, int], int],
+        self, cost: StepCost, config: AlastConfig, vit: ViT, rule: TokenRule, keep: Callable[[int, float, int], int]
     ) -> None:
-        self.option, self.share, self._cost = option, share, cost
+        self._cost = cost
         self.drop_at, self.rule, self._keep, self._vit = config.drop_at or "mid", rule, keep, vit
         self.train_embeddings = config.train_embeddings and any(p.requires_grad for p in vit.embedding_parameters())
         self.num_patches = vit.num_patches  # of the forward before
-        self.scaled: list[float] | None = None
-        """The budgets of the step under way, or of the last that dropped tokens; None before the first."""
-        self._owed = 0.0  # of a picture's cost, by which the steps so far stayed below the target
-        self._require_reachable(num_blocks, vit.depth)
 
-    def scale(self, budgets: Sequence[float], trained: Collection[int]) -> None:
-        """Chooses `scaled` for a step that trains the blocks `trained`."""
-        target = self.share * self._cost.full(self.num_patches) + self._owed
-        low, high = 0.0, 1 / min(budgets)
-        for _ in range(20):
-            factor = (low + high) / 2
-            if self.cost(_times(budgets, factor), trained) <= target:
-                low = factor
-            else:
-                high = factor
-        candidates = [_times(budgets, factor) for factor in (low, high)]
-        costs = [self.cost(candidate, trained) for candidate in candidates]
-        cost, self.scaled = min(zip(costs, candidates, strict=True), key=lambda pair: abs(pair[0] - target))
-        self._owed = target - cost
+    def full(self) -> float:
+        """What it costs in a step of plain full fine-tuning."""
+        return self._cost.full(self.num_patches)
 
     def cost(self, budgets: Sequence[float], trained: Collection[int]) -> float:
         """What a picture costs in a step by these budgets."""
@@ -100,8 +71,55 @@ class CostTarget:
             patches = keep
         return tokens
 
+
+class CostTarget(BudgetCost):
+    """One factor on all budgets, found by bisection; what a step misses, since tokens are whole, the next makes up for.
+
+    Args:
+        option: what the share is called among ALaST's options.
+        share: of what full fine-tuning costs.
+        num_blocks: blocks that train at each step.
+        cost, config, vit, rule, keep: as of `BudgetCost`.
+
+    Raises:
+        ConfigError: where a step with some of the draws cannot cost that share.
+    """
+
+    def __init__(
+        self,
+        option: str,
+        share: float,
+        cost: StepCost,
+        config: AlastConfig,
+        vit: ViT,
+        rule: TokenRule,
+        num_blocks: int,
+        keep: Callable[[int, float, int], int],
+    ) -> None:
+        super().__init__(cost, config, vit, rule, keep)
+        self.option, self.share = option, share
+        self.scaled: list[float] | None = None
+        """The budgets of the step under way, or of the last that dropped tokens; None before the first."""
+        self._owed = 0.0  # of a picture's cost, by which the steps so far stayed below the target
+        self._require_reachable(num_blocks, vit.depth)
+
+    def scale(self, budgets: Sequence[float], trained: Collection[int]) -> None:
+        """Chooses `scaled` for a step that trains the blocks `trained`."""
+        target = self.share * self.full() + self._owed
+        low, high = 0.0, 1 / min(budgets)
+        for _ in range(20):
+            factor = (low + high) / 2
+            if self.cost(_times(budgets, factor), trained) <= target:
+                low = factor
+            else:
+                high = factor
+        candidates = [_times(budgets, factor) for factor in (low, high)]
+        costs = [self.cost(candidate, trained) for candidate in candidates]
+        cost, self.scaled = min(zip(costs, candidates, strict=True), key=lambda pair: abs(pair[0] - target))
+        self._owed = target - cost
+
     def _require_reachable(self, num_blocks: int, depth: int) -> None:
-        full = self._cost.full(self.num_patches)
+        full = self.full()
         least = self.cost([0.0] * depth, range(num_blocks)) / full  # with the dearest draw
         most = self.cost([1.0] * depth, range(depth - num_blocks, depth)) / full  # with the cheapest
         low, high = math.ceil(100 * least - 1e-9) / 100, min(1.0, math.floor(100 * most + 1e-9) / 100)
