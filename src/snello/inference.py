@@ -17,6 +17,7 @@ from snello.errors import DataError
 from snello.files import load_tensors
 from snello.runs.checkpoint import load_into, with_weights
 from snello.runs.folder import RunFolder
+from snello.runs.resolved import Resolved
 from snello.split.learner import make_split_learner
 from snello.train.place import Setup
 from snello.train.schedule import Schedule
@@ -115,7 +116,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
 def _pictures_of(config: EvaluateConfig, predictor: Predictor) -> tuple[PictureSet, int, tuple[str, ...]]:
     """The pictures to evaluate on, how many bad ones were left out, and notes as in `Splits`."""
-    made = predictor.config if config.data is not None else _at_home(predictor)
+    made = predictor.config if config.data is not None else at_home(predictor.config, predictor.resolved)
     skip_bad = config.skip_bad or (config.data is None and made.skip_bad)
     part = None if config.part == "auto" else config.part
     if config.data is None and part is None:
@@ -133,9 +134,12 @@ def _pictures_of(config: EvaluateConfig, predictor: Predictor) -> tuple[PictureS
     )
 
 
-def _at_home(predictor: Predictor) -> FinetuneConfig:
-    """The run's settings with its pictures where they are now: its paths may have been relative to another folder."""
-    made, resolved = predictor.config, predictor.resolved
+def at_home(made: FinetuneConfig, resolved: Resolved) -> FinetuneConfig:
+    """A run's settings with its pictures where they are now: its paths may have been relative to another folder.
+
+    Raises:
+        DataError: where they are no longer there.
+    """
     if resolved.data_root is not None:
         made = replace(made, data_root=Path(resolved.data_root))
     if resolved.data is None:

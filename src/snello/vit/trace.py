@@ -7,6 +7,7 @@ stands before their own, and asks its rule in its place.
 B: pictures, n: patches of one, N: tokens, P: prefix tokens, k: patch tokens that are left, D: embed dim.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ class Trace:
     """n."""
     steps: dict[int, Tensor] = field(default_factory=dict)
     """By block that reduced tokens, the token (B, n') int64 that each one before it went into, or DROPPED."""
+    left: dict[int, int] = field(default_factory=dict)
+    """By the same blocks, how many patch tokens were left."""
 
     @property
     def groups(self) -> list[Tensor]:
@@ -45,6 +48,11 @@ class Trace:
                 now = compose(now, self.steps[block])
             groups.append(now)
         return groups
+
+    def changes(self, picture: int) -> list[tuple[int, int, list[int]]]:
+        """Of a picture, by block that reduced tokens: the block, the patch tokens left, and each patch's token."""
+        groups = self.groups
+        return [(block, self.left[block], groups[block][picture].tolist()) for block in sorted(self.left)]
 
 
 def trace(vit: ViT, x: Tensor, sizes: Tensor | None = None) -> Trace:
@@ -110,6 +118,12 @@ def origins(x: Tensor, y: Tensor, num_prefix_tokens: int) -> Tensor:
     return where.where(most > 0, DROPPED).cpu()
 
 
+def grid_of(num_patches: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of the patches of a picture: of all shapes that so many have, the one most like the picture."""
+    shapes = [(rows, num_patches // rows) for rows in range(1, num_patches + 1) if num_patches % rows == 0]
+    return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
+
+
 class _Follower:
     """An observer that decides as another does, and remembers."""
 
@@ -123,6 +137,7 @@ class _Follower:
         if index == 0:
             self._found.num_patches = num_patches
             self._found.steps.clear()
+            self._found.left.clear()
         return self._observer.num_keep(index, num_patches)
 
     def record(self, changes: Sequence[Tensor], num_samples: int) -> None:
@@ -142,6 +157,7 @@ class _Following(TokenRule):
         with torch.enable_grad():
             y = self._rule.reduce(x, context, keep)
         self._found.steps[context.block] = origins(x, y, context.num_prefix_tokens)
+        self._found.left[context.block] = y.shape[1] - context.num_prefix_tokens
         return y.detach()
 
     @override
