@@ -123,3 +123,8 @@ def test_it_stays_small(side, most, share, order):
     if order == "scattered":
         random.Random(0).shuffle(groups)
     assert len(token_svg("pictures/3.jpg", (side, side), groups, alt="a cat")) < most
+
+
+def test_a_symbol_of_the_page_is_used_where_it_is_named() -> None:
+    svg = token_svg("#picture-1", (2, 2), [0, 1, 2, 3], alt="a")
+    assert '<use href="#picture-1"' in svg and "<image" not in svg

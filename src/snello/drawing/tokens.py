@@ -27,7 +27,7 @@ def token_svg(image_href: str, grid: tuple[int, int], groups: Sequence[int], *, 
     """A picture whose patches are marked by the token that each is part of.
 
     Args:
-        image_href: of the picture, as a path or `data:` URL.
+        image_href: of the picture, as a path or `data:` URL; or `#ID` of a symbol that stands elsewhere in the page.
         grid: rows and columns of patches.
         groups: the token of each patch, row by row; negative where it was dropped.
         alt: what is to be seen, in words; it is shown where the pointer rests.
@@ -43,11 +43,11 @@ def token_svg(image_href: str, grid: tuple[int, int], groups: Sequence[int], *, 
     table = [list(groups[row * cols : (row + 1) * cols]) for row in range(rows)]
     counts = Counter(group for group in groups if group >= 0)
     merged = {group for group, count in counts.items() if count > 1}
-    label = escape(alt, quote=True)
+    label, tag = escape(alt, quote=True), "use" if image_href.startswith("#") else "image"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" aria-label="{label}" viewBox="0 0 {width} {height}" '
         f'width="{size}" height="{round(size * rows / cols)}"><title>{escape(alt)}</title>'
-        f'<image href="{escape(image_href, quote=True)}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
+        f'<{tag} href="{escape(image_href, quote=True)}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
     ]
     parts += _veil(table)
     if merged:

@@ -1,0 +1,60 @@
+"""The section of the result: one sentence with its cost, and the command that repeats it."""
+
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from snello.reports.facts import Facts
+from snello.reports.words import duration, less, share_of_full, size_text
+
+
+def result(facts: Facts) -> dict[str, Any] | None:
+    """The result in one sentence with its cost, and the command that repeats it."""
+    summary, num = facts.summary, facts.resolved.num_val
+    repeat = shlex.join(["snello", "finetune", "--config", str(facts.path / "config.yaml")])
+    if facts.resolved.server is not None:
+        repeat = shlex.join(["snello", "join", facts.resolved.server.address])
+    if summary is None:
+        done = facts.steps[-1]["step"] if facts.steps else 0
+        sentence = f"Not finished: {done} steps are done."
+        return {"sentence": sentence, "tiles": [], "lines": [], "repeat": repeat, "files": "metrics.jsonl"}
+    costs = summary.costs
+    time, saved = share_of_full(costs, "step_time_s"), share_of_full(costs, "saved_bytes_per_sample")
+    sentence = f"{summary.accuracy:.1%} on {num:,} held-out pictures"
+    if time is not None and saved is not None and summary.method != "full":
+        sentence += f", with steps that take {time:.2f} of full fine-tuning's time"
+        sentence += f" and {saved:.2f} of its memory for activations"
+    if summary.traffic is not None:
+        sentence += f", with {less(summary.traffic)} traffic than uncompressed"
+    tiles = [
+        ("accuracy", f"{summary.accuracy:.1%}", f"epoch {summary.best_epoch} of {summary.epochs}"),
+        *([("balanced accuracy", f"{summary.balanced_accuracy:.1%}", "every class counts the same")]
+          if summary.balanced_accuracy is not None else []),
+        ("training", duration(summary.train_time_s), f"{summary.steps:,} steps on {summary.device}"),
+    ]  # fmt: skip
+    if time is not None and summary.method != "full":
+        tiles.append(("time of a step", f"{time:.2f}x", "full fine-tuning's, measured here"))
+    if saved is not None and summary.method != "full":
+        tiles.append(("activation memory", f"{saved:.2f}x", "full fine-tuning's, measured here"))
+    if summary.traffic is not None:
+        sent = summary.traffic.uplink_bytes + summary.traffic.downlink_bytes
+        tiles.append(("traffic", size_text(sent), less(summary.traffic)))
+    lines = [*_against_probe(facts), *_least(facts)]
+    return {"sentence": sentence + ".", "tiles": tiles, "lines": lines, "repeat": repeat, "files": "summary.json"}
+
+
+def _against_probe(facts: Facts) -> Iterator[str]:
+    """How the accuracy compares with the linear probe's."""
+    probe = getattr(facts.summary, "probe_accuracy", None)
+    if facts.summary is None or probe is None:
+        return
+    gain = 100 * (facts.summary.accuracy - probe)
+    more = f"{abs(gain):.1f} points {'above' if gain >= 0 else 'below'}"
+    yield f"A linear classifier on the model as it was at the start reaches {probe:.1%}: the run ends {more} that."
+
+
+def _least(facts: Facts) -> Iterator[str]:
+    rows = [row for row in (facts.summary.per_class if facts.summary else None) or () if row["pictures"]]
+    if len(rows) > 1 and min(row["accuracy"] for row in rows) < 1:
+        least = min(rows, key=lambda row: row["accuracy"])
+        yield f"Least accurate: {least['class']}, {least['accuracy']:.1%} of {least['pictures']} pictures."
