@@ -19,6 +19,7 @@ from snello.config import *  # noqa: F403
 from snello.errors import *  # noqa: F403
 
 if TYPE_CHECKING:
+    from snello.explain.report import Report, report
     from snello.export import export as export_run
     from snello.finetuning import finetune
     from snello.inference import Predictor, evaluate, load, predict
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "ALaST": "snello.methods.alast:ALaST",
     "Predictor": "snello.inference:Predictor",
+    "Report": "snello.explain.report:Report",
     "ViT": "snello.vit:ViT",
     "evaluate": "snello.inference:evaluate",
     "export_run": "snello.export:export",
@@ -37,10 +39,23 @@ _LAZY = {
     "load": "snello.inference:load",
     "plan": "snello.measure.plan:make_plan",
     "predict": "snello.inference:predict",
+    "report": "snello.explain.report:report",
 }
 """What needs torch: imported when it is asked for."""
 
-__all__ = ["ALaST", "Predictor", "ViT", "evaluate", "export_run", "finetune", "load", "plan", "predict"]
+__all__ = [
+    "ALaST",
+    "Predictor",
+    "Report",
+    "ViT",
+    "evaluate",
+    "export_run",
+    "finetune",
+    "load",
+    "plan",
+    "predict",
+    "report",
+]
 __all__ += config.__all__
 __all__ += errors.__all__
 __version__ = version("snello")

@@ -87,6 +87,13 @@ def check_data(config: configs.CheckDataConfig) -> int:
     return 1 if findings.broken else 0
 
 
+def report(config: configs.ReportConfig) -> None:
+    """Draw what a person looks at: report.html of a run, or several side by side."""
+    from snello.explain.report import run_report
+
+    print(run_report(config).path)
+
+
 def export(config: configs.ExportConfig) -> None:
     """Write a run's model for other software: timm, transformers, ONNX."""
     from snello.export import export as run
@@ -131,9 +138,10 @@ def serve(config: configs.ServeConfig) -> None:
 
 def join(config: JoinConfig) -> None:
     """Train with a server, on pictures that stay here."""
+    from snello.explain.report import report_after
     from snello.split.client.join import join as run
 
-    run(config, on_settings=_prepare)
+    run(config, on_settings=_prepare, on_end=report_after if config.report else None)
 
 
 def doctor(config: configs.DoctorConfig) -> int:
@@ -148,7 +156,20 @@ def doctor(config: configs.DoctorConfig) -> int:
     return 0 if all(finding.ok for finding in findings) else 1
 
 
-_VERBS: tuple[Verb, ...] = (finetune, evaluate, predict, check_data, export, plan, codecs, certs, serve, join, doctor)
+_VERBS: tuple[Verb, ...] = (
+    finetune,
+    evaluate,
+    predict,
+    report,
+    check_data,
+    export,
+    plan,
+    codecs,
+    certs,
+    serve,
+    join,
+    doctor,
+)
 VERBS = {verb.__name__.replace("_", "-"): verb for verb in _VERBS}
 
 

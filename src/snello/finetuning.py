@@ -10,6 +10,7 @@ from snello.config import FinetuneConfig
 from snello.data import splits_of
 from snello.environment import num_processes
 from snello.errors import ConfigError, DataError
+from snello.explain.report import report_after
 from snello.measure import comparison
 from snello.reports import pictures, terminal
 from snello.runs.folder import RunFolder
@@ -55,6 +56,8 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Summary:
             summary.write(run.summary_file)
             terminal.print_costs(console, costs)
     say(console, f"run folder: {run.path}")
+    if config.report:
+        report_after(run, console)
     return summary
 
 

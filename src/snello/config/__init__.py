@@ -19,10 +19,18 @@ from snello.config.methods import AlastConfig, LoraConfig
 from snello.config.network import CertsConfig, DoctorConfig, JoinConfig, ServeConfig
 from snello.config.pictures import ColumnsConfig, PicturesConfig
 from snello.config.recipe import AugmentConfig, FinetuneConfig, Recipe, SplitConfig
-from snello.config.use import CheckDataConfig, CodecsConfig, EvaluateConfig, ExportConfig, PlanConfig, PredictConfig
+from snello.config.use import (
+    CheckDataConfig,
+    CodecsConfig,
+    EvaluateConfig,
+    ExportConfig,
+    PlanConfig,
+    PredictConfig,
+    ReportConfig,
+)
 
 __all__ = [
     "AlastConfig", "AugmentConfig", "CertsConfig", "CheckDataConfig", "CodecsConfig", "ColumnsConfig", "DoctorConfig",
     "EvaluateConfig", "ExportConfig", "FinetuneConfig", "JoinConfig", "LoraConfig", "PicturesConfig", "PlanConfig",
-    "PredictConfig", "Recipe", "ServeConfig", "SplitConfig",
+    "PredictConfig", "Recipe", "ReportConfig", "ServeConfig", "SplitConfig",
 ]  # fmt: skip

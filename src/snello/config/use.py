@@ -36,6 +36,21 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """Draw the report of a run, or of several side by side."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders of `snello finetune` or `snello join`."""
+    out: Path | None = None
+    """File to write; default: report.html in the run folder, or comparison.html here for several runs."""
+    refresh: bool = False
+    """Look at the pictures again with the run's model, even where the folder knows what there is to see."""
+
+    def __post_init__(self) -> None:
+        require(len(self.runs) > 0, "RUNS", "one run folder or more", "none")
+
+
+@dataclass(frozen=True)
 class CodecsConfig:
     """List the codecs with their options, sources, and exact bytes at a cut."""
 

@@ -35,11 +35,15 @@ LOCAL = tuple(f.name for f in fields(JoinConfig) if f.name in FinetuneConfig.__d
 
 
 def join(
-    config: JoinConfig, console: Console | None = None, on_settings: Callable[[Recipe], None] = lambda recipe: None
+    config: JoinConfig,
+    console: Console | None = None,
+    on_settings: Callable[[Recipe], None] = lambda recipe: None,
+    on_end: Callable[[RunFolder, Console], None] | None = None,
 ) -> Summary:
     """Trains with a server as it says and returns the summary that it saves in the run folder.
 
-    `on_settings` is called with the settings that the server gave, before the first step.
+    `on_settings` is called with the settings that the server gave, before the first step; `on_end` with the run's
+    folder when all is done.
 
     Raises:
         SnelloError: for input that cannot be used, or a server that cannot be reached or refuses, before anything is
@@ -65,6 +69,8 @@ def join(
     terminal.print_traffic(console, summary.traffic)
     pictures.plot_traffic(run)
     say(console, f"run folder: {run.path}")
+    if on_end is not None:
+        on_end(run, console)
     return summary
 
 
