@@ -303,6 +303,13 @@ def test_help_with_a_config_that_is_wrong(capsys):
     assert exit.value.code == 0
 
 
+def test_an_error_in_a_terminal_without_signs_for_boxes():
+    """Tyro draws its box with dashes there."""
+    done = run_python("-m", "snello.cli", "finetune", "--lr", "-1", PYTHONIOENCODING="ascii")
+    line = "snello: error: --lr must be above 0 and finite, got -1.0 (snello finetune --help lists the options)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
 def test_progress_goes_to_stderr(small, capfd):
     assert cli.main(["finetune", *flags(replace(small, epochs=1))]) == 0
     out, err = capfd.readouterr()

@@ -250,7 +250,8 @@ def _parse(cls: type[T], args: Sequence[str], verb: str) -> T:
 
 
 def _one_line(box: str, verb: str) -> str:
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]  # the first is the box's title
+    rows = (line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:])  # the first is the box's title
+    lines = [row for row in rows if row.strip("-")]  # where the terminal has no such signs, rules are dashes
     ends = (i for i, line in enumerate(lines) if line.startswith(("Argument helptext", "For full help")))
     text = " ".join(" ".join(lines[: next(ends, None)]).split()) or "cannot be parsed"
     text = re.sub(r" Got errors: .*", "", text)  # of each type that a value may have
