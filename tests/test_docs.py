@@ -25,13 +25,11 @@ def flags_of(text: str) -> set[str]:
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, set[str]]:
-    """The flags of each verb, as its help prints them."""
-    monkeypatch.setenv("COLUMNS", "200")
-    result = {}
+    """The flags of each verb, as its help prints them, and those of help."""
+    result: dict[str, set[str]] = {word: {word} for word in ("--version",)}
     for verb in cli.VERBS:
-        with pytest.raises(SystemExit):
-            cli.main([verb, "--help"])
-        result[verb] = flags_of(capsys.readouterr().out)
+        assert cli.main([verb, "--help-all"]) == 0
+        result[verb] = flags_of(capsys.readouterr().out) | {"--help", "--help-all"}
     assert {"--alast.blocks", "--no-compare", "--alast.no-train-embeddings", "--resume"} <= result["finetune"]
     return result
 

@@ -115,7 +115,13 @@ def test_import_is_light():
     assert loaded_after("import snello; snello.FinetuneConfig(); snello.SnelloError") == []
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["finetune", "--help"], ["finetune", "--lr", "-1"], ["x"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"], ["--version"], ["finetune", "--help"], ["serve", "--help-all"],
+        ["finetune", "--lr", "-1"], ["finetune", "--bogus"], ["x"],
+    ],
+)  # fmt: skip
 def test_help_and_refusals_are_light(args):
     code = (
         "import contextlib, io\nfrom snello import cli\n"

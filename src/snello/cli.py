@@ -1,7 +1,8 @@
 """The command line: `snello <verb>`, every flag, default and help text from the dataclasses in `snello.config`.
 
-What needs PyTorch is imported inside the verbs, so that help answers at once. Errors a user can mend are one line on
-stderr and exit code 2. What snello changes in a process, environment and allocator, is changed here.
+Help and what is said of a wrong flag are in `snello.commandline`. What needs PyTorch is imported inside the
+verbs, so that help answers at once. Errors a user can mend are one line on stderr and exit code 2. What snello changes
+in a process, environment and allocator, is changed here.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ import tyro
 
 from snello import __version__
 from snello import config as configs
+from snello.commandline.arguments import require_verb, with_own_names
+from snello.commandline.help import asked, help_text
 from snello.config import JoinConfig, Recipe
 from snello.config.effect import effective
 from snello.config.values import flag, from_dict, read_yaml
@@ -113,7 +116,7 @@ def plan(config: configs.PlanConfig) -> None:
 
 
 def codecs(config: configs.CodecsConfig) -> None:
-    """List what may stand at a cut, with options, sources and exact bytes."""
+    """List what may stand at a cut: its options, sources and exact bytes."""
     from snello.reports.terminal import print_codecs
     from snello.split.catalog import list_codecs
 
@@ -179,18 +182,14 @@ def main(args: Sequence[str] | None = None) -> int:
     0, 1 where a check found something, 2 for input that cannot be used, 130 where the user interrupted.
     """
     verb, *rest = list(sys.argv[1:] if args is None else args) or ["--help"]
-    if verb in ("-h", "--help", "help"):
-        print(_help())
-        return 0
-    if verb == "--version":
-        print(f"snello {__version__}")
-        return 0
     try:
-        if verb not in VERBS:
-            raise ConfigError(f"unknown verb {verb!r}; known: {', '.join(VERBS)}")
+        text = _told(verb, rest)
+        if text is not None:
+            print(text)
+            return 0
         set_environment()
         run = VERBS[verb]
-        return run(_parse(run.__annotations__["config"], rest, verb)) or 0
+        return run(_parse(_config_of(run), rest, verb)) or 0
     except SnelloError as error:
         _say(f"error: {error.for_command_line}")
         return 2
@@ -225,27 +224,50 @@ def _say(text: str) -> None:
         wait_for_main()
 
 
+def _told(verb: str, rest: Sequence[str]) -> str | None:
+    """What is printed where nothing is to be done: help, the version; None where a verb is to run.
+
+    Raises:
+        ConfigError: for an unknown verb or topic of help.
+    """
+    if verb == "help" and rest:
+        verb, *topics = rest
+        rest = ["--help", *topics]
+    if verb in ("-h", "--help", "--help-all", "help"):
+        return _help()
+    if verb == "--version":
+        return f"snello {__version__}"
+    require_verb(verb, VERBS)
+    ask = asked(rest)
+    return None if ask is None else help_text(_config_of(VERBS[verb]), verb, *ask)
+
+
+def _config_of(verb: Verb) -> type[Any]:
+    config: type[Any] = verb.__annotations__["config"]
+    return config
+
+
 def _help() -> str:
     verbs = "\n".join(f"  {name:<10} {verb.__doc__}" for name, verb in VERBS.items())
     return (
-        "snello fine-tunes Vision Transformers where compute, memory or bandwidth is scarce.\n\n"
+        "snello fine-tunes Vision Transformers where compute, memory or bandwidth is\nscarce.\n\n"
         f"usage: snello VERB [options]\n\n{verbs}\n\n"
-        "snello VERB --help lists a verb's options. Without any, `snello finetune` runs on what ships with snello."
+        "snello VERB --help shows the options that matter first, --help-all all of them,\n"
+        "--help NAME one. Without any, `snello finetune` runs on what ships with snello."
     )
 
 
 def _parse(cls: type[T], args: Sequence[str], verb: str) -> T:
     """The config that `args` describe; what tyro draws as a box of several lines becomes one line."""
-    default = None if {"-h", "--help"} & set(args) else _default(cls, args)
+    args = with_own_names(cls, args, verb)
+    default = _default(cls, args)
     options: dict[str, Any] = {} if default is None else {"default": default}
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            config: T = tyro.cli(cls, args=list(args), prog=f"snello {verb}", **options)
+            config: T = tyro.cli(cls, args=args, prog=f"snello {verb}", **options)
             return config
-    except SystemExit as exit:
-        if exit.code in (0, None):
-            raise
+    except SystemExit:
         raise ConfigError(_one_line(box.getvalue(), verb)) from None
 
 
@@ -257,7 +279,7 @@ def _one_line(box: str, verb: str) -> str:
     text = re.sub(r" Got errors: .*", "", text)  # of each type that a value may have
     text = re.sub(r"^Error parsing \w+: (?=--|[A-Z]+ )", "", text)  # our own words, which name the flag already
     text = re.sub(r"^Error parsing (alast): (\w+) must", lambda m: f"{flag('.'.join(m.groups()))} must", text)
-    return f"{text} (snello {verb} --help lists the options)"
+    return f"{text} (snello {verb} --help-all lists the options)"
 
 
 @dataclass(frozen=True)

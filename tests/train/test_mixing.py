@@ -227,5 +227,5 @@ def test_the_last_batch_of_an_epoch_may_be_one_picture(small):
 )
 def test_what_cannot_be_is_one_line(small, capfd, args, message):
     assert cli.main(["finetune", *flags(small), *args]) == 2
-    assert capfd.readouterr().err == f"snello: error: {message} (snello finetune --help lists the options)\n"
+    assert capfd.readouterr().err == f"snello: error: {message} (snello finetune --help-all lists the options)\n"
     assert not small.out.exists()

@@ -188,8 +188,7 @@ def test_a_missing_package_is_named_before_anything_is_written(small, monkeypatc
 def test_an_unknown_tracker_is_answered_with_the_known_ones(tmp_path, capfd):
     assert cli.main(["finetune", "--track", "tensorboard", "neptune", "--out", str(tmp_path / "run")]) == 2
     err = capfd.readouterr().err
-    assert err.count("\n") == 1 and "invalid choice 'neptune' for argument '--track'" in err
-    assert all(repr(name) in err for name in TRACKERS)
+    assert err.count("\n") == 1 and f"--track must be one of {', '.join(TRACKERS)}, got 'neptune'" in err
 
 
 def test_one_tracker_needs_no_list_in_a_file():

@@ -12,6 +12,7 @@ use.py         the other verbs
 effect.py      settings without effect
 codec_text.py  the text that names a codec
 units.py       amounts, addresses and links as text
+names.py       what other tools call a setting, and the nearest of ours
 values.py      configs as plain values and back
 """
 

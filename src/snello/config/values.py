@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from snello.config.names import advice, near_text
 from snello.errors import ConfigError, require
 
 T = TypeVar("T")
@@ -36,7 +37,9 @@ def from_dict(
     hints = typing.get_type_hints(cls)
     unknown = [str(key) for key in values if key not in hints]
     if unknown:
-        raise ConfigError(f"{where}: unknown setting {', '.join(unknown)}; known: {', '.join(hints)}")
+        told = [key + advice(key, _names(hints)) for key in unknown]
+        rest = "" if all(map(str.__ne__, told, unknown)) else f"; known: {', '.join(hints)}"
+        raise ConfigError(f"{where}: unknown setting {', '.join(told)}{rest}")
     known = {field.name: default_of(field) for field in dataclasses.fields(typing.cast(Any, cls))}
     known = {name: value for name, value in known.items() if value is not dataclasses.MISSING}
     known |= {} if base is None else vars(base)
@@ -47,6 +50,12 @@ def from_dict(
     config = object.__new__(cls)
     vars(config).update(known)  # frozen, and checked only when it is made in the usual way
     return config
+
+
+def _names(hints: Mapping[str, Any]) -> list[str]:
+    """The names of all settings, those of groups too, as `alast.min_budget`."""
+    groups = {name: typing.get_type_hints(hint) for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    return [*hints, *(f"{group}.{name}" for group, names in groups.items() for name in names)]
 
 
 def default_of(field: "dataclasses.Field[Any]") -> Any:
@@ -66,7 +75,8 @@ def _convert(value: Any, hint: Any, where: str, checked: bool, base: Any) -> Any
         return from_dict(typing.cast(type, hint), value, where, checked=checked, base=base)
     if typing.get_origin(hint) is Literal:
         if value not in hint.__args__:
-            raise ConfigError(f"{where} must be one of {', '.join(hint.__args__)}, got {value!r}")
+            near = near_text(str(value), hint.__args__)
+            raise ConfigError(f"{where} must be one of {', '.join(hint.__args__)}, got {value!r}{near}")
         return value
     if typing.get_origin(hint) is tuple and value is not None:
         items = value if isinstance(value, (list, tuple)) else (value,)  # `name: one` for a list of one
