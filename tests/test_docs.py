@@ -26,7 +26,7 @@ def flags_of(text: str) -> set[str]:
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, set[str]]:
     """The flags of each verb, as its help prints them, and those of help."""
-    result: dict[str, set[str]] = {word: {word} for word in ("--version",)}
+    result: dict[str, set[str]] = {word: {word} for word in ("--version", "--print-completion")}
     for verb in cli.VERBS:
         assert cli.main([verb, "--help-all"]) == 0
         result[verb] = flags_of(capsys.readouterr().out) | {"--help", "--help-all"}

@@ -118,7 +118,7 @@ def test_import_is_light():
 @pytest.mark.parametrize(
     "args",
     [
-        ["--help"], ["--version"], ["finetune", "--help"], ["serve", "--help-all"],
+        ["--help"], ["--version"], ["--print-completion", "bash"], ["finetune", "--help"], ["serve", "--help-all"],
         ["finetune", "--lr", "-1"], ["finetune", "--bogus"], ["x"],
     ],
 )  # fmt: skip

@@ -1,6 +1,6 @@
 """The command line: `snello <verb>`, every flag, default and help text from the dataclasses in `snello.config`.
 
-Help and what is said of a wrong flag are in `snello.commandline`. What needs PyTorch is imported inside the
+Help, completion and what is said of a wrong flag are in `snello.commandline`. What needs PyTorch is imported inside the
 verbs, so that help answers at once. Errors a user can mend are one line on stderr and exit code 2. What snello changes
 in a process, environment and allocator, is changed here.
 """
@@ -21,6 +21,7 @@ import tyro
 from snello import __version__
 from snello import config as configs
 from snello.commandline.arguments import require_verb, with_own_names
+from snello.commandline.completion import completion
 from snello.commandline.help import asked, help_text
 from snello.config import JoinConfig, Recipe
 from snello.config.effect import effective
@@ -225,10 +226,10 @@ def _say(text: str) -> None:
 
 
 def _told(verb: str, rest: Sequence[str]) -> str | None:
-    """What is printed where nothing is to be done: help, the version; None where a verb is to run.
+    """What is printed where nothing is to be done: help, version, a completion; None where a verb is to run.
 
     Raises:
-        ConfigError: for an unknown verb or topic of help.
+        ConfigError: for an unknown verb, shell or topic of help.
     """
     if verb == "help" and rest:
         verb, *topics = rest
@@ -237,6 +238,9 @@ def _told(verb: str, rest: Sequence[str]) -> str | None:
         return _help()
     if verb == "--version":
         return f"snello {__version__}"
+    if verb.partition("=")[0] == "--print-completion":
+        shell = verb.partition("=")[2] or next(iter(rest), "")
+        return completion(shell, {name: _config_of(run) for name, run in VERBS.items()}).rstrip("\n")
     require_verb(verb, VERBS)
     ask = asked(rest)
     return None if ask is None else help_text(_config_of(VERBS[verb]), verb, *ask)
@@ -253,7 +257,8 @@ def _help() -> str:
         "snello fine-tunes Vision Transformers where compute, memory or bandwidth is\nscarce.\n\n"
         f"usage: snello VERB [options]\n\n{verbs}\n\n"
         "snello VERB --help shows the options that matter first, --help-all all of them,\n"
-        "--help NAME one. Without any, `snello finetune` runs on what ships with snello."
+        "--help NAME one. Without any, `snello finetune` runs on what ships with snello.\n"
+        'Your shell completes them after: eval "$(snello --print-completion bash)"'
     )
 
 

@@ -38,7 +38,7 @@ def settings(verb: str) -> list[str]:
 def test_help_says_how_to_see_more(shown):
     text = shown("--help")
     assert all(re.search(rf"^  {verb} +[A-Z]", text, flags=re.M) for verb in cli.VERBS)
-    assert "snello VERB --help " in text and "--help-all" in text
+    assert "snello VERB --help " in text and "--help-all" in text and "--print-completion bash" in text
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
