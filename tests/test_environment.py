@@ -98,10 +98,10 @@ def test_large_blocks_go_back_where_the_settings_say_so(monkeypatch, verb):
     recipe = FinetuneConfig(grad_checkpointing=True)
     monkeypatch.setattr("snello.finetuning.finetune", lambda config: None)
     monkeypatch.setattr("snello.split.server.command.serve", lambda config: None)
-    monkeypatch.setattr("snello.split.client.join.join", lambda config, on_settings: on_settings(recipe))
+    monkeypatch.setattr("snello.split.client.join.join", lambda config, on_settings, on_end: on_settings(recipe))
     plain = replace(recipe, grad_checkpointing=False)
     assert cli.main([verb, *(["127.0.0.1:1"] if verb == "join" else ["--grad-checkpointing"])]) == 0
     assert calls == ["called"]
-    monkeypatch.setattr("snello.split.client.join.join", lambda config, on_settings: on_settings(plain))
+    monkeypatch.setattr("snello.split.client.join.join", lambda config, on_settings, on_end: on_settings(plain))
     assert cli.main([verb, *(["127.0.0.1:1"] if verb == "join" else [])]) == 0
     assert calls == ["called"]

@@ -47,8 +47,8 @@ def test_public_names(name):
 def test_all_is_complete_and_star_import_works():
     configs = "Alast Augment Certs CheckData Codecs Columns Doctor Evaluate Export Finetune Join Lora Pictures Plan"
     errors = "Authentication Checkpoint Config Data Model Network Protocol Snello Training"
-    others = "ALaST Predictor Recipe SnelloWarning ViT evaluate export_run finetune load plan predict"
-    expected = {f"{name}Config" for name in (*configs.split(), "Predict", "Serve", "Split")}
+    others = "ALaST Predictor Recipe Report SnelloWarning ViT evaluate export_run finetune load plan predict report"
+    expected = {f"{name}Config" for name in (*configs.split(), "Predict", "Report", "Serve", "Split")}
     expected |= {*(f"{name}Error" for name in errors.split()), *others.split()}
     assert set(snello.__all__) == expected and len(snello.__all__) == len(expected)
     names: dict[str, object] = {}

@@ -92,7 +92,7 @@ def check_data(config: configs.CheckDataConfig) -> int:
 
 
 def report(config: configs.ReportConfig) -> None:
-    """Draw what a person looks at: report.html of a run, or several side by side."""
+    """Draw the report of a run, or of several side by side."""
     from snello.explain.report import run_report
 
     print(run_report(config).path)

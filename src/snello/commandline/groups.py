@@ -69,7 +69,7 @@ GROUPS = (
     ),
     Group(
         "run", "Run folder, resuming, settings from a file, checkpoints, reports",
-        ("out", "resume", "config", "checkpoint_steps", "track", "compare"),
+        ("out", "resume", "config", "checkpoint_steps", "track", "compare", "report"),
     ),
 )  # fmt: skip
 

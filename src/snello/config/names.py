@@ -127,9 +127,10 @@ def advice(name: str, known: Collection[str], spell: Callable[[str], str] = str)
 
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
-    """Up to three of the words `known` that `word` may be a misspelling of, the nearest first."""
+    """Up to three of the words `known` that `word` may be a misspelling of, those that begin with it first."""
     lower = {one.lower(): one for one in known}
-    return [lower[one] for one in difflib.get_close_matches(word.lower(), lower, n=3, cutoff=0.65)]
+    close = difflib.get_close_matches(word.lower(), lower, n=3, cutoff=0.65)
+    return [lower[one] for one in sorted(close, key=lambda one: not one.startswith(word.lower()))]
 
 
 def near_text(word: str, known: Iterable[str]) -> str:
