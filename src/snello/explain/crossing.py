@@ -159,7 +159,7 @@ def _kept(codec: Codec, z: Tensor, context: Context) -> Tensor:
         for part in codec.reducers:
             assert isinstance(part, Reducer)
             made = part.encode(values, context).values
-            if made.ndim != 3 or made.shape[2] != z.shape[2]:
+            if made.ndim != 3 or made.shape[:2] == values.shape[:2]:
                 break
             values = made
     return origins(leaf, values, context.num_prefix_tokens)

@@ -1,6 +1,7 @@
 """What is trained. The training loop knows a method by the interface `Method` alone.
 
 alast.py        adaptive budgets: `ALaST` for any loop, `AlastMethod` for ours
+showing.py      what ALaST makes of a picture, to be looked at
 budgets.py      what ALaST's options leave open, and where its budgets go
 target.py       ALaST's budgets scaled to meet a share of full fine-tuning's FLOPs or time
 lora.py         adapters, alone and on ALaST's budgets

@@ -11,7 +11,7 @@ import operator
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,9 @@ from snello.vit import ViT
 from snello.vit.flops import StepFlops
 from snello.vit.rules import make_rule
 from snello.vit.times import StepTime, Times
+
+if TYPE_CHECKING:
+    from snello.methods.showing import Shown
 
 PAPER_LR = 1e-4
 
@@ -228,6 +231,16 @@ class ALaST:
         for parameters in (*self._parameters, self._embeddings):
             _set_trainable(parameters, True)
         self._parameters, self._embeddings = [], []  # no longer its business
+
+    def show(self, image: Any) -> "Shown":
+        """Which tokens of a picture the blocks pass on by the budgets of now, block by block; a notebook shows it.
+
+        `image` is a PIL picture, or a tensor (3, H, W): uint8, or float as the model gets it. Training goes on as if
+        nothing had been asked. `.save(path)` writes it as an HTML file.
+        """
+        from snello.methods.showing import show  # who does not look has no need of it
+
+        return show(self, image)
 
     def summary(self) -> dict[str, Any]:
         """Budgets, drawn blocks and the number of parameters that train now, for logs."""
