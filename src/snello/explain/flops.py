@@ -42,8 +42,7 @@ def flops(run: Run) -> Part | None:
     elif "alast" in config.method_name:
         costs = _by_budgets(run, config, vit, rows)
     else:
-        make_method(vit, config)
-        costs = [_counted(vit, run.resolved.pictures.size)] * len(rows)
+        costs = [_counted(vit, config, run.resolved.pictures.size)] * len(rows)
     shares = [round(cost / full, 5) for cost in costs]
     return Part({"steps": [row["step"] for row in rows], "share": shares, "full": full})
 
@@ -70,8 +69,10 @@ def _by_budgets(run: Run, config: FinetuneConfig, vit: ViT, rows: list[dict[str,
     return costs
 
 
-def _counted(vit: ViT, size: int) -> float:
+def _counted(vit: ViT, config: FinetuneConfig, size: int) -> float:
     """What a forward and backward pass of one picture costs, without data."""
+    make_method(vit, replace(config, grad_checkpointing=False))  # what is computed twice counts once
+    vit.set_exact_savings(config.exact_savings, mlp=False)  # GELU is no product, and asks for a device that computes
     vit.set_attention_paths(["explicit"] * vit.depth)  # the counter does not know every fused kernel
     vit.model.train()
     with FlopCounterMode(display=False) as counter:
