@@ -42,6 +42,17 @@ def sides(path):
     return set(found)
 
 
+def crossed(path):
+    """The cells whose rising diagonal a path runs along."""
+    found = Counter()
+    for x, y, left, down in re.findall(r"M(\d+) (\d+)l-(\d+) (\d+)", path):
+        x, y, left, down = (int(value) // UNIT for value in (x, y, left, down))
+        assert left == down
+        found.update((y + i, x - 1 - i) for i in range(left))
+    assert set(found.values()) <= {1}
+    return set(found)
+
+
 def expected_sides(rows, cols, groups):
     counts = Counter(groups)
     at = {(row, col): groups[row * cols + col] for row in range(rows) for col in range(cols)}
@@ -66,12 +77,14 @@ def test_outlines_are_where_merged_tokens_end_and_veils_where_patches_were_dropp
     chance = random.Random(seed)
     groups = [chance.randint(-1, rows * cols // 2) for _ in range(rows * cols)]
     svg, counts = drawn((rows, cols), groups), Counter(groups)
-    lines = paths(svg, fill="none")
+    lines = [*paths(svg, stroke="#000"), *paths(svg, stroke="#fff")]
     assert len(lines) == (2 if any(group >= 0 and count > 1 for group, count in counts.items()) else 0)
     assert all(sides(line) == expected_sides(rows, cols, groups) for line in lines)
     veils = paths(svg, fill="#888")
     hidden = {(i // cols, i % cols) for i, group in enumerate(groups) if group < 0}
     assert (covered(veils[0]) if hidden else set()) == hidden and len(veils) == bool(hidden)
+    hatching = paths(svg, stroke="#888")
+    assert (crossed(hatching[0]) if hidden else set()) == hidden and len(hatching) == bool(hidden)
 
 
 def test_patches_that_stay_alone_are_as_they_are():
@@ -117,9 +130,10 @@ def test_as_many_groups_as_patches():
 
 @pytest.mark.parametrize(("side", "most"), [(14, 20_000), (37, 60_000)])
 @pytest.mark.parametrize("share", [2, 3, 8])
+@pytest.mark.parametrize("dropped", [0, 2])
 @pytest.mark.parametrize("order", ["scattered", "in-rows"])
-def test_it_stays_small(side, most, share, order):
-    groups = [i // share for i in range(side * side)]
+def test_it_stays_small(side, most, share, dropped, order):
+    groups = [-1 if dropped and i % dropped else i // share for i in range(side * side)]
     if order == "scattered":
         random.Random(0).shuffle(groups)
     assert len(token_svg("pictures/3.jpg", (side, side), groups, alt="a cat")) < most

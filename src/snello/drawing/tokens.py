@@ -18,6 +18,7 @@ HUES = ("#ff5a5f", "#ffb000", "#4fd36b", "#25c9d8", "#6f8cff", "#d66bff")
 """What pieces of one token have in common; neighbours differ."""
 # `Canvas` is the page's own background where the page says which it has; what knows no CSS takes the attribute.
 VEIL = 'fill="#888" style="fill:var(--token-veil,Canvas)" fill-opacity=".8"'
+HATCH = 'fill="none" stroke="#888" stroke-opacity=".6" stroke-width=".9" vector-effect="non-scaling-stroke"'
 
 Cell = tuple[int, int]
 """Row and column."""
@@ -58,10 +59,10 @@ def token_svg(image_href: str, grid: tuple[int, int], groups: Sequence[int], *, 
 
 
 def _veil(table: Sequence[Sequence[int]]) -> Iterator[str]:
-    """Over the patches that were dropped."""
+    """Over the patches that were dropped; hatched, since a picture may be as light or dark as the page."""
     dropped = [[group < 0 for group in row] for row in table]
     if path := _areas(dropped):
-        yield f'<path d="{path}" {VEIL}/>'
+        yield f'<path d="{path}" {VEIL}/><path d="{_hatching(dropped)}" {HATCH}/>'
 
 
 def _tints(table: Sequence[Sequence[int]], merged: set[int]) -> Iterator[str]:
@@ -117,6 +118,18 @@ def _areas(marked: Sequence[Sequence[bool]]) -> str:
         for (left, right), rows in rectangles.items()
         for top, bottom in rows
     )
+
+
+def _hatching(marked: Sequence[Sequence[bool]]) -> str:
+    """A path along the rising diagonals of the cells that are marked, each run of them in one stroke."""
+    rows, cols = len(marked), len(marked[0])
+    parts = []
+    for total in range(rows + cols - 1):
+        top = max(0, total - cols + 1)
+        for start, stop in _runs([marked[row][total - row] for row in range(top, min(rows, total + 1))]):
+            x, y, length = (total - top - start + 1) * UNIT, (top + start) * UNIT, (stop - start) * UNIT
+            parts.append(f"M{x} {y}l-{length} {length}")
+    return "".join(parts)
 
 
 def _edges(table: Sequence[Sequence[int]], merged: set[int]) -> str:
