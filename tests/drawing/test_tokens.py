@@ -142,3 +142,14 @@ def test_it_stays_small(side, most, share, dropped, order):
 def test_a_symbol_of_the_page_is_used_where_it_is_named() -> None:
     svg = token_svg("#picture-1", (2, 2), [0, 1, 2, 3], alt="a")
     assert '<use href="#picture-1"' in svg and "<image" not in svg
+
+
+def test_patches_are_veiled_by_what_is_lost_of_them() -> None:
+    svg = token_svg("a.jpg", (1, 4), [0, 1, 2, 3], alt="a", lost=[0.0, 0.5, 0.5, 2.0])
+    assert re.findall(r'd="(.*?)".*?fill-opacity="(.*?)"', svg) == [
+        ("M10 0h20v10h-20z", "0.45"),
+        ("M30 0h10v10h-10z", "0.90"),
+    ]
+    assert token_svg("a.jpg", (1, 2), [0, 1], alt="a", lost=[None, 0.0]).count("<path") == 0
+    with pytest.raises(ValueError, match="as many"):
+        token_svg("a.jpg", (1, 2), [0, 1], alt="a", lost=[0.1])

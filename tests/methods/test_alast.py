@@ -88,7 +88,7 @@ def test_budgets_move_by_the_change_of_delta_and_are_clipped():
         if step >= 2:
             old, new = rows[step - 2], rows[step - 1]
             expected = [min(1, max(0.75, b + 2.0 * (n - o))) for b, n, o in zip(expected, new, old, strict=True)]
-        assert alast.budgets == pytest.approx(expected, abs=1e-6)
+        assert alast.budgets == pytest.approx(expected, abs=1e-5)  # sums of float32, in another order
         ends |= {b for b in expected if b in (0.75, 1)}
         backward(model, step)
     assert len(rows) == 8

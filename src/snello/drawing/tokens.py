@@ -17,14 +17,23 @@ DIGIT, MARGIN = 0.62, 2.0
 HUES = ("#ff5a5f", "#ffb000", "#4fd36b", "#25c9d8", "#6f8cff", "#d66bff")
 """What pieces of one token have in common; neighbours differ."""
 # `Canvas` is the page's own background where the page says which it has; what knows no CSS takes the attribute.
-VEIL = 'fill="#888" style="fill:var(--token-veil,Canvas)" fill-opacity=".8"'
+FADE = 'fill="#888" style="fill:var(--token-veil,Canvas)"'
+VEIL = f'{FADE} fill-opacity=".8"'
 HATCH = 'fill="none" stroke="#888" stroke-opacity=".6" stroke-width=".9" vector-effect="non-scaling-stroke"'
 
 Cell = tuple[int, int]
 """Row and column."""
 
 
-def token_svg(image_href: str, grid: tuple[int, int], groups: Sequence[int], *, alt: str, size: int = 224) -> str:
+def token_svg(
+    image_href: str,
+    grid: tuple[int, int],
+    groups: Sequence[int],
+    *,
+    alt: str,
+    size: int = 224,
+    lost: Sequence[float | None] | None = None,
+) -> str:
     """A picture whose patches are marked by the token that each is part of.
 
     Args:
@@ -33,12 +42,13 @@ def token_svg(image_href: str, grid: tuple[int, int], groups: Sequence[int], *, 
         groups: the token of each patch, row by row; negative where it was dropped.
         alt: what is to be seen, in words; it is shown where the pointer rests.
         size: width in pixels of the page.
+        lost: of each patch the share, in [0, 1], of which nothing is left: it is veiled by so much.
 
     Raises:
-        ValueError: where there are not as many groups as patches.
+        ValueError: where there are not as many groups, or shares, as patches.
     """
     rows, cols = grid
-    if len(groups) != rows * cols:
+    if len(groups) != rows * cols or (lost is not None and len(lost) != rows * cols):
         raise ValueError(f"{rows} x {cols} patches need as many groups, got {len(groups)}")
     width, height = cols * UNIT, rows * UNIT
     table = [list(groups[row * cols : (row + 1) * cols]) for row in range(rows)]
@@ -51,6 +61,8 @@ def token_svg(image_href: str, grid: tuple[int, int], groups: Sequence[int], *, 
         f'<{tag} href="{escape(image_href, quote=True)}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
     ]
     parts += _veil(table)
+    if lost is not None:
+        parts += _losses([list(lost[row * cols : (row + 1) * cols]) for row in range(rows)])
     if merged:
         parts += _tints(table, merged)
         parts += _outline(table, merged, min(width / size, UNIT / 14))
@@ -63,6 +75,14 @@ def _veil(table: Sequence[Sequence[int]]) -> Iterator[str]:
     dropped = [[group < 0 for group in row] for row in table]
     if path := _areas(dropped):
         yield f'<path d="{path}" {VEIL}/><path d="{_hatching(dropped)}" {HATCH}/>'
+
+
+def _losses(table: Sequence[Sequence[float | None]]) -> Iterator[str]:
+    """Over patches of which something is lost, in ten strengths."""
+    for tenth in range(1, 11):
+        marked = [[share is not None and min(10, round(10 * share)) == tenth for share in row] for row in table]
+        if path := _areas(marked):
+            yield f'<path d="{path}" {FADE} fill-opacity="{0.09 * tenth:.2f}"/>'
 
 
 def _tints(table: Sequence[Sequence[int]], merged: set[int]) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The section of pictures: which tokens of some held-out pictures are left after each block, frame by frame."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -9,8 +9,16 @@ from snello.reports.facts import Facts
 
 MOST_BYTES = 700_000
 """Of all frames together: with more, every second frame is left out, and again, so that a report stays small."""
-Frame = tuple[str, list[int] | None]
-"""A caption, and for each patch the token that it is part of, -1 where it was dropped; None: each is a token."""
+
+
+class Frame(NamedTuple):
+    """A picture's tokens at one place in the model."""
+
+    caption: str
+    groups: list[int] | None = None
+    """For each patch the token that it is part of, -1 where it was dropped; None: each is a token."""
+    lost: list[float | None] | None = None
+    """For each patch the share of its token that a codec loses."""
 
 
 def pictures(facts: Facts) -> dict[str, Any] | None:
@@ -25,7 +33,7 @@ def pictures(facts: Facts) -> dict[str, Any] | None:
     while len(shown) > 3 and sum(len(frames[i]) for frames in drawn for i in shown) > MOST_BYTES:
         shown = [*shown[:-1:2], shown[-1]]
     return {
-        "captions": [sequences[0][i][0] for i in shown],
+        "captions": [sequences[0][i].caption for i in shown],
         "left_out": len(sequences[0]) - len(shown),
         "pictures": [
             {
@@ -56,24 +64,26 @@ def _frames(picture: dict[str, Any], cut: int | None) -> list[Frame]:
     changes = sorted(picture["blocks"], key=lambda one: int(one["block"]))
     below = [one for one in changes if cut is not None and one["block"] < cut]
     crossed = picture.get("crosses")
-    frames: list[Frame] = [("the picture, all tokens", None)]
-    frames += [_after(one) for one in below]
+    frames = [Frame("the picture, all tokens"), *map(_after, below)]
     if crossed is not None:
-        frames.append((f"across the cut: {crossed['tokens']} tokens", crossed.get("groups")))
-    return frames + [_after(one) for one in changes[len(below) :]]
+        what = "the paler, the more the codec loses" if crossed.get("error") else f"{crossed['tokens']} tokens"
+        frames.append(Frame(f"across the cut: {what}", crossed.get("groups"), crossed.get("error")))
+    return [*frames, *map(_after, changes[len(below) :])]
 
 
 def _after(change: dict[str, Any]) -> Frame:
     groups: list[int] = change["groups"]
-    return f"after block {change['block']}: {change['tokens']} of {len(groups)} tokens", groups
+    return Frame(f"after block {change['block']}: {change['tokens']} of {len(groups)} tokens", groups)
 
 
 def _draw(found: list[dict[str, Any]], sequences: list[list[Frame]], grid: tuple[int, int]) -> list[list[Markup]]:
     each = list(range(grid[0] * grid[1]))
+
+    def drawn(number: int, name: str, frame: Frame) -> Markup:
+        alt = f"{name}: {frame.caption}"
+        return Markup(token_svg(f"#picture-{number}", grid, frame.groups or each, alt=alt, lost=frame.lost))
+
     return [
-        [
-            Markup(token_svg(f"#picture-{number}", grid, groups or each, alt=f"{picture['name']}: {caption}"))
-            for caption, groups in frames
-        ]
+        [drawn(number, picture["name"], frame) for frame in frames]
         for number, (picture, frames) in enumerate(zip(found, sequences, strict=True))
     ]
