@@ -3,11 +3,14 @@
 import contextlib
 import ctypes
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from snello.errors import ConfigError
+
+CPU_INFO = Path("/proc/cpuinfo")
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -33,6 +36,20 @@ def resolve_device(name: str) -> torch.device:
     if (device.index or 0) >= num.get(device.type, 0):
         raise ConfigError(f"--device {name}: this machine has no such device that PyTorch can use")
     return device
+
+
+def device_name(name: str) -> str:
+    """What a device is called by its maker, as far as that is known."""
+    device = torch.device(name)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return name
+    found: list[str] = []
+    with contextlib.suppress(OSError):
+        found = [line.partition(":")[2].strip() for line in CPU_INFO.read_text().splitlines() if "model name" in line]
+    threads = torch.get_num_threads()
+    return f"{found[0] if found else 'cpu'}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:

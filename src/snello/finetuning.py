@@ -7,12 +7,16 @@ from typing import Any
 from rich.console import Console
 
 from snello.config import FinetuneConfig
-from snello.data import splits_of
+from snello.config.default_model import default_model, toy_run
+from snello.data import Splits, splits_of
+from snello.devices import resolve_device, resolve_precision
 from snello.environment import num_processes
 from snello.errors import ConfigError, DataError
 from snello.explain.report import report_after
 from snello.measure import comparison
+from snello.measure.probe import probe
 from snello.reports import pictures, terminal
+from snello.runs import folder as run_folders
 from snello.runs.folder import RunFolder
 from snello.runs.summary import Summary
 from snello.split.flops import flops
@@ -36,7 +40,8 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Summary:
         raise ConfigError("--split.cut: a cut model trains in one process: start it without torchrun")
     ranks = connect(config.device)
     console = (console or Console(stderr=True)) if ranks.is_main else Console(quiet=True)
-    run, summary, state = _train(config, ranks, console)
+    config = _with_model(config, ranks, console)
+    run, splits, summary, state = _train(config, ranks, console)
     if not ranks.is_main:
         return summary
     if "alast" in config.method_name:
@@ -48,21 +53,33 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Summary:
         summary.write(run.summary_file)
         terminal.print_traffic(console, traffic)
         pictures.plot_traffic(run)
-    elif config.compare and summary.costs["step_time_s"] is None:
+    elif config.compare:
         gc.collect()  # the trainer's memory is the comparison's
-        costs = _compare(config, run, summary, state, console)
-        if costs is not None:
-            summary = replace(summary, costs=costs.summary())
-            summary.write(run.summary_file)
-            terminal.print_costs(console, costs)
-    say(console, f"run folder: {run.path}")
+        summary = _measure(config, run, splits, summary, state, console)
     if config.report:
         report_after(run, console)
+    terminal.print_verdict(console, summary, len(splits.train))
+    longer, _ = run_folders.longer(run, run.read()[0])
+    terminal.print_next(console, run, None if config.split.max_bytes else ranks.command(["finetune", *longer]))
     return summary
 
 
-def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunFolder, Summary, dict[str, Any]]:
-    """Trains; returns the run folder, the summary, and the method's state for what comes after."""
+def _with_model(config: FinetuneConfig, ranks: Ranks, console: Console) -> FinetuneConfig:
+    """With a model where none is named, as the first line of the run says; and a warning where it knows nothing."""
+    chosen = ranks.from_main(lambda: default_model(config.data is not None, config.weights))
+    if config.model == "auto":
+        say(console, chosen.line)
+        config = replace(config, model=chosen.name)
+    elif config.data is None:
+        say(console, toy_run(config.model))
+    if config.weights == "none" and config.method_name in ("head", "lora", "alast+lora"):
+        rest = "what is not trained stays random; --weights pretrained or a file, or --method full"
+        say(console, f"warning: --method {config.method_name} on random weights (--weights none): {rest}")
+    return config
+
+
+def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunFolder, Splits, Summary, dict[str, Any]]:
+    """Trains; returns the run folder, the pictures, the summary, and the method's state for what comes after."""
     place = LocalPlace(config, make_split_learner if config.split.cut else make_whole_learner, ranks)
     splits = ranks.first_here(
         # Checked once per machine is enough, unless what is left out has to be known to all.
@@ -82,9 +99,11 @@ def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunF
     state = trainer.learner.state_dict()["method"]
     if summary.traffic is None:
         summary = replace(summary, costs=known.costs if known else comparison.not_measured(config))
+        if known:
+            summary = replace(summary, probe_accuracy=known.probe_accuracy, probe_pictures=known.probe_pictures)
         ranks.on_main(lambda: summary.write(place.run.summary_file))
     terminal.print_result(console, summary, splits.num_skipped)
-    return place.run, summary, state
+    return place.run, splits, summary, state
 
 
 def _within_time(config: FinetuneConfig, num_classes: int, console: Console) -> FinetuneConfig:
@@ -100,13 +119,31 @@ def _within_time(config: FinetuneConfig, num_classes: int, console: Console) -> 
     return replace(config, epochs=epochs)
 
 
-def _compare(
-    config: FinetuneConfig, run: RunFolder, summary: Summary, state: dict[str, Any], console: Console
-) -> comparison.Comparison | None:
-    """Measures what the run's method costs beside others; None where Ctrl-C or SIGTERM skips it."""
+def _measure(
+    config: FinetuneConfig, run: RunFolder, splits: Splits, summary: Summary, state: dict[str, Any], console: Console
+) -> Summary:
+    """Measures, and saves, a linear probe and what the run's method costs beside others, unless that is known already.
+
+    Ctrl-C or SIGTERM skips what is left of it.
+    """
+    costs: comparison.Comparison | None = None
+    probed, compared = summary.probe_accuracy is not None, summary.costs["step_time_s"] is not None
+    if probed and compared:
+        return summary
     try:
         with interruptible(), terminal.measuring(console, config, run.path) as progress:
-            return comparison.compare(config, summary, state, run.read()[1].times, progress)
+            if not probed:
+                device = resolve_device(summary.device)
+                precision = resolve_precision(summary.precision, device)
+                found = probe(config, splits, device, precision, summary.epochs)
+                summary = replace(summary, probe_accuracy=found.accuracy, probe_pictures=found.pictures)
+                summary.write(run.summary_file)
+            if not compared:
+                costs = comparison.compare(config, summary, state, run.read()[1].times, progress)
+                summary = replace(summary, costs=costs.summary())
+                summary.write(run.summary_file)
     except KeyboardInterrupt:
         say(console, f"measuring skipped; the model is in {run.path}")
-        return None
+    if costs is not None:
+        terminal.print_costs(console, costs, summary)
+    return summary

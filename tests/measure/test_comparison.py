@@ -1,7 +1,9 @@
 """A method against full fine-tuning, in processes of their own."""
 
+import io
 import itertools
 import json
+import re
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -32,7 +34,7 @@ def test_a_complete_run_is_not_measured_again(small, monkeypatch):
     one = dict.fromkeys(not_measured(config), 1)
     measured = SimpleNamespace(summary=lambda: one)
     monkeypatch.setattr(comparison, "compare", lambda *args: calls.append(args) or measured)
-    monkeypatch.setattr("snello.reports.terminal.print_costs", lambda console, costs: None)
+    monkeypatch.setattr("snello.reports.terminal.print_costs", lambda *args: None)
     first = finetune(config)
     assert finetune(replace(config, resume=True)) == first and first.items() >= one.items() and len(calls) == 1
 
@@ -61,11 +63,15 @@ def test_run_with_comparison(small, capsys):
     assert 0.5 * model < summary["full_trainable_parameters"] < 2 * model
     assert summary["full_optimizer_bytes"] == pytest.approx(8 * summary["full_trainable_parameters"], rel=0.01)
     err = capsys.readouterr().err
-    assert f"the model is saved in {config.out}; measuring the cost of a step: alast against full" in err
-    title = "alast vs full fine-tuning with the same exact savings and full fine-tuning, measured here, batch 4"
-    assert title in " ".join(err.split())
-    for text in ("full, saving", "step time, ms", "peak memory"):
+    assert f"the model is saved in {config.out}; measuring a linear probe, and a step of alast against full" in err
+    assert "one training step of test_vit, batch 4, fp32,\n" in err
+    for text in ("full, saving", "step time, ms", "peak, MiB"):
         assert text in err
+    assert 0 < summary["probe_accuracy"] <= 1 and summary["probe_pictures"] == 26
+    verdict = f"accuracy {summary['accuracy']:.2%} on 9 held-out pictures (linear probe of the model before training: "
+    share = summary["step_time_s"] / summary["full_step_time_s"]
+    memory = summary["saved_bytes"] / summary["full_saved_bytes"]
+    assert f"{verdict}{summary['probe_accuracy']:.2%}); a step took {share:.2f} of the time and {memory:.2f} of" in err
 
 
 # --------------------------------------------------------------------------------------- where full does not fit
@@ -243,33 +249,43 @@ def test_alast_with_lora_is_measured_beside_lora_alone(fake):
 
 
 def printed(costs: Comparison) -> str:
-    console = Console(record=True, quiet=False, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
-    report.print_costs(console, costs)
+    console = Console(record=True, width=80, file=io.StringIO())
+    report.print_costs(console, costs, RUN)
     return console.export_text()
+
+
+def cells(text: str, row: str) -> list[str]:
+    """Of the row that begins with this name, split where numbers or two spaces are."""
+    (line,) = [line for line in text.splitlines() if line.startswith(row)]
+    return re.split(r"  +|(?<=\d) (?=\d)", line.strip())
+
+
+RUN = SimpleNamespace(model="deit_small_patch16_224", precision="bf16", device="cpu")
 
 
 def test_table():
     own = TimedCosts(2e9, 2**21, 2**27, 2**21, 2**20, 2**20, 1_500_000, 0.010, 2**25)
     full = TimedCosts(5e9, 2**23, 2**29, 2**21, 2**21, 2**22, 3_000_000, 0.025, 2**26)
-    text = printed(Comparison("alast", 64, 64, own, {"full": full}))
-    (row,) = [line for line in text.splitlines() if "step time" in line]
-    assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["step time, ms", "10.0", "25.0", "2.50x"]
-    assert "4.00x" in text and "does not fit" not in text
-    (row,) = [line for line in text.splitlines() if "sum, MiB" in line]
-    assert [cell.strip() for cell in row.strip("│ ").split("│")] == ["sum, MiB", "132", "520", "3.94x"]
+    text = printed(Comparison("alast", 64, 32, own, {"full": full}))
+    assert text.startswith("one training step of deit_small_patch16_224, batch 32, bf16,\non ")
+    assert "2.00x is twice that of alast" in text and "does not fit\n" not in text
+    assert cells(text, "step time") == ["step time, ms", "10.0", "25.0", "2.50x"]
+    assert cells(text, "saved MiB") == ["saved MiB/picture", "2.00", "8.00", "4.00x"]
+    assert cells(text, "sum") == ["sum, MiB", "132", "520", "3.94x"]
     text = printed(Comparison("alast", 64, 64, own, {SAVING: own, "full": full}))
-    assert "alast vs full fine-tuning with the same exact savings and full fine-tuning" in " ".join(text.split())
-    (row,) = [line for line in text.splitlines() if "full, saving" in line]
-    cells = [cell.strip() for cell in row.strip("┃ ").split("┃")]
-    assert cells == ["alast", "full, saving", "full", "full, saving / alast", "full / alast"]
-    (row,) = [line for line in text.splitlines() if "step time" in line]
-    cells = [cell.strip() for cell in row.strip("│ ").split("│")]
-    assert cells == ["step time, ms", "10.0", "10.0", "25.0", "1.00x", "2.50x"]
-    text = printed(Comparison("alast+lora", 64, 64, own, {"lora": full, "full": full}))
-    assert "alast+lora vs lora and full fine-tuning, measured here, batch 64" in text
-    (row,) = [line for line in text.splitlines() if "step time" in line]
-    cells = [cell.strip() for cell in row.strip("│ ").split("│")]
-    assert cells == ["step time, ms", "10.0", "25.0", "25.0", "2.50x", "2.50x"]
+    assert [line.split() for line in text.splitlines() if "saving" in line] == [["alast", "full,", "saving", "full"]]
+    assert cells(text, "step time") == ["step time, ms", "10.0", "10.0", "1.00x", "25.0", "2.50x"]
+
+
+def test_the_table_fits_a_terminal_of_80_columns():
+    """The widest: four methods, the longest name, and numbers of a large model."""
+    own = TimedCosts(0.6e12, 2**30, 2**36, 2**31, 2**30, 2**30, 300_000_000, 12.3456, 2**36)
+    full = TimedCosts(9.9e12, 2**34, 2**39, 2**31, 2**33, 2**33, 300_000_000, 123.456, 2**39)
+    text = printed(Comparison("alast+lora", 64, 64, own, {"lora": full, SAVING: full, "full": full}))
+    head, last = next(line for line in text.splitlines() if "saving" in line), text.splitlines()[-1]
+    assert head.split() == ["alast+lora", "lora", "full,", "saving", "full"] and last.startswith("peak, MiB")
+    assert len(text.splitlines()) == len(report.COST_ROWS) + 4, "no row is broken over lines"
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
 
 
 def test_table_where_full_does_not_fit():

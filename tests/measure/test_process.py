@@ -141,11 +141,16 @@ def test_asked_to_stop_while_costs_are_measured(small, tmp_path, number, when):
         time.sleep(0.01)
     text = err.read_text()
     assert "Traceback" not in text and "Error" not in text
-    saved, skipped, folder = text.splitlines()[-3:]
+    lines = [line for line in text.splitlines() if not line.startswith("that is not above the linear probe")]
+    saved, skipped, verdict, folder = lines[-8:-4]
     assert saved == (
-        f"the model is saved in {config.out}; measuring the cost of a step: alast against full fine-tuning "
+        f"the model is saved in {config.out}; measuring a linear probe, and a step of alast against full fine-tuning "
         "with the same exact savings and full fine-tuning (Ctrl-C skips this)"
     )
     assert skipped == f"measuring skipped; the model is in {config.out}" and folder == f"run folder: {config.out}"
     summary = json.loads((config.out / "summary.json").read_text())
+    assert (
+        summary["probe_accuracy"] > 0
+        and f"(linear probe of the model before training: {summary['probe_accuracy']:.2%})" in verdict
+    )
     assert {name: summary[name] for name in not_measured(config)} == not_measured(config)

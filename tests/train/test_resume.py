@@ -142,7 +142,7 @@ def test_a_run_with_a_time_target_measures_once(small, monkeypatch):
     monkeypatch.setattr(loop, "measure_times", measured)
     costs = SimpleNamespace(summary=lambda: {})
     monkeypatch.setattr(comparison, "compare", lambda *args: given.append(args[3]) or costs)
-    monkeypatch.setattr("snello.reports.terminal.print_costs", lambda console, costs: None)
+    monkeypatch.setattr("snello.reports.terminal.print_costs", lambda *args: None)
     finetune(replace(config, compare=True), QUIET)
     assert len(made) == 1 and made[0].tokens[-1] == 10 and given == [TIMED]
     finetune(resumed(config), QUIET)

@@ -3,17 +3,19 @@
 Nothing heavy is imported here, so that ``snello --help`` answers at once. Values are checked when a config is made:
 a run with a wrong setting fails before anything is loaded.
 
-registry.py    names of methods, token rules, codecs, ..., and where they are found
-methods.py     ALaST, LoRA
-pictures.py    where pictures come from, and how they are loaded
-recipe.py      what a run computes; `snello finetune`
-network.py     `snello serve`, `join`, `certs`, `doctor`
-use.py         the other verbs
-effect.py      settings without effect
-codec_text.py  the text that names a codec
-units.py       amounts, addresses and links as text
-names.py       what other tools call a setting, and the nearest of ours
-values.py      configs as plain values and back
+registry.py       names of methods, token rules, codecs, ..., and where they are found
+methods.py        ALaST, LoRA
+pictures.py       where pictures come from, and how they are loaded
+default_model.py  which model a run takes where none is named
+presets.py        what --preset fills in
+recipe.py         what a run computes; `snello finetune`
+network.py        `snello serve`, `join`, `certs`, `doctor`
+use.py            the other verbs
+effect.py         settings without effect
+codec_text.py     the text that names a codec
+units.py          amounts, addresses and links as text
+names.py          what other tools call a setting, and the nearest of ours
+values.py         configs as plain values and back
 """
 
 from snello.config.methods import AlastConfig, LoraConfig

@@ -88,7 +88,12 @@ class AlastConfig:
 
     def published(self) -> "AlastConfig":
         """These settings, with those of the paper and its released code for all that are left to their default."""
-        left = {name: value for name, value in PUBLISHED.items() if getattr(self, name) in (None, "auto")}
+        return self.filled(PUBLISHED)
+
+    def filled(self, values: Mapping[str, Any]) -> "AlastConfig":
+        """These settings, with those of `values` that are left to their default here."""
+        usual = {field.name: field.default for field in fields(self)}
+        left = {name: value for name, value in values.items() if getattr(self, name) == usual[name]}
         if self.start_budget is not None and "min_budget" in left:
             left["min_budget"] = min(left["min_budget"], self.start_budget)
         return replace(self, **left)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 from snello.config.codec_text import parse_codec
+from snello.config.default_model import TOY
 from snello.config.effect import Need, require_effect
 from snello.config.methods import AlastConfig, LoraConfig
 from snello.config.pictures import PICTURES_NEEDS, PicturesConfig
+from snello.config.presets import Preset, fill
 from snello.config.registry import FROZEN_GOALS, GOALS, RULES, MethodChoice, find
 from snello.config.units import Link, parse_bytes
 from snello.config.values import flag, require_choices
@@ -152,6 +154,7 @@ RECIPE_NEEDS: tuple[Need, ...] = (
     Need("alast", lambda c: "alast" in c.method_name, "without --method alast or alast+lora"),
     Need("time_budget", lambda c: c.split.cut == 0, "with --split.cut"),
     Need("preset", lambda c: "alast" in c.method_name, "without --method alast or alast+lora"),
+    Need("preset", lambda c: c.preset != "accurate" or c.split.cut == 0, "with --split.cut: raise --epochs"),
     Need("alast.temperature", lambda c: c.alast.draw == "softmax", "without --alast.draw softmax"),
     Need("alast.train_embeddings", lambda c: "lora" not in c.method_name, "with LoRA, which freezes them anyway"),
     Need("lora", lambda c: "lora" in c.method_name, "without --method lora or alast+lora"),
@@ -174,7 +177,7 @@ class Recipe:
 
     config: Path | None = None
     """YAML file with any of these settings; a flag wins over the file, the file over the default."""
-    model: str = "vit_micro_patch4_32"
+    model: str = TOY
     """Name of a timm Vision Transformer; or of one of transformers: `hf:` and its name on the hub, or its folder."""
     weights: str = "pretrained"
     """`pretrained`, `none` (random), or the path of a safetensors file or of a folder with one."""
@@ -218,8 +221,10 @@ class Recipe:
     """Precision of the forward pass; `auto` is bf16 where the device computes in it natively."""
     attention: Literal["auto", "fused", "explicit"] = "auto"
     """How attention is computed; `auto` measures once which is faster here."""
-    preset: Literal["best", "published"] = "best"
-    """What settings of ALaST have that are not given: the best that were measured, or those of the paper."""
+    preset: Preset = "best"
+    """What settings have that are left at their default: the `best` measured; `fast`, the lowest quarter of the blocks
+    frozen; `accurate`, as many epochs as fit into the time of --epochs of full fine-tuning; `small-memory`, the lower
+    half frozen, activations computed again; or `published`, as in ALaST's paper (docs/alast.md)."""
     exact_savings: bool = True
     """Compute and keep less in a step for the same gradients, up to rounding: the last block only for the tokens that
     the classifier reads, and the MLPs without GELU's output, which the backward pass computes again."""
@@ -258,8 +263,9 @@ class Recipe:
             if self.split.cut and getattr(self.alast, name) is not None:
                 reason = "does not go with --split.cut: the other half and the codec change the cost"
                 raise ConfigError(f"--alast.{name} {reason}")
-        if self.preset == "published" and "alast" in self.method_name:
-            object.__setattr__(self, "alast", self.alast.published())
+        if "alast" in self.method_name and not (self.preset == "accurate" and self.split.cut):
+            for name, value in fill(self).items():
+                object.__setattr__(self, name, value)
         require_effect(self)
         if not self.split.cut:
             return
@@ -301,8 +307,13 @@ class Recipe:
 class FinetuneConfig(PicturesConfig, Recipe):
     """Fine-tune a Vision Transformer on labelled pictures."""
 
+    model: str = "auto"
+    """Name of a timm Vision Transformer; or of one of transformers: `hf:` and its name on the hub, or its folder.
+    `auto` with --data is a pretrained DeiT (deit_small_patch16_224, or tiny where memory is scarce), else a toy that
+    ships with snello."""
     compare: bool = True
-    """After training, measure step time, FLOPs and memory against full fine-tuning on this machine."""
+    """After training, measure a linear probe, and step time, FLOPs and memory against full fine-tuning on this
+    machine."""
 
     NEEDS = RECIPE_NEEDS + PICTURES_NEEDS
 

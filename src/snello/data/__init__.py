@@ -18,11 +18,11 @@ loaders           augmentation, the order of the samples, batches
 
 from snello.data.folders import find_pictures
 from snello.data.reading import EXTENSIONS, open_picture
-from snello.data.sets import ArrayPictures, FilePictures, PictureSet, Splits, imbalance
+from snello.data.sets import ArrayPictures, FilePictures, PictureSet, Splits, imbalance, typical_size
 from snello.data.shipped import FASHION_CLASSES
 from snello.data.splits import find_source, load_pictures, splits_of
 
 __all__ = [
     "EXTENSIONS", "FASHION_CLASSES", "ArrayPictures", "FilePictures", "PictureSet", "Splits", "find_pictures",
-    "find_source", "imbalance", "load_pictures", "open_picture", "splits_of",
+    "find_source", "imbalance", "load_pictures", "open_picture", "splits_of", "typical_size",
 ]  # fmt: skip

@@ -130,7 +130,9 @@ def relative_time(config: FinetuneConfig, num_classes: int) -> float:
             with Process(request) as mine, Process(_with_method(request, "full")) as full:
                 pairs = [[process.ask("step")["seconds"] for process in (mine, full)] for _ in range(WARMUP + STEPS)]
         except OutOfMemoryError:
-            raise SnelloError("--time-budget: full fine-tuning does not fit into memory here: say --epochs") from None
+            raise SnelloError(
+                "--time-budget: full fine-tuning does not fit into memory here: say --epochs instead"
+            ) from None
         own = statistics.median(mine / full for mine, full in pairs[WARMUP:])
     tail = config.alast.full_tail if "alast" in config.method_name else 0.0
     return (1 - tail) * own + tail

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from snello.config import FinetuneConfig
+from snello.config.default_model import TOY
 from snello.config.effect import effective
 from snello.config.values import from_dict, to_dict
 from snello.devices import return_freed_memory, return_large_blocks
@@ -164,7 +165,7 @@ def _load_libraries(config: FinetuneConfig, options: dict[str, Any]) -> None:
     """Takes a step of a small model, so that what libraries take is not counted as the method's."""
     if is_transformers(config.model):
         import snello.models.transformers_models  # noqa: F401
-    TrainingStep(FinetuneConfig(method=config.method_name), num_classes=2, batch_size=2, **options).run()
+    TrainingStep(FinetuneConfig(model=TOY, method=config.method_name), num_classes=2, batch_size=2, **options).run()
     gc.collect()
     return_freed_memory()
 

@@ -10,10 +10,11 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 import snello.assets.micro  # noqa: F401  registers the micro ViT with timm
+from snello.config.default_model import TOY
 from snello.errors import ModelError, one_line
 from snello.models.hub import hub, hub_is_out_of_reach
 from snello.models.preprocessing import Preprocessing
-from snello.models.weights import misfits, require_size, some, weights_file
+from snello.models.weights import FILE, misfits, require_size, some, weights_file
 from snello.vit import SUPPORTED, ViT
 
 
@@ -68,11 +69,23 @@ def _build_pretrained(name: str, options: dict[str, int]) -> nn.Module:
     except Exception as error:  # the hub, its cache, the network: each raises its own
         reason = "the hub cannot be reached, and they are not in its cache" if out_of_reach else one_line(error)
         raise ModelError(
-            f"the pretrained weights of {name} could not be loaded ({reason}); offline? download the safetensors "
-            "file of the model on a machine with a connection and give its path: --weights FILE "
-            "(--weights none starts from random weights)"
+            f"the pretrained weights of {name} could not be loaded ({reason}); offline? on a machine with a connection "
+            f"{_how_to_get(name)}, and give the file: --weights FILE (--weights none starts from random weights; "
+            f"--model {TOY} is a toy to try things with)"
         ) from error
     return model
+
+
+def _how_to_get(name: str) -> str:
+    """What to type, or where to look, for the file with the weights of a model."""
+    known = timm.get_pretrained_cfg(name)
+    if known is None or not (known.hf_hub_id or known.url):
+        return "get the safetensors file of the model"
+    return (
+        f"run `hf download {known.hf_hub_id} {known.hf_hub_filename or FILE}`"
+        if known.hf_hub_id
+        else f"get {known.url}"
+    )
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

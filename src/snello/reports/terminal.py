@@ -1,33 +1,38 @@
 """What is printed: the result of a run, tables of costs and traffic, the plan, the codecs."""
 
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich import progress
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from snello.config import CodecsConfig, FinetuneConfig
 from snello.config.registry import FROZEN_GOALS, GOALS
+from snello.devices import device_name
 from snello.measure.comparison import SAVING, Comparison, Progress, compared_with
 from snello.measure.plan import Plan, command, method_label
+from snello.runs.folder import RunFolder
 from snello.runs.summary import Summary, Traffic
 from snello.train.display import say
 
 COST_ROWS = (
     ("step time, ms", "step_time_s", ".1f", 1e-3),
-    ("training GFLOPs per picture", "flops_per_sample", ".3f", 1e9),
-    ("MiB saved for backward per picture", "saved_bytes_per_sample", ".2f", 2**20),
-    ("trainable parameters, M", "trainable_parameters", ".2f", 1e6),
+    ("GFLOPs/picture", "flops_per_sample", ".3f", 1e9),
+    ("saved MiB/picture", "saved_bytes_per_sample", ".2f", 2**20),
+    ("trained, M", "trainable_parameters", ".2f", 1e6),
     ("weights, MiB", "weight_bytes", ".1f", 2**20),
     ("gradients, MiB", "gradient_bytes", ".1f", 2**20),
-    ("optimizer state, MiB", "optimizer_bytes", ".1f", 2**20),
-    ("saved for backward, MiB", "saved_bytes", ".1f", 2**20),
+    ("optimizer, MiB", "optimizer_bytes", ".1f", 2**20),
+    ("saved, MiB", "saved_bytes", ".1f", 2**20),
     ("sum, MiB", "memory_bytes", ".0f", 2**20),
-    ("peak memory measured, MiB", "peak_memory_bytes", ".0f", 2**20),
+    ("peak, MiB", "peak_memory_bytes", ".0f", 2**20),
 )
+"""Saved is what is kept for the backward pass; the sum is of the four above it; the peak is that of the process."""
 
 
 def print_result(console: Console, summary: Summary, num_skipped: int) -> None:
@@ -55,7 +60,7 @@ def print_per_class(rows: list[dict[str, Any]]) -> None:
 @contextmanager
 def measuring(console: Console, config: FinetuneConfig, folder: Path) -> Iterator[Progress]:
     """Says what is measured after a run whose model is in `folder`, and draws a bar until that is done."""
-    against = f"measuring the cost of a step: {config.method_name} against {_names(compared_with(config))}"
+    against = f"measuring a linear probe, and a step of {config.method_name} against {_names(compared_with(config))}"
     say(console, f"the model is saved in {folder}; {against} (Ctrl-C skips this)")
     what = progress.TextColumn("measuring, {task.description}")
     columns = (what, progress.BarColumn(bar_width=20), progress.MofNCompleteColumn())
@@ -69,24 +74,70 @@ def _names(methods: Iterable[str]) -> str:
     return " and ".join(named.get(method, method) for method in methods)
 
 
-def print_costs(console: Console, costs: Comparison) -> None:
-    """Prints the table of a method against others, all measured on this machine."""
-    others = costs.others
-    table = Table(title=f"{costs.method} vs {_names(others)}, measured here, batch {costs.compared_batch_size}")
+def print_costs(console: Console, costs: Comparison, summary: Summary) -> None:
+    """Prints the table of a method against others, all measured on this machine: values, and times the method's."""
+    say(console, f"one training step of {summary.model}, batch {costs.compared_batch_size}, {summary.precision},")
+    say(console, f"on {device_name(summary.device)}; 2.00x is twice that of {costs.method}:")
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("")
-    names = ["full, saving" if method == SAVING else method for method in others]
-    for heading in (costs.method, *names, *(f"{name} / {costs.method}" for name in names)):
-        table.add_column(heading, justify="right")
+    for heading in (costs.method, *("full, saving" if other == SAVING else other for other in costs.others)):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, field, style, unit in COST_ROWS:
         own = getattr(costs.own, field)
-        values = [getattr(other, field, None) for other in others.values()]
-        cells = ["does not fit" if value is None else f"{value / unit:{style}}" for value in values]
-        ratios = ["" if value is None or not own else f"{value / own:.2f}x" for value in values]
-        table.add_row(name, f"{own / unit:{style}}", *cells, *ratios)
+        values = [getattr(other, field, None) for other in costs.others.values()]
+        table.add_row(name, _number(own / unit, style), *(_beside(value, own, style, unit) for value in values))
     console.print(table)
     if not costs.full_fits:
         at = f"the run's batch of {costs.batch_size}"
         say(console, f"full fine-tuning does not fit into memory at {at}; {costs.method} does")
+
+
+def _beside(value: float | None, own: float, style: str, unit: float) -> str:
+    if value is None:
+        return "does not fit"
+    ratio = f"{value / own:.2f}x" if own else ""
+    return f"{_number(value / unit, style)} {ratio:>6}"
+
+
+def _number(value: float, style: str) -> str:
+    """Large ones without decimals: there are up to five columns."""
+    return f"{value:{style if value < 1000 else '.0f'}}"
+
+
+def print_verdict(console: Console, summary: Summary, num_train: int) -> None:
+    """Prints in one line what a run came to: accuracy, that of the linear probe beside it, and what it cost."""
+    pictures = sum(row["pictures"] for row in summary.per_class or [])
+    verdict = f"accuracy {summary.accuracy:.2%}" + (f" on {pictures} held-out pictures" if pictures else "")
+    if summary.probe_accuracy is not None:
+        known = summary.probe_pictures or 0
+        of = f", on a sample of {known} of {num_train} training pictures" if known < num_train else ""
+        verdict += f" (linear probe of the model before training: {summary.probe_accuracy:.2%}{of})"
+    shares = [
+        f"{share:.2f} of the {what}"
+        for what, name in (("time", "step_time_s"), ("activation memory", "saved_bytes"))
+        if (share := _share_of_full(summary, name)) is not None
+    ]
+    say(console, verdict + (f"; a step took {' and '.join(shares)} of full fine-tuning" if shares else ""))
+    if summary.probe_accuracy is not None and summary.accuracy <= summary.probe_accuracy < 1:
+        say(console, "that is not above the linear probe: train longer, or with another --lr")
+
+
+def _share_of_full(summary: Summary, name: str) -> float | None:
+    own, full = summary.costs.get(name), summary.costs.get(f"full_{name}")
+    return own / full if own is not None and full else None
+
+
+def print_next(console: Console, run: RunFolder, longer: str | None = None) -> None:
+    """Prints where the run is, and what may be done with it, as commands; `longer` is the one that trains longer."""
+    say(console, f"run folder: {run.path}")
+    folder = shlex.quote(str(run.path))
+    what = {
+        "accuracy by class": f"snello evaluate {folder} --per-class",
+        "on your pictures": f"snello predict {folder} PICTURE",
+        "for other software": f"snello export {folder} --format timm",
+    }
+    for name, line in (what | ({} if longer is None else {"train longer": longer})).items():
+        say(console, f"  {name + ':':20}{line}")
 
 
 def server_time(wait_seconds: float | None, server_seconds: float | None) -> tuple[str, float]:

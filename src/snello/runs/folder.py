@@ -22,8 +22,11 @@ checkpoints/        the last two, where the other half is on a server, instead o
 
 import json
 import re
+import shlex
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -134,6 +137,24 @@ class RunFolder:
         values = to_dict(replace(config, config=None, resume=False)) | {"resolved": to_dict(resolved)}
         with replacing(self.config_file) as temporary:
             temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+    def require_room(self, weights: int, checkpoint: int, advice: str) -> None:
+        """Looks whether what the next epoch saves fits on the disk: the best weights and a checkpoint, in bytes.
+
+        Raises:
+            CheckpointError: where it does not, with both numbers; it ends with the `advice`.
+        """
+        # A file is written beside the one that it replaces, the weights first.
+        old = self.model_file.stat().st_size if self.model_file.is_file() else 0
+        need = max(weights, weights - old + checkpoint)
+        there = next((path for path in (self.path, *self.path.absolute().parents) if path.exists()), None)
+        with suppress(OSError):
+            free = shutil.disk_usage(there or Path()).free
+            if free < need:
+                what = "to save the model and a checkpoint"
+                raise CheckpointError(
+                    f"{self.path}: {_mib(free)} of disk are free, an epoch needs {_mib(need)} {what}; {advice}"
+                )
 
     def _make_folder(self) -> None:
         """A folder that the user did not name must be new: two runs may start in the same second."""
@@ -258,6 +279,41 @@ class RunFolder:
         kept = [row for row in self.rows() if row["step"] <= step and not is_later(row)]
         with replacing(self.metrics_file) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def longer(run: RunFolder, config: Recipe, length: float | None = None) -> tuple[list[str], list[str]]:
+    """The flags of `snello finetune` for a run like this one of another `length`, by default twice as long.
+
+    The first begins where it began, the second with its weights. The length is of epochs, or of --time-budget.
+    """
+    own = config.time_budget or config.epochs
+    text = f"{length or 2 * own:g}"
+    args = ["--config", str(run.config_file), "--epochs" if config.time_budget is None else "--time-budget", text]
+    weights = ["--weights", str(run.model_file)]
+    return [*args, "--out", f"{run.path}-{text}"], [*args, *weights, "--out", f"{run.path}-more"]
+
+
+def require_same_length(run: RunFolder, saved: Recipe, config: Recipe) -> None:
+    """Refuses to resume a run for another number of epochs: its learning rate falls to zero over those that it has.
+
+    Raises:
+        ConfigError: with the commands that do what may be meant.
+    """
+    name = "epochs" if saved.time_budget is None else "time_budget"
+    old, new = getattr(saved, name), getattr(config, name)
+    if new is None or old == new:
+        return
+    anew, more = (shlex.join(["snello", "finetune", *args]) for args in longer(run, saved, new))
+    after = f"; for {new:g} more with its weights: {more}" if run.model_file.is_file() else ""
+    what = "epochs" if name == "epochs" else "epochs' time"
+    raise ConfigError(
+        f"--resume: {run.path} is a run of {old:g} {what}, over which its learning rate falls to zero, and not one of "
+        f"{new:g}; for one of {new:g} from the start: {anew}{after}"
+    )
 
 
 def require_same_config(saved: Recipe, config: Recipe, path: Path) -> None:

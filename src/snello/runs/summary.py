@@ -67,6 +67,10 @@ class Summary:
     precision: str
     attention: str
     versions: dict[str, str]
+    probe_accuracy: float | None = None
+    """Of a linear probe: a linear classifier on the features that the model had at the start; None: not measured."""
+    probe_pictures: int | None = None
+    """Training pictures that the probe has seen: all, or a sample."""
     traffic: Traffic | None = None
     """None without a cut."""
     costs: dict[str, Any] = field(default_factory=dict)
@@ -99,7 +103,8 @@ class Summary:
             version = values.pop("version", VERSION)
             if version != VERSION:
                 raise ValueError(f"version {version}, this snello reads {VERSION}")
-            summary = {name: values.pop(name) for name in own}
+            probe = {name: values.pop(name, None) for name in own if name.startswith("probe_")}  # older ones have none
+            summary = probe | {name: values.pop(name) for name in own if name not in probe}
             cut = {name: values.pop(name) for name in crossed if name in values}
             return cls(**summary, traffic=Traffic(**cut) if "uplink_bytes" in cut else None, costs=values)
         except (OSError, ValueError, KeyError, TypeError) as error:

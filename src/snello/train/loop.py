@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from snello.config import FinetuneConfig
+from snello.config.default_model import TOY
 from snello.config.values import to_dict
-from snello.data import Splits, imbalance
+from snello.data import Splits, imbalance, typical_size
 from snello.data.loaders import Batch, batches, eval_loader, eval_transform, train_loader, train_transform
 from snello.devices import Precision, autocast, resolve_precision
 from snello.errors import ConfigError, TrainingError
@@ -105,6 +106,8 @@ class Trainer:
         """Makes the learner, and takes the run's folder, or the state in it."""
         self.learner = self.place.make_learner(vit, setup)
         self.schedule = replace(self.schedule, buffer=self.learner.buffer, max_steps=self.learner.max_steps)
+        if not self.place.saved:
+            self.ranks.on_main(lambda: self.place.require_room(self.learner))
         state = self.place.begin(self.learner, self.resolved, self._state)
         if state is not None:
             self._resume(state)
@@ -307,6 +310,8 @@ class Trainer:
     def _step(self) -> float:
         """One optimizer step; returns its mean loss."""
         config, step = self.config, self.progress.step
+        if self._stream is None or step % self.schedule.steps_per_epoch == 0:
+            self.ranks.on_main(lambda: self.place.require_room(self.learner))
         if self._stream is None:
             self._stream = self._micro_steps(step)
         started = time.perf_counter()
@@ -484,9 +489,20 @@ class Trainer:
             f"{len(self.splits.train)} pictures to train, {len(self.splits.val)} held out, "
             f"{len(self.splits.train.classes)} classes ({self.splits.source}); {self.learner.describe()}"
         )
-        for line in (*self.splits.notes, imbalance(self.splits.train)):
+        for line in (*self.splits.notes, imbalance(self.splits.train), self._toy_note()):
             if line:
                 self._print(line)
+
+    def _toy_note(self) -> str | None:
+        """Says where the toy that ships with snello sees pictures much smaller than they are."""
+        side, size = self.preprocessing.size, typical_size(self.splits.train) if self.config.model == TOY else None
+        if size is None or min(size) <= 2 * side:
+            return None
+        where = "" if self.place.server is None else " of `snello serve`"
+        return (
+            f"warning: {TOY} is a toy: it sees these pictures, of about {size[0]} x {size[1]}, at {side} x {side} "
+            f"pixels; for results name a pretrained --model{where} (docs/models.md)"
+        )
 
 
 def _absolute(source: str | Path | None) -> str | None:

@@ -36,6 +36,14 @@ def make_optimizer(
     return torch.optim.AdamW(rows, lr=lr, fused=device.type in ("cpu", "cuda"))
 
 
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of AdamW's two moments of all that it has trained, or, before the first step, of all that trains now."""
+    state = optimizer.state_dict()["state"]
+    if state:
+        return sum(value.nbytes for entry in state.values() for value in entry.values())
+    return sum(2 * p.nbytes for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+
+
 def lr_factor(step: int, total: int, warmup: float) -> float:
     """Factor on the base learning rate at `step` in 0..total-1: linear warm-up, then a cosine to zero; in (0, 1]."""
     rising = round(total * warmup)

@@ -20,9 +20,10 @@ from snello.devices import Precision
 from snello.methods.lora import merged_state
 from snello.models import create_model
 from snello.runs import checkpoint
-from snello.runs.folder import RunFolder, require_same_config
+from snello.runs.folder import RunFolder, require_same_config, require_same_length
 from snello.runs.resolved import Resolved, ServerAddress
 from snello.train.learner import Learner, WholeLearner
+from snello.train.optim import optimizer_bytes
 from snello.train.ranks import ALONE, Ranks, make_accelerator
 from snello.train.schedule import Schedule
 from snello.train.tracking import require_trackers
@@ -118,6 +119,18 @@ class Place(ABC):
         """Loads the checkpoint from which the run continues; None where only the step under way is done again."""
         raise error
 
+    def require_room(self, learner: Learner) -> None:
+        """Raises a CheckpointError where what the next epoch saves does not fit on the disk."""
+        modules, optimizers = learner.modules, learner.optimizers
+        kept, all_weights = (
+            sum(value.nbytes for module in some.values() for value in module.state_dict().values())
+            for some in (checkpoint.with_weights(modules), modules)
+        )
+        moments = sum(optimizer_bytes(optimizer) for optimizer in optimizers.values())
+        started = self.checkpoint() is not None
+        advice = f"free space, then: {self.command()}" if started else "free space or choose another --out"
+        self.run.require_room(kept, all_weights + moments, advice)
+
     def begin_evaluation(self) -> None:
         """Called before an evaluation."""
 
@@ -206,6 +219,8 @@ def _open(config: FinetuneConfig) -> tuple[RunFolder, Resolved | None]:
     if not config.resume:
         return run, None
     saved_config, saved = run.read()
+    if saved.server is None:
+        require_same_length(run, saved_config, config)
     require_same_config(saved_config, config, run.path)
     run.require_resumable(config)
     return run, saved

@@ -26,7 +26,7 @@ from snello.split.local import Session, Side
 from snello.split.security.auth import Credentials
 from snello.split.wire.frames import Kind, control, weights_frame, weights_of
 from snello.split.wire.handshake import Welcome
-from snello.train.display import say, warnings_on
+from snello.train.display import warnings_on
 from snello.train.loop import Trainer
 from snello.train.tracking import require_trackers
 
@@ -68,9 +68,10 @@ def join(
     assert summary.traffic is not None
     terminal.print_traffic(console, summary.traffic)
     pictures.plot_traffic(run)
-    say(console, f"run folder: {run.path}")
     if on_end is not None:
         on_end(run, console)
+    terminal.print_verdict(console, summary, len(session.trainer.splits.train))
+    terminal.print_next(console, run, "more --epochs of `snello serve`, then join it anew")
     return summary
 
 

@@ -10,6 +10,7 @@ import grpc
 from rich.console import Console
 
 from snello.config import ServeConfig
+from snello.config.default_model import TOY
 from snello.config.units import is_loopback, parse_address
 from snello.errors import ConfigError
 from snello.runs.folder import RunFolder, require_same_config
@@ -110,9 +111,10 @@ async def _serve(config: ServeConfig, registry: Registry, security: Security, lo
 
 def _announce(config: ServeConfig, registry: Registry, host: str, port: int, tls: bool, console: Console) -> None:
     way = "TLS" if tls else "PLAINTEXT, anyone who can reach the port can read and take part"
+    toy = f"\n{TOY} is a toy, to try things with: another with --model NAME" if config.model == TOY else ""
     console.print(
         f"{config.model} cut after block {config.split.cut}, {config.method_name}, {registry.precision} on "
-        f"{registry.device}; listening on {host}:{port} ({way})\nrun folder: {registry.run.path}",
+        f"{registry.device}; listening on {host}:{port} ({way})\nrun folder: {registry.run.path}{toy}",
         highlight=False,
         soft_wrap=True,
         markup=False,
