@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from environment import environment
 from rich.console import Console
-from target import CLASSES, link_data
+from target import CLASSES, MODEL, link_data
 
 from snello.config import AlastConfig, FinetuneConfig
 from snello.devices import resolve_device, resolve_precision
@@ -76,6 +76,7 @@ SETTINGS = (
 def configure(setting: Setting, args: argparse.Namespace, seed: int, epochs: int) -> FinetuneConfig:
     return FinetuneConfig(
         data=link_data(args.data, args.work, args.per_class),
+        model=MODEL,
         method=setting.method,
         alast=setting.alast,
         epochs=epochs,

@@ -24,7 +24,7 @@ import torch
 from environment import environment
 from PIL import Image
 from rich.console import Console
-from target import CLASSES, link_data
+from target import CLASSES, MODEL, link_data
 
 from snello.config import FinetuneConfig, SplitConfig
 from snello.devices import resolve_device, resolve_precision
@@ -102,6 +102,7 @@ def configure(setting: Setting, args: argparse.Namespace, seed: int) -> Finetune
     until = ending(setting, args)
     return FinetuneConfig(
         data=link_data(args.data, args.work, args.per_class),
+        model=MODEL,
         method="full",
         split=SplitConfig(cut=CUT, codec=setting.codec, max_bytes=until.get("max_bytes")),
         epochs=until.get("epochs", args.epochs),
@@ -172,7 +173,9 @@ def measure(codecs: list[str], args: argparse.Namespace, rounds: int = 7) -> dic
     labels = torch.randint(len(CLASSES), (args.batch_size,), generator=generator).to(device)
     cuts = {}
     for codec in codecs:
-        config = FinetuneConfig(method="full", split=SplitConfig(cut=CUT, codec=codec), batch_size=args.batch_size)
+        config = FinetuneConfig(
+            model=MODEL, method="full", split=SplitConfig(cut=CUT, codec=codec), batch_size=args.batch_size
+        )
         vit = ViT(create_model(config.model, "pretrained", len(CLASSES)).to(device))
         vit.set_attention_paths([args.attention] * vit.depth)
         schedule = Schedule(args.batch_size, args.batch_size, 1, 1000)

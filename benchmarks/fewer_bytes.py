@@ -27,6 +27,7 @@ import torch
 from environment import environment
 from PIL import Image
 from rich.console import Console
+from target import MODEL
 
 from snello.config import FinetuneConfig, SplitConfig
 from snello.devices import resolve_device
@@ -102,6 +103,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
         split = replace(split, client="frozen", send_epochs=setting.send_epochs, replay=setting.replay)
     config = FinetuneConfig(
         data=str(few(args, run.task)),
+        model=MODEL,
         method="full",
         split=split,
         epochs=setting.epochs,

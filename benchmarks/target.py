@@ -4,6 +4,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from snello.config.default_model import TOY
+
+MODEL = TOY
 CLASSES = ("automobile", "cat", "dog", "horse", "truck")
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from environment import environment
 from rich.console import Console
-from target import TASKS, Task, link_data
+from target import MODEL, TASKS, Task, link_data
 
 from snello.config import AlastConfig, FinetuneConfig
 from snello.devices import resolve_device, resolve_precision
@@ -88,6 +88,7 @@ SETTINGS = (
 def configure(setting: Setting, data: Path | None, lr: float, seed: int) -> FinetuneConfig:
     return FinetuneConfig(
         data=data,
+        model=MODEL,
         method=setting.method,
         **({"last_k": 4} if setting.method == "last-k" else {}),
         alast=setting.alast,

@@ -29,7 +29,7 @@ from unittest import mock
 import torch
 from environment import environment
 from rich.console import Console
-from target import CLASSES, TASKS, link_data
+from target import CLASSES, MODEL, TASKS, link_data
 from timm.layers.format import Format
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -206,6 +206,7 @@ TRIALS = (
 def config_of(trial: Trial, data: Path | None, lr: float, seed: int) -> FinetuneConfig:
     return FinetuneConfig(
         data=None if data is None else str(data),
+        model=MODEL,
         method=trial.method,
         augment=trial.augment,
         epochs=trial.epochs,

@@ -76,6 +76,7 @@ def test_the_snello_commands_run_as_they_stand(tmp_path: Path) -> None:
             args = shlex.split(re.sub(r"\S+:7443", f"127.0.0.1:{port}", text))[1:]
             if args[0] == "finetune":
                 args += ["--epochs", "1", "--no-compare", "--workers", "0"]
+                args += [] if "--model" in args else ["--model", "vit_micro_patch4_32"]
             if args[0] == "join":
                 args += ["--workers", "0"]
             if args[0] == "serve":

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from snello.config import FinetuneConfig
-from snello.config.default_model import default_model, toy_run
+from snello.config.default_model import DefaultModel, default_model, named, toy_run
 from snello.data import Splits, splits_of
 from snello.devices import resolve_device, resolve_precision
 from snello.environment import num_processes
@@ -40,8 +40,10 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Summary:
         raise ConfigError("--split.cut: a cut model trains in one process: start it without torchrun")
     ranks = connect(config.device)
     console = (console or Console(stderr=True)) if ranks.is_main else Console(quiet=True)
-    config = _with_model(config, ranks, console)
-    run, splits, summary, state = _train(config, ranks, console)
+    chosen = ranks.from_main(lambda: default_model(config.data is not None, config.weights))
+    first = _first_lines(config, chosen)
+    config = named(config, chosen)
+    run, splits, summary, state = _train(config, ranks, console, first)
     if not ranks.is_main:
         return summary
     if "alast" in config.method_name:
@@ -64,21 +66,22 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Summary:
     return summary
 
 
-def _with_model(config: FinetuneConfig, ranks: Ranks, console: Console) -> FinetuneConfig:
-    """With a model where none is named, as the first line of the run says; and a warning where it knows nothing."""
-    chosen = ranks.from_main(lambda: default_model(config.data is not None, config.weights))
+def _first_lines(config: FinetuneConfig, chosen: DefaultModel) -> list[str]:
+    """Which model was chosen, where none was named, or that pictures and model are a toy; and what will not learn."""
+    lines = []
     if config.model == "auto":
-        say(console, chosen.line)
-        config = replace(config, model=chosen.name)
-    elif config.data is None:
-        say(console, toy_run(config.model))
+        lines.append(chosen.line)
+    elif config.data is None and not config.resume:
+        lines.append(toy_run(config.model))
     if config.weights == "none" and config.method_name in ("head", "lora", "alast+lora"):
         rest = "what is not trained stays random; --weights pretrained or a file, or --method full"
-        say(console, f"warning: --method {config.method_name} on random weights (--weights none): {rest}")
-    return config
+        lines.append(f"warning: --method {config.method_name} on random weights (--weights none): {rest}")
+    return lines
 
 
-def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunFolder, Splits, Summary, dict[str, Any]]:
+def _train(
+    config: FinetuneConfig, ranks: Ranks, console: Console, first_lines: list[str]
+) -> tuple[RunFolder, Splits, Summary, dict[str, Any]]:
     """Trains; returns the run folder, the pictures, the summary, and the method's state for what comes after."""
     place = LocalPlace(config, make_split_learner if config.split.cut else make_whole_learner, ranks)
     splits = ranks.first_here(
@@ -91,6 +94,8 @@ def _train(config: FinetuneConfig, ranks: Ranks, console: Console) -> tuple[RunF
     config = place.config = ranks.from_main(lambda: _within_time(config, len(splits.train.classes), console))
     with warnings_on(console):
         trainer = Trainer(config, splits, place, console, ranks)
+        for line in first_lines:  # now that all that is given can be used
+            say(console, line)
         try:
             trainer.fit()
             summary = trainer.finish()  # saved before the comparison, which may take long

@@ -526,5 +526,6 @@ def test_shipped_model_with_its_weights(tmp_path, pictures):
     own = model.state_dict()
     assert {name.split(".")[0] for name in saved} == {name.split(".")[0] for name in own}
     assert all(torch.equal(value, own[name]) for name, value in saved.items() if not name.startswith("head"))
-    config = FinetuneConfig(data=pictures, epochs=1, batch_size=8, workers=0, compare=False, out=tmp_path / "run")
+    few = {"epochs": 1, "batch_size": 8, "workers": 0, "compare": False}
+    config = FinetuneConfig(data=pictures, model="vit_micro_patch4_32", out=tmp_path / "run", **few)
     assert finetune(config, QUIET)["accuracy"] > 1 / 3

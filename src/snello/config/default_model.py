@@ -2,8 +2,11 @@
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
+
+C = TypeVar("C")
 
 TOY, TOY_SIZE = "vit_micro_patch4_32", 32
 """The model that ships with snello, and the side of its pictures in pixels."""
@@ -34,6 +37,13 @@ def default_model(own_pictures: bool, weights: str) -> DefaultModel:
         why = f"the small one, since this machine has {memory / 2**30:.1f} GiB of memory, less than {ROOM >> 30}"
     what = f"{name}, {'pretrained on ImageNet, ' if weights == 'pretrained' else ''}{parameters} M parameters"
     return DefaultModel(name, f"model: {what}: {why}; {OTHERS}")
+
+
+def named(config: C, chosen: DefaultModel) -> C:
+    """`config`, a `FinetuneConfig`, with the chosen model where it names none."""
+    known: Any = config
+    named: C = replace(known, model=chosen.name) if known.model == "auto" else config
+    return named
 
 
 def toy_run(name: str) -> str:

@@ -22,17 +22,25 @@ from snello.train.display import say
 
 COST_ROWS = (
     ("step time, ms", "step_time_s", ".1f", 1e-3),
-    ("GFLOPs/picture", "flops_per_sample", ".3f", 1e9),
-    ("saved MiB/picture", "saved_bytes_per_sample", ".2f", 2**20),
-    ("trained, M", "trainable_parameters", ".2f", 1e6),
+    ("training GFLOPs per picture", "flops_per_sample", ".3f", 1e9),
+    ("MiB saved for backward per picture", "saved_bytes_per_sample", ".2f", 2**20),
+    ("trainable parameters, M", "trainable_parameters", ".2f", 1e6),
     ("weights, MiB", "weight_bytes", ".1f", 2**20),
     ("gradients, MiB", "gradient_bytes", ".1f", 2**20),
-    ("optimizer, MiB", "optimizer_bytes", ".1f", 2**20),
-    ("saved, MiB", "saved_bytes", ".1f", 2**20),
+    ("optimizer state, MiB", "optimizer_bytes", ".1f", 2**20),
+    ("saved for backward, MiB", "saved_bytes", ".1f", 2**20),
     ("sum, MiB", "memory_bytes", ".0f", 2**20),
-    ("peak, MiB", "peak_memory_bytes", ".0f", 2**20),
+    ("peak memory measured, MiB", "peak_memory_bytes", ".0f", 2**20),
 )
-"""Saved is what is kept for the backward pass; the sum is of the four above it; the peak is that of the process."""
+SHORT = {
+    "flops_per_sample": "GFLOPs/picture",
+    "saved_bytes_per_sample": "saved MiB/picture",
+    "trainable_parameters": "trained, M",
+    "optimizer_bytes": "optimizer, MiB",
+    "saved_bytes": "saved, MiB",
+    "peak_memory_bytes": "peak, MiB",
+}
+"""Names for a terminal of 80 columns; saved is what is kept for the backward pass."""
 
 
 def print_result(console: Console, summary: Summary, num_skipped: int) -> None:
@@ -85,7 +93,9 @@ def print_costs(console: Console, costs: Comparison, summary: Summary) -> None:
     for name, field, style, unit in COST_ROWS:
         own = getattr(costs.own, field)
         values = [getattr(other, field, None) for other in costs.others.values()]
-        table.add_row(name, _number(own / unit, style), *(_beside(value, own, style, unit) for value in values))
+        table.add_row(
+            SHORT.get(field, name), _number(own / unit, style), *(_beside(value, own, style, unit) for value in values)
+        )
     console.print(table)
     if not costs.full_fits:
         at = f"the run's batch of {costs.batch_size}"

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from snello.config import FinetuneConfig
+from snello.config.default_model import default_model, named
 from snello.data import splits_of
 from snello.errors import AuthenticationError, ConfigError
 from snello.runs.summary import Summary
@@ -84,6 +85,7 @@ class LocalSession(Session):
             raise ConfigError("a session needs a cut: set --split.cut")
         if (authenticator or Anyone()).identify((credentials or Anyone()).credentials()) is None:
             raise AuthenticationError("the server did not admit this client: check its token")
+        config = named(config, default_model(config.data is not None, config.weights))
         place = LocalPlace(config, make_split_learner)
         self.trainer = Trainer(config, splits_of(config), place, console or Console(stderr=True))
         assert isinstance(self.trainer.learner, SplitLearner) and isinstance(self.trainer.learner.link, LocalLink)
