@@ -630,3 +630,17 @@ def test_errors_of_the_one_who_iterates_pass_through():
     with pytest.raises(DataError, match=r"^a\nb$"):
         for _ in loading.batches(loader):
             raise DataError("a\nb")
+
+
+def test_the_typical_size_is_that_of_a_picture_in_the_middle(tmp_path):
+    """By the shorter side; what cannot be opened does not count."""
+    for number, size in enumerate([(10, 10), (90, 40), (40, 60), (400, 300), (20, 20)]):
+        for name in "ab":
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", size).save(tmp_path / name / f"{number}.png")
+    paths = sorted((tmp_path / "a").iterdir())
+    assert data.typical_size(data.FilePictures(paths, [0] * 5, ("a",))) == (90, 40)
+    paths[1].write_bytes(b"no picture")
+    assert data.typical_size(data.FilePictures(paths, [0] * 5, ("a",))) in ((40, 60), (20, 20))
+    assert data.typical_size(data.FilePictures(paths[1:2], [0], ("a",))) is None
+    assert data.typical_size(data.FilePictures(paths[:1], [0], ("a",))) == (10, 10)

@@ -262,6 +262,21 @@ def test_pretrained_weights_that_fail_name_the_way_out(error, monkeypatch):
     assert "\n" not in str(e.value) and len(str(e.value)) < 600
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("deit_small_patch16_224", "run `hf download timm/deit_small_patch16_224.fb_in1k model.safetensors`"),
+        ("vit_base_patch16_224.dino", "run `hf download timm/vit_base_patch16_224.dino model.safetensors`"),
+        ("vit_base_patch16_gap_224", "get the safetensors file of the model"),
+    ],
+)
+def test_the_file_to_get_is_named(name, told, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=re.escape(f"on a machine with a connection {told}, and give the file: --w")):
+        build("pretrained", image_size=None, name=name)
+
+
 def test_offline_and_not_in_the_cache_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

@@ -3,23 +3,30 @@
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import QUIET, finetune, flags, resumed, rows_of
 
-from snello import cli
+from snello import cli, finetuning
+from snello.config import SplitConfig
+from snello.data import splits_of
 from snello.errors import CheckpointError, ConfigError
 from snello.files import load_tensors
 from snello.models import Preprocessing
 from snello.runs.folder import RunFolder
 from snello.runs.resolved import Machine, Resolved, ServerAddress
 from snello.runs.summary import Summary
+from snello.train.loop import Trainer
+from snello.train.place import LocalPlace
 
 PRE = Preprocessing(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic", 0.9)
 SERVER = ServerAddress("127.0.0.1:7443", "0" * 32, reconnect_seconds=5.0)
@@ -214,3 +221,131 @@ def test_a_folder_with_brackets_is_named_as_it_is(small, capfd):
     folder = small.out.parent / "[x]"
     assert cli.main(["finetune", *flags(replace(small, epochs=1, out=folder))]) == 0
     assert f"run folder: {folder}\n" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------- another length
+
+
+def refused_length(out: Path, *args: str, capfd) -> str:
+    """The line that answers `--resume` for another length."""
+    capfd.readouterr()
+    assert cli.main(["finetune", "--out", str(out), "--resume", *args]) == 2
+    return capfd.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("cut", [0, 2])
+def test_a_finished_run_is_not_made_longer_but_the_commands_are_there(small, capfd, cut):
+    """A cosine that has ended is not the half of a longer one."""
+    finetune(replace(small, epochs=1, split=SplitConfig(cut=cut)), QUIET)
+    told = refused_length(small.out, "--epochs", "2", capfd=capfd)
+    assert told.startswith(f"snello: error: --resume: {small.out} is a run of 1 epoch, over which its learning rate")
+    anew, more = re.findall(r"snello (finetune --config .*?)(?:; for|$)", told)
+    assert cli.main(shlex.split(anew)) == cli.main(shlex.split(more)) == 0
+    first, second = (RunFolder(small.out.with_name(name)) for name in ("run-2", "run-more"))
+    one, two = (run.read()[0] for run in (first, second))
+    assert replace(one, out=None, weights="none") == replace(two, out=None, weights="none") and one.epochs == 2
+    assert (one.weights, two.weights) == ("none", str(RunFolder(small.out).model_file))
+    begun, known = (next(run.rows("step"))["loss"] for run in (first, second))
+    assert known < begun, "it starts from what was trained"
+
+
+def test_a_run_that_was_cut_off_has_no_other_length_either(small, capfd):
+    trainer = Trainer(small, splits_of(small), LocalPlace(small), QUIET)
+    trainer.advance(3)
+    trainer._save()
+    trainer.close()
+    told = refused_length(small.out, "--epochs", "10", capfd=capfd)
+    assert "is a run of 2 epochs" in told and f"--epochs 10 --out {small.out}-10" in told
+    assert "--weights" not in told, "there are no best weights yet"
+    assert cli.main(["finetune", "--out", str(small.out), "--resume"]) == 0
+
+
+def test_a_time_budget_has_no_other_length(small, monkeypatch, capfd):
+    monkeypatch.setattr(finetuning.comparison, "relative_time", lambda config, num_classes: 0.5)
+    finetune(replace(small, time_budget=0.5), QUIET)
+    told = refused_length(small.out, "--time-budget", "1", capfd=capfd)
+    assert "is a run of --time-budget 0.5, over" in told and f"--time-budget 1 --out {small.out}-1" in told
+    assert "--epochs" not in told
+    assert "was made with another config: epochs was 1, now 7" in refused_length(
+        small.out, "--epochs", "7", capfd=capfd
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- free space
+
+
+@pytest.fixture
+def disk(monkeypatch) -> SimpleNamespace:
+    """What is free on the disk, in bytes."""
+    free = SimpleNamespace(free=2**40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    return free
+
+
+def test_a_disk_without_room_is_found_before_anything_is_written(small, disk, capfd):
+    disk.free = 3 * 2**20
+    assert cli.main(["finetune", *flags(small)]) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"snello: error: {small.out}: 3.0 MiB of disk are free, an epoch needs ")
+    need = float(re.search(r"needs ([0-9.]+) MiB to save the model and a checkpoint; free space or choose", line)[1])
+    disk.free = round((need + 0.1) * 2**20)
+    assert not small.out.exists() and cli.main(["finetune", *flags(small)]) == 0
+    files = small.out / "model.safetensors", small.out / "last.safetensors"
+    assert sum(file.stat().st_size for file in files) == pytest.approx(need * 2**20, rel=0.05)
+
+
+def test_the_next_epoch_is_not_begun_without_room(small, disk, monkeypatch, capfd):
+    save = Trainer._save
+
+    def filling(self):
+        save(self)
+        disk.free = 2**20
+
+    monkeypatch.setattr(Trainer, "_save", filling)
+    assert cli.main(["finetune", *flags(small)]) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "1.0 MiB of disk are free, an epoch needs " in line
+    assert line.endswith(f"; free space, then: snello finetune --out {small.out} --resume")
+    assert [row["step"] for row in rows_of(small.out, "step")] == list(range(1, 8)), "the first epoch, and it is saved"
+    disk.free = 2**40
+    monkeypatch.undo()
+    assert cli.main(["finetune", "--out", str(small.out), "--resume"]) == 0
+
+
+def test_what_is_replaced_is_not_needed_twice(tmp_path, disk):
+    """A checkpoint of 10 beside weights of 4: each is written beside the old one, which then goes."""
+    run = RunFolder(tmp_path)
+
+    def fits(free: int) -> bool:
+        disk.free = free
+        try:
+            run.require_room(4, 10, "advice")
+        except CheckpointError:
+            return False
+        return True
+
+    assert fits(14) and not fits(13)
+    run.model_file.write_bytes(b"1234")
+    assert fits(10) and not fits(9)
+
+
+def test_a_disk_that_says_nothing_is_no_obstacle(small, monkeypatch):
+    def fails(path):
+        raise OSError
+
+    monkeypatch.setattr(shutil, "disk_usage", fails)
+    assert finetune(replace(small, epochs=1), QUIET)["steps"] == 7
+
+
+# ------------------------------------------------------------------------------------------------------------ summaries
+
+
+def test_a_summary_of_before_there_were_probes_is_read(small):
+    finetune(replace(small, epochs=1), QUIET)
+    file = RunFolder(small.out).summary_file
+    values = json.loads(file.read_text())
+    assert values["probe_accuracy"] is values["probe_pictures"] is None
+    file.write_text(json.dumps({name: value for name, value in values.items() if not name.startswith("probe_")}))
+    read = Summary.read(file)
+    assert read is not None and read.probe_accuracy is None and read.to_dict() == values
+    assert finetune(replace(small, epochs=1, resume=True), QUIET) == values

@@ -529,3 +529,14 @@ def test_shipped_model_with_its_weights(tmp_path, pictures):
     few = {"epochs": 1, "batch_size": 8, "workers": 0, "compare": False}
     config = FinetuneConfig(data=pictures, model="vit_micro_patch4_32", out=tmp_path / "run", **few)
     assert finetune(config, QUIET)["accuracy"] > 1 / 3
+
+
+@pytest.mark.parametrize(("side", "warned"), [(64, False), (70, True)])
+def test_who_names_the_toy_for_large_pictures_is_warned(tmp_path, capsys, side, warned):
+    write_pictures(tmp_path / "photos", {"a": 4, "b": 4}, size=side)
+    few = {"epochs": 1, "batch_size": 8, "workers": 0, "compare": False, "method": "head", "device": "cpu"}
+    finetune(FinetuneConfig(data=tmp_path / "photos", model="vit_micro_patch4_32", out=tmp_path / "run", **few))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == warned
+    told = f"vit_micro_patch4_32 is a toy: it sees these pictures, of about {side} x {side}, at 32 x 32 pixels; for"
+    assert all(told in line and "name a pretrained --model (docs/models.md)" in line for line in lines)

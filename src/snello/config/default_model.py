@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 C = TypeVar("C")
 
-TOY, TOY_SIZE = "vit_micro_patch4_32", 32
-"""The model that ships with snello, and the side of its pictures in pixels."""
+TOY = "vit_micro_patch4_32"
+"""The model that ships with snello: it sees pictures at 32 x 32 pixels."""
 USUAL, SMALLER = "deit_small_patch16_224", "deit_tiny_patch16_224"
 """Under the Apache License 2.0, pretrained on ImageNet: 22 and 6 million parameters."""
 ROOM = 6 * 2**30

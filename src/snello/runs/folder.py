@@ -309,9 +309,9 @@ def require_same_length(run: RunFolder, saved: Recipe, config: Recipe) -> None:
         return
     anew, more = (shlex.join(["snello", "finetune", *args]) for args in longer(run, saved, new))
     after = f"; for {new:g} more with its weights: {more}" if run.model_file.is_file() else ""
-    what = "epochs" if name == "epochs" else "epochs' time"
+    what = f"{old:g} epoch{'' if old == 1 else 's'}" if name == "epochs" else f"--time-budget {old:g}"
     raise ConfigError(
-        f"--resume: {run.path} is a run of {old:g} {what}, over which its learning rate falls to zero, and not one of "
+        f"--resume: {run.path} is a run of {what}, over which its learning rate falls to zero, and not one of "
         f"{new:g}; for one of {new:g} from the start: {anew}{after}"
     )
 

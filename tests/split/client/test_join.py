@@ -1,13 +1,16 @@
 """`snello join` from its start to what it leaves, where the rest of the tests look at sessions and frames only."""
 
+import io
 import shlex
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-from conftest import QUIET, rows_of
+from conftest import QUIET, rows_of, write_pictures
 from helpers.budgets import DROPPING
 from helpers.clients import serve_config
 from helpers.servers import Running, join_config
+from rich.console import Console
 
 from snello import cli
 from snello.config import AlastConfig, JoinConfig, SplitConfig
@@ -17,6 +20,7 @@ from snello.runs.folder import RunFolder
 from snello.runs.resolved import Resolved, ServerAddress
 from snello.split.client.join import RemoteSession, join
 from snello.split.client.place import RemotePlace
+from snello.split.server import command as serving
 
 pytestmark = pytest.mark.slow
 
@@ -67,3 +71,21 @@ def test_the_command_to_resume_has_all_that_was_given(small, tmp_path):
     secured = ServerAddress("server.example:7443", "0" * 32, certs="certs", name="ward-3")
     place = RemotePlace(small, RunFolder(tmp_path), Resolved(server=secured), server=secured, **options)
     assert "--certs certs --name ward-3" in place.command()
+
+
+def test_a_toy_says_that_it_is_one_on_both_sides(tmp_path):
+    """To the client only where its pictures are much larger; at its end are the verdict and what to do next."""
+    write_pictures(tmp_path / "photos", {"a": 4, "b": 4}, size=80)
+    toy = {"model": "vit_micro_patch4_32", "image_size": None, "epochs": 1}
+    console = Console(file=io.StringIO(), record=True, width=80)
+    with Running(serve_config(**toy), tmp_path / "server") as server:
+        join(join_config(server, tmp_path / "photos", tmp_path / "client"), console)
+        listening = SimpleNamespace(precision="fp32", device="cpu", run=SimpleNamespace(path="runs/server"))
+        serving._announce(server.registry.config, listening, "127.0.0.1", 7443, False, console)
+    said = console.export_text().splitlines()
+    (line,) = [line for line in said if line.startswith("warning: ")]
+    assert "is a toy: it sees these pictures, of about 80 x 80, at 32 x 32 pixels" in line
+    assert line.endswith("name a pretrained --model of `snello serve` (docs/models.md)")
+    assert "  train longer:       more --epochs of `snello serve`, then join it anew" in said
+    assert said[-1] == "vit_micro_patch4_32 is a toy, to try things with: another with --model NAME"
+    assert any(line.startswith("accuracy ") and line.endswith(" on 2 held-out pictures") for line in said)
