@@ -16,6 +16,7 @@ from snello.config.registry import FROZEN_GOALS, GOALS
 from snello.devices import device_name
 from snello.measure.comparison import SAVING, Comparison, Progress, compared_with
 from snello.measure.plan import Plan, command, method_label
+from snello.reports.words import share_of_full
 from snello.runs.folder import RunFolder
 from snello.runs.summary import Summary, Traffic
 from snello.train.display import say
@@ -125,16 +126,11 @@ def print_verdict(console: Console, summary: Summary, num_train: int) -> None:
     shares = [
         f"{share:.2f} of the {what}"
         for what, name in (("time", "step_time_s"), ("activation memory", "saved_bytes"))
-        if (share := _share_of_full(summary, name)) is not None
+        if (share := share_of_full(summary.costs, name)) is not None
     ]
     say(console, verdict + (f"; a step took {' and '.join(shares)} of full fine-tuning" if shares else ""))
     if summary.probe_accuracy is not None and summary.accuracy <= summary.probe_accuracy < 1:
         say(console, "that is not above the linear probe: train longer, or with another --lr")
-
-
-def _share_of_full(summary: Summary, name: str) -> float | None:
-    own, full = summary.costs.get(name), summary.costs.get(f"full_{name}")
-    return own / full if own is not None and full else None
 
 
 def print_next(console: Console, run: RunFolder, longer: str | None = None) -> None:

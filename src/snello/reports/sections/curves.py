@@ -45,7 +45,7 @@ def _learning_rate(facts: Facts) -> Markup:
 
 
 def _probe_mark(facts: Facts) -> list[Mark]:
-    probe = getattr(facts.summary, "probe_accuracy", None)
+    probe = facts.summary.probe_accuracy if facts.summary else None
     return [] if probe is None else [Mark("linear probe", y=probe)]
 
 

@@ -45,9 +45,9 @@ def result(facts: Facts) -> dict[str, Any] | None:
 
 def _against_probe(facts: Facts) -> Iterator[str]:
     """How the accuracy compares with the linear probe's."""
-    probe = getattr(facts.summary, "probe_accuracy", None)
-    if facts.summary is None or probe is None:
+    if facts.summary is None or facts.summary.probe_accuracy is None:
         return
+    probe = facts.summary.probe_accuracy
     gain = 100 * (facts.summary.accuracy - probe)
     more = f"{abs(gain):.1f} points {'above' if gain >= 0 else 'below'}"
     yield f"A linear classifier on the model as it was at the start reaches {probe:.1%}: the run ends {more} that."
