@@ -146,6 +146,42 @@ def target(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def target_readme(result: dict[str, Any]) -> str:
+    """The five rows that a first look needs; memory and time as shares of full fine-tuning's."""
+    wanted = {
+        "full": "full fine-tuning",
+        "ALaST (the default), equal time": "ALaST, equal time",
+        "ALaST (the default)": "ALaST, half the time",
+        "LoRA": "LoRA",
+        "head": "head only",
+    }
+    rows = {row["setting"]: row for row in result["rows"]}
+    lines, full = (
+        ["| | epochs | accuracy, % | time | saved for backward | peak memory |", "|---|---|---|---|---|---|"],
+        rows["full"],
+    )
+    for setting, title in wanted.items():
+        row = rows[setting]
+        shares = [row[key] / full[key] for key in ("saved_bytes_per_sample", "peak_memory_bytes")]
+        cells = [title, row["epochs"], f"{100 * row['accuracy']:.1f}", f"{row['relative_time']:.2f}"]
+        lines.append(_line([*cells, *(f"{share:.2f}" for share in shares)]))
+    config, env = result["config"], result["environment"]
+    note = (
+        f"Micro ViT, {5 * config['per_class']} pictures of five CIFAR-10 classes it never saw, three seeds, "
+        f"{env['device']}."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def first_run(result: dict[str, Any]) -> str:
+    """What `snello finetune` printed on what ships, cut to the lines that say how well and how dear."""
+    lines = [line.rstrip() for line in result["output"].splitlines()]
+    left_out = ("epoch ", "least accurate", "the model is saved", "run folder", "━", "├", "└", "┏", "┡")
+    rows = ("│ step time", "│ peak memory")
+    kept = [line for line in lines if not line.startswith(left_out) and (line[:1] != "│" or line.startswith(rows))]
+    return "\n".join(["```", *kept[:1], "...", *kept[1:], "```"])
+
+
 def target_short(result: dict[str, Any]) -> str:
     """Accuracy, time and memory on another task, settings unchanged."""
     heads = ["", "epochs", "seeds", "accuracy, %", "time", "saved bytes", "peak"]
@@ -380,6 +416,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "alast_quality": ("alast_quality", alast_quality),
     "alast_tried": ("alast_tried", alast_tried),
     "target": ("target", target),
+    "first_run": ("first_run", first_run),
+    "target_readme": ("target", target_readme),
     "target_fashion": ("target_fashion", target_short),
     "target_all": ("target_all", target_short),
     "released_code": ("released_code", released_code),
@@ -392,6 +430,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "network": ("network", network),
 }
 TEXTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("alast", "measured", "memory", "split")))
+"""Every text with a table."""
 
 
 def render(text: str) -> str:
