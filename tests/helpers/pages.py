@@ -132,6 +132,7 @@ class Reader:
             self._serve(shorter(verb, args))
             return
         args = [re.sub(r"^\S+:7443$", f"127.0.0.1:{self._port}", arg) for arg in args]
+        args = [str(next(Path().glob(arg))) if "*" in arg else arg for arg in args]
         if verb == "export":  # formats, one after the other
             for made in Path(args[0]).glob("export*"):
                 shutil.rmtree(made) if made.is_dir() else made.unlink()
@@ -154,7 +155,8 @@ class Reader:
 
     def _stop_servers(self) -> None:
         for server in self._servers:
-            server.send(15)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, which its exit code tells
+                server.send(15)
         codes = [server.wait() for server in self._servers]
         if any(codes):
             self.failures.append(f"servers ended with {codes}: {[server.said[-500:] for server in self._servers]}")
@@ -173,7 +175,7 @@ def shorter(verb: str, args: Sequence[str]) -> list[str]:
         args += ["--no-compare", "--batch-size", "8"] if "--data" in args else ["--no-compare"]
     if verb == "serve":
         args = [*_without(args, "--listen"), "--listen", "127.0.0.1:0", "--batch-size", "8"]
-    if verb == "join" and "--data" not in args:
+    if verb == "join" and "--data" not in args:  # as many as are needed, not all that ship
         args += ["--data", "photos/"]
     if verb in ("finetune", "join", "evaluate"):
         args = [*_without(args, "--workers"), "--workers", "0"]
