@@ -176,10 +176,10 @@ def target_readme(result: dict[str, Any]) -> str:
 def first_run(result: dict[str, Any]) -> str:
     """What `snello finetune` printed on what ships, cut to the lines that say how well and how dear."""
     lines = [line.rstrip() for line in result["output"].splitlines()]
-    left_out = ("epoch ", "least accurate", "the model is saved", "run folder", "━", "├", "└", "┏", "┡")
-    rows = ("│ step time", "│ peak memory")
-    kept = [line for line in lines if not line.startswith(left_out) and (line[:1] != "│" or line.startswith(rows))]
-    return "\n".join(["```", *kept[:1], "...", *kept[1:], "```"])
+    first, rest = lines[0], lines[1:]
+    shown = ("one training step", "on ", " " * 8, "step time", "saved MiB", "peak", "accuracy ", "that is")
+    kept = [line for line in rest if line.startswith(shown) and ", balanced " not in line]
+    return "\n".join(["```", first, "...", *kept, "```"])
 
 
 def target_short(result: dict[str, Any]) -> str:

@@ -13,8 +13,6 @@ PAGE = re.compile(r"docs/[\w-]+\.md")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
 MADE = {"results/kept_tokens.png"}
 """What is linked to and made elsewhere."""
-OF_ALL = {"--version", "--help", "--help-all", "--print-completion"}
-"""Flags of `snello` itself, or of every verb."""
 OF_OTHERS = {
     "torchrun": {"--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id"},
     "accelerate launch": {"--cpu", "--multi_gpu", "--num_processes"},
@@ -40,7 +38,7 @@ def known(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_every_flag_exists(known: dict[str, set[str]]) -> None:
-    ours, others = set.union(OF_ALL, *known.values()), set.union(*OF_OTHERS.values())
+    ours, others = set.union(*known.values()), set.union(*OF_OTHERS.values())
     missing = {page: flags_of(re.sub(r"--[a-z]+\.NAME", "", text)) - ours - others for page, text in PAGES.items()}
     assert {page: flags for page, flags in missing.items() if flags} == {}
 
@@ -51,7 +49,7 @@ def test_every_flag_of_a_command_is_one_of_its_verb(known: dict[str, set[str]]) 
         for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S):
             commands += [(page, *found) for found in COMMAND.findall(block.replace("\\\n", " "))]
     assert len(commands) > 40
-    wrong = [(page, verb, flags_of(rest) - known[verb] - OF_ALL) for page, verb, rest in commands]
+    wrong = [(page, verb, flags_of(rest) - known[verb]) for page, verb, rest in commands]
     assert [row for row in wrong if row[2]] == []
 
 
