@@ -19,6 +19,8 @@ OF_OTHERS = {
     "hf download": {"--local-dir"},
     "tensorboard": {"--logdir"},
     "pip": {"--no-deps"},
+    "ruff format": {"--check"},
+    "mkdocs build": {"--strict"},
 }
 
 
