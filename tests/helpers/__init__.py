@@ -11,4 +11,5 @@
 - `servers`: a server in a thread, and clients that send it whatever they like.
 - `processes`: `snello` in processes of their own, which can be killed, limited and led astray.
 - `certificates`: certificates, and a gRPC server that asks for them.
+- `browser`: a real Chromium, and what it finds wrong with a page.
 """
