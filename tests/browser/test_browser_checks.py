@@ -169,10 +169,34 @@ def test_frames_that_can_be_seen_are_told(browser: "Browser", tmp_path: Path) ->
 
 
 def test_tables_are_read(browser: "Browser", tmp_path: Path) -> None:
+    numbers = (("<td>9</td>", '<td data-value="9">9</td>'), ("<td>10</td>", '<td data-value="10">10</td>'))
     with look.opened(browser, page_of(tmp_path)) as (page, _):
         table = page.locator("table")
-        assert look.sorted_by(table) == {1: "ascending"}
-        assert look.column(table, 1) == ["9", "10"] and look.rows(table) == ["shoe | 9", "bag | 10"]
+        assert look.sorted_by(table) == {1: "ascending"} and look.rows(table) == ["shoe | 9", "bag | 10"]
+        assert [look.orders(table, i) for i in (0, 1)] == [{"descending"}, {"descending"}]  # texts: "9" after "10"
+    with look.opened(browser, page_of(tmp_path, *numbers)) as (page, _):
+        assert look.orders(page.locator("table"), 1) == {"ascending"}
+    with look.opened(browser, page_of(tmp_path, ("bag", "shoe"))) as (page, _):
+        assert look.orders(page.locator("table"), 0) == {"ascending", "descending"}
+    row = ("<tr><td>bag</td>", "<tr><td>bag</td><td>1</td></tr><tr><td>hat</td>")
+    with look.opened(browser, page_of(tmp_path, row)) as (page, _):
+        assert look.orders(page.locator("table"), 0) == set()
+
+
+def test_what_paper_would_cut_off_is_found(browser: "Browser", tmp_path: Path) -> None:
+    with look.opened(browser, page_of(tmp_path), width=390) as (page, _):
+        assert [line.startswith('#data: <div class="wide"') for line in look.cut_by_scrolling(page)] == [True]
+    with look.opened(browser, page_of(tmp_path), width=700) as (page, _):
+        assert look.cut_by_scrolling(page) == []
+
+
+def test_broken_pictures_are_found(browser: "Browser", tmp_path: Path) -> None:
+    file = page_of(tmp_path, (' alt="a shoe, all', ' loading="lazy" style="margin-top: 9000px" alt="a shoe, all'))
+    with look.opened(browser, file) as (page, _):
+        assert look.broken_pictures(page) == []
+    file = page_of(tmp_path, (f'{DOT}" alt="a shoe, all', 'data:image/gif;base64,R0lG" alt="a shoe, all'))
+    with look.opened(browser, file, strict=False) as (page, _):
+        assert [line.startswith("#pictures: <img") for line in look.broken_pictures(page)] == [True]
 
 
 def test_what_is_printed_is_read(browser: "Browser", tmp_path: Path) -> None:

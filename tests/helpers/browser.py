@@ -5,14 +5,14 @@ Every check returns what it finds, as lines that name the place; none of them ch
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # an extra of its own
     from playwright.sync_api import Browser, Dialog, Locator, Page
@@ -29,6 +29,7 @@ FLAGS = (
     "--disable-sync",
     "--host-resolver-rules=MAP * ~NOTFOUND",  # no name is looked up, whatever a page asks for
 )
+SCRIPT = Path(__file__).with_suffix(".js").read_text()
 
 
 def missing() -> str | None:
@@ -115,16 +116,23 @@ def _asked(watch: Watch, url: str) -> None:
         watch.requests.append(url)
 
 
+def _run(where: "Page | Locator", function: str, *arguments: object) -> Any:
+    """What a function of browser.js finds in a page, or in an element, which it is given first."""
+    return where.evaluate(f"(...all) => {{ {SCRIPT}\n return {function}(...all); }}", *arguments)
+
+
+def _texts(values: Iterable[object]) -> list[str]:
+    return [str(value) for value in values]
+
+
 def sections(page: "Page") -> list[str]:
     """The ids of the sections of <main>, in their order."""
-    found: list[str] = page.eval_on_selector_all("main > section[id]", "all => all.map(section => section.id)")
-    return found
+    return _texts(_run(page, "sections"))
 
 
 def sideways(page: "Page") -> list[str]:
     """What makes the page wider than its window, so that it scrolls sideways."""
-    found: list[str] = page.evaluate(_SIDEWAYS)
-    return found
+    return _texts(_run(page, "sideways"))
 
 
 def overlaps(page: "Page") -> list[str]:
@@ -133,14 +141,22 @@ def overlaps(page: "Page") -> list[str]:
     Looked at is where the lines of a text are painted. Not looked at: what is hidden, also from all but screen
     readers, the inside of SVGs, and labels that are placed over a picture on purpose (position: absolute).
     """
-    found: list[str] = page.evaluate(_OVERLAPS)
-    return found
+    return _texts(_run(page, "overlaps"))
+
+
+def cut_by_scrolling(page: "Page") -> list[str]:
+    """What can be seen only by scrolling sideways in it: on paper, it is cut off."""
+    return _texts(_run(page, "cutByScrolling"))
+
+
+def broken_pictures(page: "Page") -> list[str]:
+    """Pictures that are not drawn, also after the whole page has been scrolled past."""
+    return _texts(_run(page, "brokenPictures"))
 
 
 def without_alternative(page: "Page") -> list[str]:
     """Pictures that say nothing to who does not see them, and are not marked as decoration."""
-    found: list[str] = page.evaluate(_WITHOUT_ALTERNATIVE)
-    return found
+    return _texts(_run(page, "withoutAlternative"))
 
 
 def violations(page: "Page", impacts: Sequence[str] = ("serious", "critical")) -> list[str]:
@@ -166,33 +182,25 @@ def brightness(page: "Page") -> float:
 
 def visible_frames(page: "Page") -> list[list[str]]:
     """For every picture, the blocks (`data-block`) whose frames can be seen."""
-    found: list[list[str]] = page.evaluate(_VISIBLE_FRAMES)
-    return found
-
-
-def column(table: "Locator", index: int) -> list[str]:
-    """The texts of a column, top to bottom."""
-    found: list[str] = table.evaluate(
-        "(table, i) => [...table.tBodies[0].rows].map(row => row.cells[i].innerText.trim())", index
-    )
-    return found
+    return [_texts(picture) for picture in _run(page, "visibleFrames")]
 
 
 def rows(table: "Locator") -> list[str]:
-    """The texts of a table's rows, top to bottom, without what only says how it is sorted."""
-    found: list[str] = table.evaluate(
-        "table => [...table.tBodies[0].rows].map(row => [...row.cells].map(c => c.innerText.trim()).join(' | '))"
-    )
-    return found
+    """The texts of a table's rows, top to bottom."""
+    return _texts(_run(table, "rows"))
+
+
+def orders(table: "Locator", index: int) -> set[str]:
+    """How a column is ordered: `ascending`, `descending`, both where all is equal, neither.
+
+    Numbers are compared where a cell has its own in `data-value`, else texts as the browser's language compares them.
+    """
+    return set(_texts(_run(table, "orders", index)))
 
 
 def sorted_by(table: "Locator") -> dict[int, str]:
     """The columns that say that a table is sorted by them, with the direction."""
-    found: list[list[object]] = table.evaluate(
-        """table => [...table.querySelectorAll('th[aria-sort]')].map(th => [th.cellIndex, th.ariaSort])
-                    .filter(([, sort]) => sort !== 'none')"""
-    )
-    return {int(str(index)): str(sort) for index, sort in found}
+    return {int(column): str(direction) for column, direction in _run(table, "sortedBy")}
 
 
 def printed_headings(page: "Page") -> set[str]:
@@ -216,107 +224,3 @@ def _unescaped(match: re.Match[bytes]) -> bytes:
     if escape.isdigit():
         return bytes([int(escape, 8)])
     return {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"b": b"\b", b"f": b"\f"}.get(escape, escape)
-
-
-_SIDEWAYS = """() => {
-  const root = document.documentElement;
-  if (root.scrollWidth <= root.clientWidth) return [];
-  const wide = [...document.body.querySelectorAll('*')]
-    .filter(e => e.getBoundingClientRect().right > root.clientWidth + 1)
-    .map(e => `<${e.tagName.toLowerCase()} class="${e.getAttribute('class') ?? ''}"> in #` +
-      `${e.closest('section')?.id ?? ''}, to ${Math.round(e.getBoundingClientRect().right)}`);
-  return [`${root.scrollWidth} px wide in a window of ${root.clientWidth}`, ...wide.slice(0, 8)];
-}"""
-
-_OVERLAPS = """() => {
-  const said = [];
-  const shown = e => e.checkVisibility({opacityProperty: true, visibilityProperty: true});
-  const box = r => ({left: r.left, right: r.right, top: r.top, bottom: r.bottom});
-  const meet = (a, b) => ({left: Math.max(a.left, b.left), right: Math.min(a.right, b.right),
-                           top: Math.max(a.top, b.top), bottom: Math.min(a.bottom, b.bottom)});
-  const wide = r => r.right - r.left, high = r => r.bottom - r.top;
-  const place = e => `#${e.closest('section')?.id ?? ''}`;
-  const ancestors = function*(e) { for (; e && e !== document.documentElement; e = e.parentElement) yield e; };
-
-  // What of a rectangle is painted, and whether an ancestor hides a part of it for good.
-  const painted = (rect, element) => {
-    let part = rect, lost = false, scrolls = false;
-    for (const a of ancestors(element)) {
-      const style = getComputedStyle(a);
-      if (style.overflowX === 'visible' && style.overflowY === 'visible') continue;
-      const frame = a.getBoundingClientRect();
-      if (frame.width <= 2 || frame.height <= 2) return {part: null};  // for screen readers only
-      const before = part;
-      part = meet(part, frame);
-      const hides = o => o === 'hidden' || o === 'clip';
-      scrolls ||= !hides(style.overflowX);
-      if (style.textOverflow !== 'ellipsis' && !scrolls)
-        lost ||= (hides(style.overflowX) && wide(before) - wide(part) > 2)
-              || (hides(style.overflowY) && high(before) - high(part) > 0.3 * high(before));
-    }
-    const outside = !scrolls && (rect.left < -1 || rect.right > document.documentElement.clientWidth + 1);
-    return {part: wide(part) > 2 && high(part) > 2 ? part : null, lost: lost || outside};
-  };
-
-  const texts = [], media = [];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  const range = document.createRange();
-  for (let node; (node = walker.nextNode());) {
-    const element = node.parentElement;
-    if (!node.data.trim() || element.closest('svg, script, style, template, select') || !shown(element)) continue;
-    range.selectNodeContents(node);
-    for (const rect of range.getClientRects()) {
-      const {part, lost} = painted(box(rect), element);
-      const text = node.data.trim().slice(0, 40);
-      if (lost) said.push(`${place(element)}: "${text}" is cut off`);
-      if (part) texts.push({node, element, part, text});
-    }
-  }
-  for (const element of document.body.querySelectorAll('img, svg, canvas, video, input, select')) {
-    if (!shown(element) || element.parentElement.closest('svg')) continue;
-    const {part} = painted(box(element.getBoundingClientRect()), element);
-    if (part) media.push({element, part});
-  }
-
-  const over = (a, b) => {
-    const both = meet(a, b);
-    return wide(both) > 2 && high(both) > Math.max(3, 0.25 * Math.min(high(a), high(b)));
-  };
-  texts.forEach((one, i) => {
-    for (const other of texts.slice(i + 1))
-      if (one.node !== other.node && over(one.part, other.part))
-        said.push(`${place(one.element)}: "${one.text}" over "${other.text}"`);
-    const placed = [...ancestors(one.element)].find(a => getComputedStyle(a).position === 'absolute');
-    for (const {element, part} of media) {
-      if (placed && !placed.contains(element) && placed.parentElement.contains(element)) continue;
-      if (!element.contains(one.node) && over(one.part, part))
-        said.push(`${place(one.element)}: "${one.text}" over <${element.tagName.toLowerCase()}>`);
-    }
-  });
-  return said;
-}"""
-
-_WITHOUT_ALTERNATIVE = """() => [...document.querySelectorAll('img, svg, canvas, [role=img]')].filter(e => {
-  if (e.parentElement.closest('svg') || e.closest('[aria-hidden=true]')) return false;
-  if (['presentation', 'none'].includes(e.getAttribute('role'))) return false;
-  const labels = (e.getAttribute('aria-labelledby') ?? '').split(' ');
-  const named = labels.map(id => document.getElementById(id)?.textContent);
-  const names = [e.getAttribute('aria-label'), e.getAttribute('alt'), ...named];
-  if (e.tagName === 'svg') {
-    names.push(e.querySelector(':scope > title')?.textContent);
-    if (e.getAttribute('role') !== 'img') return true;  // else it is read out as its parts
-  }
-  return !names.some(name => name?.trim());
-}).map(e => `#${e.closest('section')?.id ?? ''}: ${e.outerHTML.slice(0, 120)}`)"""
-
-_VISIBLE_FRAMES = """() => {
-  const pictures = new Map();
-  for (const frame of document.querySelectorAll('#pictures [data-block]')) {
-    const seen = pictures.get(frame.parentElement) ?? [];
-    pictures.set(frame.parentElement, seen);
-    const box = frame.getBoundingClientRect();
-    if (frame.checkVisibility({opacityProperty: true, visibilityProperty: true}) && box.width > 1 && box.height > 1)
-      seen.push(frame.dataset.block);
-  }
-  return [...pictures.values()];
-}"""
