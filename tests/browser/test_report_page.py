@@ -1,0 +1,270 @@
+"""report.html of real runs in a real browser: it works, reads well at any width, and asks nobody for anything."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from conftest import write_pictures
+from helpers import browser as look
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, Page
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(look.missing() is not None, reason=str(look.missing()))]
+
+HOSTILE = ("<img src=x onerror=alert(1)>", "<script>alert(1)<", "a&amp;b \"c\" 'd' {{ 7 * 7 }}")
+"""Names of classes, which a file system allows and a page must not take for its own."""
+MOST_BYTES = 1_500_000
+SMALL = ("--batch-size", "8")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A run whose report is looked at."""
+
+    flags: tuple[str, ...]
+    sections: tuple[str, ...]
+    data: str = ""
+    """Folder of pictures; those that ship with snello where there is none."""
+    out: str = "run"
+
+
+# A slash cannot be in a name, but in a path: the folders are called so that a tag ends and another starts.
+OWN = "own</script><script>alert(1)</script>"
+KINDS = {
+    "shipped": Kind(("--no-compare",), ("result", "pictures", "curves", "mistakes", "data")),
+    "own": Kind(
+        ("--no-compare", "--epochs", "2", *SMALL),
+        ("result", "pictures", "curves", "mistakes", "data"),
+        OWN,
+        "out</script><script>alert(2)</script>",
+    ),
+    "compared": Kind(SMALL, ("result", "pictures", "curves", "mistakes", "costs", "data"), "plain"),
+    "cut": Kind(
+        ("--split.cut", "3", "--split.codec", "adc(0.25)", *SMALL),
+        ("result", "pictures", "curves", "mistakes", "traffic", "data"),
+        "plain",
+    ),
+}
+SIDE_BY_SIDE = "side by side"
+ALL = [*KINDS, SIDE_BY_SIDE]
+PAPER = 718
+"""Width of a page of A4 between its margins, in CSS pixels."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    with look.launched() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the runs, each in a folder of its kind, and their pictures; some are in the wrong class."""
+    folder = tmp_path_factory.mktemp("reports")
+    for data, names in ((OWN, HOSTILE), ("plain", ("blue", "green", "red"))):
+        write_pictures(folder / data / "train", dict.fromkeys(names, 24), size=32)
+        write_pictures(folder / data / "val", dict.fromkeys(names, 8), seed=1, size=32)
+        wrong = dict.fromkeys((names[1], names[2], names[0]), 2)
+        write_pictures(folder / "wrong" / data, wrong, seed=2, size=32)
+        for name in names:
+            for file in (folder / "wrong" / data / name).iterdir():
+                file.rename(folder / data / "val" / name / f'" onload=alert(3) <b> {file.name}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(folder: Path) -> dict[str, Path]:
+    """The report of each kind of run, as `snello finetune` leaves it."""
+    outs = {name: folder / name / kind.out for name, kind in KINDS.items()}
+    commands = {
+        name: ["finetune", "--epochs", "1", *(("--data", str(folder / kind.data)) if kind.data else ()), *kind.flags]
+        for name, kind in KINDS.items()
+    }
+    started = {name: snello(*args, "--out", str(outs[name])) for name, args in commands.items()}
+    for name, process in started.items():
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, f"{name}: {said}"
+    return {name: out / "report.html" for name, out in outs.items()}
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest, reports: dict[str, Path], folder: Path) -> Path:
+    """The report of the kind that a test is given."""
+    if request.param != SIDE_BY_SIDE:
+        return reports[request.param]
+    file = folder / "side by side.html"
+    if not file.exists():
+        process = snello("report", *(str(one.parent) for one in reports.values()), "--out", str(file))
+        said, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    return file
+
+
+def snello(*args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "snello", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def each(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("report", names, indirect=True)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_sections_stand_in_their_order(browser: "Browser", reports: dict[str, Path], name: str) -> None:
+    with look.opened(browser, reports[name]) as (page, _):
+        assert look.sections(page) == list(KINDS[name].sections)
+        assert [page.locator(f"#{section}").inner_text().strip() != "" for section in look.sections(page)] == [
+            True
+        ] * len(KINDS[name].sections)
+
+
+@each(SIDE_BY_SIDE)
+def test_runs_stand_side_by_side(browser: "Browser", report: Path, reports: dict[str, Path]) -> None:
+    with look.opened(browser, report) as (page, _):
+        assert "runs" in look.sections(page)
+        assert len(look.rows(page.locator("#runs table.sortable").first)) == len(reports)
+
+
+@each(*ALL)
+def test_it_is_one_small_file(report: Path) -> None:
+    assert 10_000 < report.stat().st_size < MOST_BYTES
+
+
+@each(*ALL)
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_can_be_read(browser: "Browser", report: Path, width: int, scheme: look.Scheme) -> None:
+    with look.opened(browser, report, width=width, scheme=scheme) as (page, _):
+        assert (look.brightness(page) > 0.85) if scheme == "light" else (look.brightness(page) < 0.2)
+        for check in (look.sideways, look.overlaps, look.without_alternative, look.violations, look.broken_pictures):
+            assert check(page) == [], check.__name__
+
+
+@each(*KINDS)
+def test_the_slider_moves_through_the_blocks(browser: "Browser", report: Path) -> None:
+    from playwright.sync_api import expect
+
+    with look.opened(browser, report) as (page, _):
+        slider = page.locator("#pictures input[type=range]")
+        expect(slider).to_have_count(1)
+        expect(slider).to_have_accessible_name(re.compile(r"\w"))
+        blocks = sorted(all_blocks(page), key=int)
+        num = len(look.visible_frames(page))
+        assert num >= 1 and len(blocks) >= 2
+        slider.fill(str(slider.get_attribute("min")))
+        seen = [look.visible_frames(page)]
+        for _ in blocks[1:]:
+            slider.press("ArrowRight")
+            seen.append(look.visible_frames(page))
+        assert seen == [[[block]] * num for block in blocks]
+        slider.press("ArrowRight")
+        assert look.visible_frames(page) == seen[-1]  # it ends there
+        slider.fill(str(slider.get_attribute("min")))
+        assert look.visible_frames(page) == seen[0]
+
+
+@each("shipped", "own", "compared")
+def test_frames_show_that_tokens_become_fewer(browser: "Browser", report: Path) -> None:
+    with look.opened(browser, report) as (page, _):
+        slider, frames = page.locator("#pictures input[type=range]"), page.locator("#pictures [data-block]")
+        slider.fill(str(slider.get_attribute("min")))
+        first = frames.locator("visible=true").first.screenshot()
+        slider.fill(str(slider.get_attribute("max")))
+        assert frames.locator("visible=true").first.screenshot() != first
+
+
+@each(*ALL)
+def test_tables_can_be_sorted(browser: "Browser", report: Path) -> None:
+    with look.opened(browser, report) as (page, _):
+        tables = page.locator("table.sortable")
+        assert tables.count() >= 1
+        for table in tables.all():
+            assert_sorts(table)
+
+
+def assert_sorts(table: "Locator") -> None:
+    before = sorted(look.rows(table))
+    heads = table.locator("thead th")
+    assert heads.count() >= 2
+    moved = False
+    for index, head in enumerate(heads.all()):
+        button = head.locator("button")
+        assert button.count() == 1 and button.inner_text().strip()
+        orders = {}
+        for _ in range(2):  # one way, then the other; with the keyboard as well as with a pointer
+            button.press("Enter") if orders else button.click()
+            said = look.sorted_by(table)
+            assert list(said) == [index] and said[index] in look.orders(table, index), (button.inner_text(), said)
+            assert sorted(look.rows(table)) == before  # no row is lost
+            orders[said[index]] = look.rows(table)
+        assert set(orders) == {"ascending", "descending"}
+        moved |= orders["ascending"] != orders["descending"]
+    assert moved or len(before) == 1
+
+
+@each(*ALL)
+def test_without_javascript_everything_is_there(browser: "Browser", report: Path) -> None:
+    with look.opened(browser, report) as (page, _):
+        sections, headings, rows = look.sections(page), headings_of(page), rows_of(page)
+    with look.opened(browser, report, java_script=False) as (page, _):
+        assert look.sections(page) == sections and headings_of(page) == headings and rows_of(page) == rows
+        for picture in look.visible_frames(page):
+            assert set(picture) == all_blocks(page)
+        assert page.locator("input[type=range]").locator("visible=true").count() == 0
+    for width in (390, 1280):
+        with look.opened(browser, report, width=width, java_script=False) as (page, _):
+            for check in (look.sideways, look.overlaps, look.violations, look.broken_pictures):
+                assert check(page) == [], check.__name__
+
+
+@each(*ALL)
+def test_all_of_it_is_printed(browser: "Browser", report: Path) -> None:
+    with look.opened(browser, report) as (page, _):
+        headings = {text for text in headings_of(page) if text}
+        assert headings <= look.printed_headings(page)
+        page.emulate_media(media="print")
+        page.set_viewport_size({"width": PAPER, "height": 1000})
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        for picture in look.visible_frames(page):
+            assert set(picture) == all_blocks(page)  # paper has no slider
+        assert page.locator("input[type=range]").locator("visible=true").count() == 0
+        for check in (look.sideways, look.overlaps, look.cut_by_scrolling, look.broken_pictures):
+            assert check(page) == [], check.__name__
+
+
+@each(*ALL)
+def test_a_pointer_that_moves_over_it_breaks_nothing(browser: "Browser", report: Path) -> None:
+    with look.opened(browser, report) as (page, _):
+        for element in page.locator("main svg, main td, main summary").locator("visible=true").all()[:60]:
+            element.hover(force=True)
+
+
+@each("own")
+def test_names_are_text_whatever_they_look_like(browser: "Browser", report: Path) -> None:
+    with look.opened(browser, report) as (page, _):
+        for section in ("mistakes", "data"):
+            for name in HOSTILE:
+                assert page.locator(f"#{section}").get_by_text(name, exact=False).count() > 0, (section, name)
+        assert page.locator("script").count() == 1
+        assert page.locator("img[src=x], main b:empty, [onload], [onerror]").count() == 0
+        assert "{{" not in page.content().replace("{{ 7 * 7 }}", "")
+
+
+def all_blocks(page: "Page") -> set[str]:
+    found = page.locator("#pictures [data-block]").all()
+    return {str(frame.get_attribute("data-block")) for frame in found}
+
+
+def headings_of(page: "Page") -> list[str]:
+    return page.locator("main h1, main h2, main h3").all_text_contents()
+
+
+def rows_of(page: "Page") -> list[list[str]]:
+    return [look.rows(table) for table in page.locator("main table").all()]
