@@ -15,16 +15,6 @@ function* withAncestors(element) {
   for (let one = element; one && one !== document.documentElement; one = one.parentElement) yield one;
 }
 
-function sideways() {
-  const { scrollWidth, clientWidth } = document.documentElement;
-  if (scrollWidth <= clientWidth) return [];
-  const tooWide = [...document.body.querySelectorAll("*")]
-    .map((element) => ({ element, right: Math.round(element.getBoundingClientRect().right) }))
-    .filter(({ right }) => right > clientWidth + 1)
-    .map(({ element, right }) => `${place(element)}: ${element.outerHTML.slice(0, 80)}, to ${right}`);
-  return [`${scrollWidth} px wide in a window of ${clientWidth}`, ...tooWide.slice(0, 8)];
-}
-
 // The part of a box that is painted, null for none, and whether some of it is hidden for good.
 function painted(box, element) {
   const hides = (overflow) => overflow === "hidden" || overflow === "clip";
@@ -59,6 +49,18 @@ function lines() {
       found.push({ node, element, text: node.data.trim().slice(0, 40), ...painted(box, element) });
   }
   return found;
+}
+
+function sideways() {
+  const { scrollWidth, clientWidth } = document.documentElement;
+  if (scrollWidth <= clientWidth) return [];
+  const boxes = [...document.body.querySelectorAll("*")]
+    .filter(isShown)
+    .map((element) => ({ element, ...painted(element.getBoundingClientRect(), element) }));
+  const tooWide = [...lines(), ...boxes]
+    .filter(({ part }) => part && part.right > clientWidth + 1)
+    .map(({ element, text, part }) => `${place(element)}: ${text ?? element.outerHTML.slice(0, 80)}, to ${part.right}`);
+  return [`${scrollWidth} px wide in a window of ${clientWidth}`, ...tooWide.slice(0, 8)];
 }
 
 function media() {
@@ -98,16 +100,10 @@ function cutByScrolling() {
     .map((one) => `${place(one)}: ${one.outerHTML.slice(0, 80)}, ${one.scrollWidth} in ${one.clientWidth} px`);
 }
 
-async function brokenPictures() {
-  for (const image of document.images) {
-    image.scrollIntoView(); // some are drawn only then
-    await new Promise((done) => requestAnimationFrame(done));
-    if (!image.complete) await new Promise((done) => (image.onload = image.onerror = done));
-  }
-  scrollTo(0, 0);
-  return [...document.images]
-    .filter((image) => isShown(image) && !image.naturalWidth)
-    .map((image) => `${place(image)}: ${image.outerHTML.slice(0, 120)}`);
+function brokenPictures() {
+  const broken = [...document.images].filter((image) => isShown(image) && !image.naturalWidth);
+  broken[0]?.scrollIntoView(); // it may be drawn only now
+  return broken.map((image) => `${place(image)}: ${image.outerHTML.slice(0, 60)} alt="${image.alt}"`);
 }
 
 function withoutAlternative() {

@@ -5,6 +5,7 @@ Every check returns what it finds, as lines that name the place; none of them ch
 
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ FLAGS = (
     "--disable-sync",
     "--host-resolver-rules=MAP * ~NOTFOUND",  # no name is looked up, whatever a page asks for
 )
+SECONDS = 2.0
+"""In which a picture that is in the window has to be drawn."""
 SCRIPT = Path(__file__).with_suffix(".js").read_text()
 
 
@@ -150,8 +153,17 @@ def cut_by_scrolling(page: "Page") -> list[str]:
 
 
 def broken_pictures(page: "Page") -> list[str]:
-    """Pictures that are not drawn, also after the whole page has been scrolled past."""
-    return _texts(_run(page, "brokenPictures"))
+    """Pictures that are not drawn, not even when they are scrolled to."""
+    found = _texts(_run(page, "brokenPictures"))
+    end = time.monotonic() + SECONDS
+    while found and time.monotonic() < end:
+        page.wait_for_timeout(20)
+        left = _texts(_run(page, "brokenPictures"))
+        if len(left) < len(found):
+            end = time.monotonic() + SECONDS
+        found = left
+    page.evaluate("scrollTo(0, 0)")
+    return found
 
 
 def without_alternative(page: "Page") -> list[str]:
