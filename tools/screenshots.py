@@ -10,12 +10,14 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.browser import Scheme, launched, missing, opened, sections
+from helpers.browser import Scheme, broken_pictures, launched, missing, opened, sections
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 WIDTHS = (390, 1280)
+HIGHEST = 16_000
+"""What a browser can paint at once."""
 SCHEMES: tuple[Scheme, ...] = ("light", "dark")
 
 
@@ -24,6 +26,10 @@ def take(browser: "Browser", file: Path, width: int, scheme: Scheme, out: Path) 
     with opened(browser, file, width=width, scheme=scheme, strict=False) as (page, watch):
         for line in (*watch.complaints, *watch.requests[1:]):
             print(f"{width} {scheme}: {line}", file=sys.stderr)
+        height = page.evaluate("document.documentElement.scrollHeight")
+        page.set_viewport_size({"width": width, "height": min(height, HIGHEST)})  # what is drawn late is drawn now
+        for line in broken_pictures(page):
+            print(f"{width} {scheme}: not drawn: {line}", file=sys.stderr)
         whole = out / f"{width}-{scheme}.png"
         page.screenshot(path=whole, full_page=True)
         taken = [whole]

@@ -173,7 +173,10 @@ def test_tables_are_read(browser: "Browser", tmp_path: Path) -> None:
     with look.opened(browser, page_of(tmp_path)) as (page, _):
         table = page.locator("table")
         assert look.sorted_by(table) == {1: "ascending"} and look.rows(table) == ["shoe | 9", "bag | 10"]
-        assert [look.orders(table, i) for i in (0, 1)] == [{"descending"}, {"descending"}]  # texts: "9" after "10"
+        assert [look.orders(table, i) for i in (0, 1)] == [
+            {"descending"},
+            {"ascending", "descending"},
+        ]  # "9", "10": as said
     with look.opened(browser, page_of(tmp_path, *numbers)) as (page, _):
         assert look.orders(page.locator("table"), 1) == {"ascending"}
     with look.opened(browser, page_of(tmp_path, ("bag", "shoe"))) as (page, _):
@@ -181,6 +184,12 @@ def test_tables_are_read(browser: "Browser", tmp_path: Path) -> None:
     row = ("<tr><td>bag</td>", "<tr><td>bag</td><td>1</td></tr><tr><td>hat</td>")
     with look.opened(browser, page_of(tmp_path, row)) as (page, _):
         assert look.orders(page.locator("table"), 0) == set()
+
+
+def test_texts_that_can_be_seen_are_told(browser: "Browser", tmp_path: Path) -> None:
+    with look.opened(browser, page_of(tmp_path, ("<h2>Data", "<h2>Some\n data"), ("<p>", "<p hidden>"))) as (page, _):
+        assert {"Result", "Some data", "shoe"} <= look.texts(page)
+        assert not {"Accuracy 43.2 %", "of the held-out pictures", "a"} & look.texts(page)
 
 
 def test_what_paper_would_cut_off_is_found(browser: "Browser", tmp_path: Path) -> None:

@@ -229,9 +229,10 @@ def assert_sorts(table: "Locator") -> None:
 @each(*ALL)
 def test_without_javascript_everything_is_there(browser: "Browser", report: Path) -> None:
     with look.opened(browser, report) as (page, _):
-        sections, headings, rows = look.sections(page), headings_of(page), rows_of(page)
+        sections, texts, rows = look.sections(page), texts_of(page), rows_of(page)
     with look.opened(browser, report, java_script=False) as (page, _):
-        assert look.sections(page) == sections and headings_of(page) == headings and rows_of(page) == rows
+        assert look.sections(page) == sections and rows_of(page) == rows
+        assert texts - look.texts(page) == set()
         assert_all_frames(page)
         for width in WIDTHS:
             page.set_viewport_size({"width": width, "height": 800})
@@ -241,11 +242,13 @@ def test_without_javascript_everything_is_there(browser: "Browser", report: Path
 @each(*ALL)
 def test_all_of_it_is_printed(browser: "Browser", report: Path) -> None:
     with look.opened(browser, report) as (page, _):
+        texts = texts_of(page)
         printed = {unspaced(text) for text in look.printed_headings(page)}
         assert {unspaced(text) for text in headings_of(page)} - printed == set()
         page.emulate_media(media="print")
         page.set_viewport_size({"width": PAPER, "height": 1000})
         page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert texts - look.texts(page) == set()
         assert_all_frames(page)
         none(page, look.sideways, look.overlaps, look.cut_by_scrolling, look.broken_pictures)
 
@@ -277,6 +280,14 @@ def test_names_are_text_whatever_they_look_like(browser: "Browser", report: Path
 def all_blocks(page: "Page") -> set[str]:
     found = page.locator("#pictures [data-block]").all()
     return {str(frame.get_attribute("data-block")) for frame in found}
+
+
+def texts_of(page: "Page") -> set[str]:
+    """The texts that can be seen, but for those that name the slider."""
+    labels: list[str] = page.locator("#pictures input[type=range]").evaluate_all(
+        "sliders => sliders.flatMap(slider => [...slider.labels].map(label => label.innerText.trim()))"
+    )
+    return look.texts(page) - set(labels)
 
 
 def headings_of(page: "Page") -> list[str]:

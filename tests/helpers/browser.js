@@ -2,6 +2,7 @@
 
 const place = (element) => `#${element.closest("section")?.id ?? ""}`;
 const isShown = (element) => element.checkVisibility({ opacityProperty: true, visibilityProperty: true });
+const brief = ({ text }) => text.slice(0, 40);
 const wide = (box) => box.right - box.left;
 const high = (box) => box.bottom - box.top;
 const meet = (one, other) => ({
@@ -46,7 +47,7 @@ function lines() {
     if (!node.data.trim() || element.closest("svg, script, style, template, select") || !isShown(element)) continue;
     range.selectNodeContents(node);
     for (const box of range.getClientRects())
-      found.push({ node, element, text: node.data.trim().slice(0, 40), ...painted(box, element) });
+      found.push({ node, element, text: node.data.trim().replace(/\s+/g, " "), ...painted(box, element) });
   }
   return found;
 }
@@ -59,8 +60,12 @@ function sideways() {
     .map((element) => ({ element, ...painted(element.getBoundingClientRect(), element) }));
   const tooWide = [...lines(), ...boxes]
     .filter(({ part }) => part && part.right > clientWidth + 1)
-    .map(({ element, text, part }) => `${place(element)}: ${text ?? element.outerHTML.slice(0, 80)}, to ${part.right}`);
+    .map((one) => `${place(one.element)}: ${one.text ? brief(one) : one.element.outerHTML.slice(0, 80)}, to ${one.part.right}`);
   return [`${scrollWidth} px wide in a window of ${clientWidth}`, ...tooWide.slice(0, 8)];
+}
+
+function texts() {
+  return lines().filter(({ element, part }) => part && element.closest("main")).map(({ text }) => text);
 }
 
 function media() {
@@ -72,7 +77,7 @@ function media() {
 
 function overlaps() {
   const all = lines();
-  const said = all.filter((line) => line.lost).map((line) => `${place(line.element)}: "${line.text}" is cut off`);
+  const said = all.filter((line) => line.lost).map((line) => `${place(line.element)}: "${brief(line)}" is cut off`);
   const over = (one, other) => {
     const both = meet(one, other);
     return wide(both) > 2 && high(both) > Math.max(3, 0.25 * Math.min(high(one), high(other)));
@@ -82,12 +87,12 @@ function overlaps() {
   texts.forEach((one, i) => {
     for (const other of texts.slice(i + 1))
       if (one.node !== other.node && over(one.part, other.part))
-        said.push(`${place(one.element)}: "${one.text}" over "${other.text}"`);
+        said.push(`${place(one.element)}: "${brief(one)}" over "${brief(other)}"`);
     const placed = [...withAncestors(one.element)].find((a) => getComputedStyle(a).position === "absolute");
     for (const { element, part } of pictures) {
       const onPurpose = placed && !placed.contains(element) && placed.parentElement.contains(element);
       if (!onPurpose && !element.contains(one.node) && over(one.part, part))
-        said.push(`${place(one.element)}: "${one.text}" over <${element.tagName.toLowerCase()}>`);
+        said.push(`${place(one.element)}: "${brief(one)}" over <${element.tagName.toLowerCase()}>`);
     }
   });
   return said;
@@ -146,15 +151,19 @@ function rows(table) {
 function orders(table, column) {
   const cells = [...table.tBodies[0].rows].map((row) => row.cells[column]);
   const isNumeric = cells.every((cell) => cell.dataset.value);
-  const ways = cells.slice(1).map((cell, i) => {
-    const before = cells[i];
-    if (isNumeric) return Number(before.dataset.value) - Number(cell.dataset.value);
-    return before.textContent.localeCompare(cell.textContent);
-  });
-  const found = [];
-  if (ways.every((way) => way <= 0)) found.push("ascending");
-  if (ways.every((way) => way >= 0)) found.push("descending");
-  return found;
+  const compares = isNumeric
+    ? [(one, other) => Number(one.dataset.value) - Number(other.dataset.value)]
+    : [undefined, { numeric: true }].map((options) => {
+        const { compare } = new Intl.Collator(undefined, options); // "10" before "9", or after it
+        return (one, other) => compare(one.textContent, other.textContent);
+      });
+  const found = new Set();
+  for (const compare of compares) {
+    const ways = cells.slice(1).map((cell, i) => compare(cells[i], cell));
+    if (ways.every((way) => way <= 0)) found.add("ascending");
+    if (ways.every((way) => way >= 0)) found.add("descending");
+  }
+  return [...found];
 }
 
 function sortedBy(table) {

@@ -133,6 +133,11 @@ def sections(page: "Page") -> list[str]:
     return _texts(_run(page, "sections"))
 
 
+def texts(page: "Page") -> set[str]:
+    """The texts that can be seen in <main>."""
+    return set(_texts(_run(page, "texts")))
+
+
 def sideways(page: "Page") -> list[str]:
     """What makes the page wider than its window, so that it scrolls sideways."""
     return _texts(_run(page, "sideways"))
@@ -205,7 +210,8 @@ def rows(table: "Locator") -> list[str]:
 def orders(table: "Locator", index: int) -> set[str]:
     """How a column is ordered: `ascending`, `descending`, both where all is equal, neither.
 
-    Numbers are compared where a cell has its own in `data-value`, else texts as the browser's language compares them.
+    Numbers are compared where every cell has one in `data-value`, else texts as the browser's language compares them,
+    with numbers in them by their digits or their size.
     """
     return set(_texts(_run(table, "orders", index)))
 
