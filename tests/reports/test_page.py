@@ -76,7 +76,7 @@ def test_it_can_be_drawn_again_and_is_the_same(run: Path) -> None:
 
 def test_the_result_and_its_mistakes_are_the_summarys(run: Path) -> None:
     text, summary = page(run), json.loads((run / "summary.json").read_text())
-    assert f"{summary['accuracy']:.1%} on 12 held-out pictures" in text
+    assert f"{100 * summary['accuracy']:.1f} % on 12 held-out pictures" in text
     wrong = round(12 * (1 - summary["accuracy"]))
     assert f"{wrong} of 12 held-out pictures are taken for another class" in text
 

@@ -186,7 +186,7 @@ def _line(one: Series, number: int, across: _Axis, up: _Axis, percent: bool) -> 
     dashed = " dashed" if one.dashed else ""
     drawn = Markup('<path class="line c{}{}" d="{}"/>').format(number % 5, dashed, path)
     for (x, y), (left, high) in zip(points, places, strict=True):
-        value = f"{y:.2%}" if percent else f"{y:.4g}"
+        value = f"{100 * y:.2f} %" if percent else f"{y:.4g}"
         kind = "dot" if one.dots else "spot"
         drawn += Markup('<circle class="{} c{}" cx="{:.1f}" cy="{:.1f}" r="{}" data-tip="{}"/>').format(
             kind, number % 5, left, high, 3.5 if one.dots else 5, f"{one.name} at {x:.5g}: {value}"

@@ -81,7 +81,7 @@ def _budgets(steps: Rows) -> dict[str, Any] | None:
     frozen = 1 - sum(map(sum, trains)) / (len(kept) * len(values))
     at = [row["step"] for row in kept]
     alt = f"budgets of {len(values)} blocks over {at[-1]} steps: {course or 'all pass on every token'}"
-    trained = f"which of {len(values)} blocks train in each step: {1 - frozen:.0%} of all"
+    trained = f"which of {len(values)} blocks train in each step: {100 * (1 - frozen):.0f} % of all"
     return {
         "svg": heat_map(values, at, alt=alt, x="step", row_name="block"),
         "course": course,

@@ -7,6 +7,7 @@ from snello.config.values import to_dict
 from snello.reports.facts import Facts
 from snello.reports.words import setting_text
 from snello.runs.folder import flat
+from snello.runs.resolved import Resolved
 
 MOST_CLASSES = 200
 """Rows of the table of classes."""
@@ -42,7 +43,12 @@ def data(facts: Facts) -> dict[str, Any] | None:
         "changed": [(name, setting_text(value)) for name, value in settings.items() if name in own],
         "others": [(name, setting_text(value)) for name, value in settings.items() if name not in own],
         "versions": resolved.versions,
-        "machine": found.get("machine", {}) | {"device": resolved.device, "precision": resolved.precision,
-                                               "threads": resolved.threads},
+        "machine": _machine(found.get("machine", {}), resolved),
         "files": "config.yaml, report/data.json",
-    }  # fmt: skip
+    }
+
+
+def _machine(found: dict[str, Any], resolved: Resolved) -> dict[str, Any]:
+    """Where it was trained, and how."""
+    known = {name: f"{value / 2**30:.1f} GiB" if name == "memory" else value for name, value in found.items() if value}
+    return known | {"device": resolved.device, "precision": resolved.precision, "threads": resolved.threads}

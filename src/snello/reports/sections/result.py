@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from snello.reports.facts import Facts
-from snello.reports.words import duration, less, share_of_full, size_text
+from snello.reports.words import duration, less, percent, share_of_full, size_text
 
 
 def result(facts: Facts) -> dict[str, Any] | None:
@@ -20,15 +20,15 @@ def result(facts: Facts) -> dict[str, Any] | None:
         return {"sentence": sentence, "tiles": [], "lines": [], "repeat": repeat, "files": "metrics.jsonl"}
     costs = summary.costs
     time, saved = share_of_full(costs, "step_time_s"), share_of_full(costs, "saved_bytes_per_sample")
-    sentence = f"{summary.accuracy:.1%} on {num:,} held-out pictures"
+    sentence = f"{percent(summary.accuracy)} on {num:,} held-out pictures"
     if time is not None and saved is not None and summary.method != "full":
         sentence += f", with steps that take {time:.2f} of full fine-tuning's time"
         sentence += f" and {saved:.2f} of its memory for activations"
     if summary.traffic is not None:
         sentence += f", with {less(summary.traffic)} traffic than uncompressed"
     tiles = [
-        ("accuracy", f"{summary.accuracy:.1%}", f"epoch {summary.best_epoch} of {summary.epochs}"),
-        *([("balanced accuracy", f"{summary.balanced_accuracy:.1%}", "every class counts the same")]
+        ("accuracy", percent(summary.accuracy), f"epoch {summary.best_epoch} of {summary.epochs}"),
+        *([("balanced accuracy", percent(summary.balanced_accuracy), "every class counts the same")]
           if summary.balanced_accuracy is not None else []),
         ("training", duration(summary.train_time_s), f"{summary.steps:,} steps on {summary.device}"),
     ]  # fmt: skip
@@ -50,11 +50,11 @@ def _against_probe(facts: Facts) -> Iterator[str]:
     probe = facts.summary.probe_accuracy
     gain = 100 * (facts.summary.accuracy - probe)
     more = f"{abs(gain):.1f} points {'above' if gain >= 0 else 'below'}"
-    yield f"A linear classifier on the model as it was at the start reaches {probe:.1%}: the run ends {more} that."
+    yield f"A linear classifier on the model as it was at the start reaches {percent(probe)}: the run ends {more} that."
 
 
 def _least(facts: Facts) -> Iterator[str]:
     rows = [row for row in (facts.summary.per_class if facts.summary else None) or () if row["pictures"]]
     if len(rows) > 1 and min(row["accuracy"] for row in rows) < 1:
         least = min(rows, key=lambda row: row["accuracy"])
-        yield f"Least accurate: {least['class']}, {least['accuracy']:.1%} of {least['pictures']} pictures."
+        yield f"Least accurate: {least['class']}, {percent(least['accuracy'])} of {least['pictures']} pictures."

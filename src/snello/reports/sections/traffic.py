@@ -4,7 +4,7 @@ from typing import Any
 
 from snello.reports.charts import Mark, Series, line_chart
 from snello.reports.facts import Facts
-from snello.reports.words import course, size_text
+from snello.reports.words import course, percent, size_text
 
 
 def traffic(facts: Facts) -> dict[str, Any] | None:
@@ -40,7 +40,7 @@ def traffic(facts: Facts) -> dict[str, Any] | None:
         "labels": crossed.labels,
         "chart": chart,
         "kinds": kinds,
-        "totals": [(name, size_text(size), f"{size / crossed.uncompressed_bytes:.2%}") for name, size in totals],
+        "totals": [(name, size_text(size), percent(size / crossed.uncompressed_bytes, 2)) for name, size in totals],
         "groups": groups,
         "batch": None if merged is None else merged.get("batch"),
         "files": "summary.json, metrics.jsonl" + (", report/merged.json" if groups else ""),

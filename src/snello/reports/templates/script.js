@@ -37,7 +37,7 @@
         head.setAttribute("aria-sort", up ? "ascending" : "descending");
         const order = (one, other) => {
           const [a, b] = [one.cells[column], other.cells[column]];
-          const way = numeric ? number(a) - number(b) : a.textContent.localeCompare(b.textContent);
+          const way = numeric ? number(a) - number(b) : a.textContent.localeCompare(b.textContent, undefined, { numeric: true });
           return up ? way : -way;
         };
         body.append(...[...body.rows].sort(order));
@@ -47,7 +47,8 @@
 
   const tip = document.getElementById("tip");
   document.addEventListener("pointerover", (event) => {
-    const text = event.target instanceof Element ? event.target.getAttribute("data-tip") : null;
+    const over = event.target instanceof Element ? event.target.closest("[data-tip]") : null;
+    const text = over ? over.dataset.tip : "";
     tip.hidden = !text;
     if (text) tip.textContent = text;
   });
