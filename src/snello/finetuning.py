@@ -25,6 +25,7 @@ from snello.train.display import say, warnings_on
 from snello.train.loop import Trainer
 from snello.train.place import LocalPlace, make_whole_learner
 from snello.train.ranks import Ranks, connect
+from snello.train.schedule import enough_epochs
 from snello.train.signals import interruptible
 
 
@@ -91,7 +92,9 @@ def _train(
     found = (splits.train.classes, splits.num_skipped, list(splits.train.labels), list(splits.val.labels))
     ranks.require_same(found, DataError(f"--data: other pictures than in process 0 ({splits.source})"))
     known = Summary.read(place.run.summary_file)  # of a run that was complete already
-    config = place.config = ranks.from_main(lambda: _within_time(config, len(splits.train.classes), console))
+    if config.time_budget is not None and not config.resume:
+        say(console, "timing steps for --time-budget")
+    config = place.config = ranks.from_main(lambda: _with_length(config, place.run, splits, ranks, first_lines))
     with warnings_on(console):
         trainer = Trainer(config, splits, place, console, ranks)
         for line in first_lines:  # now that all that is given can be used
@@ -111,16 +114,25 @@ def _train(
     return place.run, splits, summary, state
 
 
-def _within_time(config: FinetuneConfig, num_classes: int, console: Console) -> FinetuneConfig:
-    """With as many epochs as --time-budget has room for; a run that is resumed has them already."""
-    if config.time_budget is None or config.resume:
-        return config
-    say(console, "timing steps for --time-budget")
+def _with_length(
+    config: FinetuneConfig, run: RunFolder, splits: Splits, ranks: Ranks, lines: list[str]
+) -> FinetuneConfig:
+    """With its number of epochs, which a run that is resumed has already; says in `lines` where that needs saying."""
+    if config.resume:
+        return replace(config, epochs=run.read()[0].epochs)
+    enough = enough_epochs(config, len(splits.train), ranks.size)
+    if config.time_budget is None:
+        if enough > config.num_epochs:
+            lines.append(f"{enough} epochs, since the pictures are few (--epochs says otherwise)")
+        return replace(config, epochs=enough)
     with interruptible():
-        share = comparison.relative_time(config, num_classes)
+        share = comparison.relative_time(config, len(splits.train.classes))
     epochs = max(1, int(config.time_budget / share))
     many = "1 epoch" if epochs == 1 else f"{epochs} epochs"
-    say(console, f"{many}: a step takes {share:.2f} of the time of plain full fine-tuning here")
+    text = f"{many} in the time of {config.time_budget:g}: a step takes {share:.2f} of plain full fine-tuning's here"
+    if config.preset == "accurate" and epochs < enough:
+        epochs, text = enough, f"{enough} epochs, since the pictures are few, and not {text}"
+    lines.append(text)
     return replace(config, epochs=epochs)
 
 

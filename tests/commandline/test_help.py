@@ -108,7 +108,7 @@ def test_a_word_behind_help_may_be_one_of_the_command(shown):
 
 def test_defaults_are_shown_once(shown):
     text = " ".join(shown("finetune", "--help-all").split())
-    assert "Passes over the training pictures (default: 5)" in text
+    assert "Passes over the training pictures; default: 5 or," in text
     assert "None" not in text
     assert "--compare, --no-compare" in text and "(default: on)" in text
     assert "Side of the pictures in pixels; default: the model's own." in text

@@ -187,7 +187,7 @@ def test_values_that_yaml_gives_otherwise():
         ({"epochs": 2.5}, "epochs must be of type int, got 2.5"),
         ({"epochs": 2.0}, "epochs must be of type int"),
         ({"epochs": True}, "epochs must be of type int, got True"),
-        ({"epochs": None}, "epochs must be of type int, got None"),
+        ({"batch_size": None}, "batch_size must be of type int, got None"),
         ({"epochs": "two"}, "epochs must be of type int, got 'two'"),
         ({"epochs": [1]}, "epochs must be of type int"),
         ({"lr": "fast"}, "lr must be of type float, got 'fast'"),

@@ -30,7 +30,7 @@ def test_what_each_fills_in():
     usual = FinetuneConfig()
     assert fast == replace(usual, preset="fast", alast=AlastConfig(blocks=0.75, **LOWEST))
     assert small.alast == AlastConfig(blocks=0.5, **LOWEST) and small.grad_checkpointing
-    assert (accurate.alast, accurate.time_budget, accurate.epochs) == (AlastConfig(), 5.0, 5)
+    assert (accurate.alast, accurate.time_budget, accurate.epochs) == (AlastConfig(), 5.0, None)
     assert parse("--preset", "accurate", "--epochs", "3").time_budget == 3.0
 
 

@@ -1,10 +1,15 @@
 """Which steps, pictures and learning rates a run has, also where a server takes more steps than are sent to it."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
+from conftest import finetune, resumed
 
 from snello.config import FinetuneConfig, SplitConfig
+from snello.train import schedule
 from snello.train.optim import lr_factor
-from snello.train.schedule import Replay, Schedule
+from snello.train.schedule import Replay, Schedule, enough_epochs
 
 
 def of(num_train: int = 26, *, epochs: int = 6, accumulate: int = 1, **split: object) -> Schedule:
@@ -84,3 +89,34 @@ def test_the_last_batch_of_an_epoch_is_small_where_something_is_stored_too():
     assert [schedule.num_samples(step) for step in range(schedule.total_steps)] == [8, 8, 8, 2] * 3
     assert [schedule.num_micro(step) for step in range(4)] == [2, 2, 2, 1]
     assert schedule.replay.first == 4 and schedule.server_steps == 24
+
+
+@pytest.mark.parametrize(
+    ("num_train", "settings", "epochs"),
+    [
+        (2000, {}, 8),  # 32 steps an epoch
+        (16000, {}, 5),  # 250
+        (100, {}, 50),  # 2
+        (100, {"epochs": 3}, 3),
+        (100, {"split": SplitConfig(cut=3)}, 5),
+        (2000, {"accumulate": 2}, 16),
+    ],
+)
+def test_few_pictures_take_more_epochs_unless_the_run_says_how_many(
+    num_train: int, settings: dict[str, Any], epochs: int
+) -> None:
+    assert enough_epochs(FinetuneConfig(**settings), num_train) == epochs
+
+
+def test_more_processes_make_fewer_steps() -> None:
+    assert enough_epochs(FinetuneConfig(), 2000, processes=2) == 16
+
+
+def test_a_run_that_does_not_say_how_long_is_resumed_as_long(
+    small: FinetuneConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "LEAST_STEPS", 40)  # of 7 an epoch
+    config = replace(small, epochs=None)
+    assert finetune(config)["epochs"] == 6
+    monkeypatch.setattr(schedule, "LEAST_STEPS", 80)
+    assert finetune(resumed(config))["epochs"] == 6

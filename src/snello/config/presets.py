@@ -39,5 +39,5 @@ def fill(config: Any) -> dict[str, Any]:
     if preset.grad_checkpointing:
         made["grad_checkpointing"] = True
     if preset.time_of_full and config.time_budget is None:
-        made["time_budget"] = float(config.epochs)
+        made["time_budget"] = float(config.num_epochs)
     return made

@@ -17,6 +17,7 @@ from snello.config.units import Link, parse_bytes
 from snello.config.values import flag, require_choices
 from snello.errors import ConfigError, require
 
+USUAL_EPOCHS = 5
 LEAST_MIX, MOST_MIX = 0.01, 100.0
 """Bounds of alpha: not far below, torch's Beta gives 1/2 instead of 0 or 1, in float32; above, all is about 1/2."""
 
@@ -189,8 +190,9 @@ class Recipe:
     alast: AlastConfig = field(default_factory=AlastConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
-    epochs: int = 5
-    """Passes over the training pictures."""
+    epochs: int | None = None
+    """Passes over the training pictures; default: 5 or, without a cut and with few pictures, as many more as make 250
+    steps, at most 50."""
     time_budget: float | None = None
     """Train for as long as so many epochs of plain full fine-tuning would take here, whatever --epochs says: steps of
     both are timed at the start, and the number of epochs follows."""
@@ -245,8 +247,9 @@ class Recipe:
     NEEDS = RECIPE_NEEDS
 
     def __post_init__(self) -> None:
-        for name in ("last_k", "batch_size", "accumulate", "epochs"):
+        for name in ("last_k", "batch_size", "accumulate"):
             require(getattr(self, name) >= 1, flag(name), "at least 1", getattr(self, name))
+        require(self.epochs is None or self.epochs >= 1, "--epochs", "at least 1", self.epochs)
         require(self.eval_epochs is None or self.eval_epochs >= 1, "--eval-epochs", "at least 1", self.eval_epochs)
         for name in ("clip_norm", "weight_decay", "patience", "checkpoint_steps"):
             require(getattr(self, name) >= 0, flag(name), "0 or more", getattr(self, name))
@@ -283,7 +286,7 @@ class Recipe:
         split = self.split
         if not split.freezes:
             return
-        split.require_epochs(self.epochs)
+        split.require_epochs(self.num_epochs)
         frozen = f"--split.client {split.client}"
         if split.labels == "client":
             raise ConfigError(f"{frozen} does not go with --split.labels client: the classifier there would not train")
@@ -295,7 +298,12 @@ class Recipe:
     @property
     def evaluates_every(self) -> int:
         """Epochs between two evaluations."""
-        return self.eval_epochs or (self.epochs if self.split.stores else 1)
+        return self.eval_epochs or (self.num_epochs if self.split.stores else 1)
+
+    @property
+    def num_epochs(self) -> int:
+        """Passes over the training pictures, where their number does not matter."""
+        return self.epochs or USUAL_EPOCHS
 
     @property
     def method_name(self) -> str:

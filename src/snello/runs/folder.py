@@ -290,7 +290,7 @@ def longer(run: RunFolder, config: Recipe, length: float | None = None) -> tuple
 
     The first begins where it began, the second with its weights. The length is of epochs, or of --time-budget.
     """
-    own = config.time_budget or config.epochs
+    own = config.time_budget or config.num_epochs
     text = f"{length or 2 * own:g}"
     args = ["--config", str(run.config_file), "--epochs" if config.time_budget is None else "--time-budget", text]
     weights = ["--weights", str(run.model_file)]
@@ -319,7 +319,8 @@ def require_same_length(run: RunFolder, saved: Recipe, config: Recipe) -> None:
 def require_same_config(saved: Recipe, config: Recipe, path: Path) -> None:
     """Refuses to resume a run with other settings than it has, in a ConfigError that names all that differ."""
     old, new = (flat(to_dict(made) | {"method": made.method_name}) for made in (saved, config))
-    changed = [name for name in old if name.split(".")[0] not in FREE and old[name] != new[name]]
+    free = FREE | ({"epochs"} if config.epochs is None else set())  # then the run's own
+    changed = [name for name in old if name.split(".")[0] not in free and old[name] != new[name]]
     if changed:
         differences = ", ".join(f"{name} was {old[name]}, now {new[name]}" for name in changed)
         raise ConfigError(f"--resume: {path} was made with another config: {differences}")

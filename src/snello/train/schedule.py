@@ -12,6 +12,20 @@ from snello.train.optim import lr_factor
 
 FINE = 1 << 20
 """Parts of a run whose progress is no number of steps."""
+LEAST_STEPS, MOST_EPOCHS = 250, 50
+"""What a run has that does not say how many epochs: so many steps, if that takes no more epochs."""
+
+
+def enough_epochs(config: Recipe, num_train: int, processes: int = 1) -> int:
+    """The epochs of a run on so many pictures: as it says, else the usual or, of few pictures, as many as they need.
+
+    Five epochs of a hundred pictures are ten steps, in which nothing is learned (results/few_pictures.json). Across a
+    cut, where an epoch costs traffic, they are the usual.
+    """
+    if config.epochs is not None or config.split.cut:
+        return config.num_epochs
+    steps = Schedule.of(config, num_train, processes).steps_per_epoch
+    return max(config.num_epochs, min(MOST_EPOCHS, math.ceil(LEAST_STEPS / steps)))
 
 
 @dataclass(frozen=True)
@@ -51,12 +65,12 @@ class Schedule:
     def of(cls, config: Recipe, num_train: int, processes: int = 1) -> "Schedule":
         """The schedule of a run on so many pictures."""
         split = config.split
-        made = cls(num_train, config.batch_size * processes, config.accumulate, split.sent_epochs(config.epochs))
+        made = cls(num_train, config.batch_size * processes, config.accumulate, split.sent_epochs(config.num_epochs))
         if not split.stores:
             return made
         per_epoch = made.steps_per_epoch
         first, each = split.trained_epochs * per_epoch, split.replay
-        return replace(made, replay=Replay(first, each, config.epochs * per_epoch))
+        return replace(made, replay=Replay(first, each, config.num_epochs * per_epoch))
 
     @property
     def batches_per_epoch(self) -> int:
