@@ -39,6 +39,34 @@ def step_cost(result: dict[str, Any]) -> str:
     )
 
 
+def presets(result: dict[str, Any]) -> str:
+    """Accuracy of every preset on two tasks, and a step's time, saved bytes and peak of full fine-tuning's."""
+    models = list(result["costs"])
+    heads = [f"{what}, {model.split('_')[1]}" for model in models for what in ("time", "saved", "peak")]
+    lines = [_line(["preset", "first task, %", "second task, %", *heads]), _line(["---"] * (3 + len(heads)))]
+    for row in result["rows"]:
+        costs = []
+        for model in models:
+            own, full = result["costs"][model][row["preset"]], result["costs"][model]["full"]
+            shares = [own[name] / full[name] for name in ("saved_bytes", "peak_memory_bytes")]
+            costs += [f"{share:.2f}" for share in (own["relative_step_time"], *shares)]
+        lines.append(_line([row["preset"], *(_of_seeds(row[task]) for task in ("cifar", "fashion")), *costs]))
+    config, env = result["config"], result["environment"]
+    batches = ", ".join(f"{model} (batch {size})" for model, size in config["batch_sizes"].items())
+    note = (
+        f"{config['epochs']} epochs each of the micro ViT, batch {config['batch_size']}, lr {config['lr']:g}, on "
+        f"five CIFAR-10 classes and on Fashion-MNIST, last epoch, mean ± standard deviation "
+        f"over seeds (how many). A step, relative to one of full fine-tuning: {batches}; "
+        f"{env['device']}, {config['threads']} thread."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _of_seeds(found: dict[str, Any]) -> str:
+    spread = "" if found["spread"] is None else f" ± {100 * found['spread']:.1f}"
+    return f"{100 * found['accuracy']:.1f}{spread} ({len(found['seeds'])})"
+
+
 def lora_cost(result: dict[str, Any]) -> str:
     """Ratios of a step of LoRA alone over one of ALaST + LoRA."""
     lines = ["| | precision | of | FLOPs | saved bytes | step time | CPU time |", "|---|---|---|---|---|---|---|"]
@@ -420,6 +448,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "target_readme": ("target", target_readme),
     "target_fashion": ("target_fashion", target_short),
     "target_all": ("target_all", target_short),
+    "presets": ("presets", presets),
     "released_code": ("released_code", released_code),
     "time_tried": ("time_tried", time_tried),
     "codecs": ("codecs", codecs),
