@@ -62,6 +62,28 @@ def presets(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", note])
 
 
+def few_pictures(result: dict[str, Any]) -> str:
+    """Accuracy with few training pictures: five epochs, and as many as a run takes that does not say how many."""
+    found: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        found.setdefault((row["task"], row["pictures"], row["setting"]), []).append(row)
+    lines = [
+        _line(["task", "pictures", "5 epochs, %", "epochs of 250 steps", "accuracy, %", "seeds"]),
+        _line(["---"] * 6),
+    ]
+    for task, pictures in dict.fromkeys((task, pictures) for task, pictures, _ in found):
+        few, enough = (found.get((task, pictures, setting), []) for setting in ("5 epochs", "250 steps"))
+        if few and enough:
+            means = [f"{100 * statistics.mean(row['accuracy'] for row in rows):.1f}" for rows in (few, enough)]
+            lines.append(_line([task, pictures, means[0], enough[0]["epochs"], means[1], min(len(few), len(enough))]))
+    config, env = result["config"], result["environment"]
+    note = (
+        f"Micro ViT, batch {config['batch_size']}, default settings, {config['held_out']} held-out pictures of five "
+        f"CIFAR-10 classes or of Fashion-MNIST, last epoch, mean over seeds. {env['device']}."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def _of_seeds(found: dict[str, Any]) -> str:
     spread = "" if found["spread"] is None else f" ± {100 * found['spread']:.1f}"
     return f"{100 * found['accuracy']:.1f}{spread} ({len(found['seeds'])})"
@@ -449,6 +471,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "target_fashion": ("target_fashion", target_short),
     "target_all": ("target_all", target_short),
     "presets": ("presets", presets),
+    "few_pictures": ("few_pictures", few_pictures),
     "released_code": ("released_code", released_code),
     "time_tried": ("time_tried", time_tried),
     "codecs": ("codecs", codecs),
@@ -458,7 +481,10 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "codec_cost": ("codec_cost", codec_cost),
     "network": ("network", network),
 }
-TEXTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("alast", "measured", "memory", "split")))
+TEXTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("alast", "choose", "measured", "memory", "split")),
+)
 """Every text with a table."""
 
 
