@@ -154,3 +154,9 @@ def test_a_missing_host_is_one_line_with_the_command(host, extra):
     last = run_python("-c", code).stderr.splitlines()[-1]
     assert last.startswith(f"ImportError: snello.integrations.{host} needs {host} (")
     assert last.endswith(f"is missing): pip install 'snello[{extra}]'")
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Folders of tests are no packages, so pytest could import only one of them."""
+    names = sorted(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert names == sorted(set(names))

@@ -174,9 +174,9 @@ def _predictions(config: PredictConfig, predictor: Predictor, paths: list[Path])
         for path in paths[start : start + config.batch_size]:
             try:
                 images.append((path, predictor.transform(open_picture(path))))
-            except DataError:
+            except DataError as error:
                 if not config.skip_bad:
-                    raise
+                    raise DataError(f"{error} (--skip-bad leaves it out)") from error
                 skipped += 1
         if not images:
             continue

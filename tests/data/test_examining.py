@@ -11,8 +11,8 @@ from helpers.whole_runs import save
 from PIL import Image
 
 from snello import cli
-from snello.config import CheckDataConfig
-from snello.data import ArrayPictures, imbalance
+from snello.config import CheckDataConfig, FinetuneConfig
+from snello.data import ArrayPictures, imbalance, splits_of
 from snello.data.examining import check_data
 
 
@@ -127,3 +127,21 @@ def test_a_run_says_so_and_reports_each_class(small, tmp_path, capsys):
     assert summary["balanced_accuracy"] == pytest.approx((rows[0]["accuracy"] + rows[1]["accuracy"]) / 2)
     assert summary["accuracy"] == pytest.approx((rows[0]["accuracy"] * 4 + rows[1]["accuracy"] * 2) / 6)
     assert f"balanced {summary['balanced_accuracy']:.2%} (epoch" in err
+
+
+def test_copies_on_both_sides_of_what_a_run_holds_out_are_told(tmp_path, capsys):
+    """Of a folder without parts: the same pictures that a run with default settings holds out."""
+    folder = write_pictures(tmp_path / "photos", {"cat": 10, "dog": 10})
+    splits = splits_of(FinetuneConfig(data=folder))
+    trained, held_out = splits.train.paths[0], splits.val.paths[0]
+    shutil.copy(trained, held_out)  # the number of pictures stays, and so does what is held out
+    assert held_out in splits_of(FinetuneConfig(data=folder)).val.paths
+    assert cli.main(["check-data", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    leak = lines.index("same pictures in more than one part: what is held out was seen in training: 1")
+    assert held_out.name in lines[leak + 1] and trained.name in lines[leak + 1]
+
+
+def test_a_class_with_one_picture_has_nothing_to_hold_out(tmp_path):
+    folder = write_pictures(tmp_path / "photos", {"cat": 1, "dog": 3})
+    assert check_data(CheckDataConfig(str(folder)), QUIET).copies == []

@@ -3,7 +3,9 @@
 import io
 import os
 import re
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,6 @@ from snello.runs.folder import RunFolder
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     """A run without a report."""
-    from dataclasses import replace
-
     path = tmp_path_factory.mktemp("runs") / "run"
     finetune(replace(small_config(pictures), out=path))
     return path
@@ -129,10 +129,17 @@ def test_ctrl_c_skips_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_draws_it_unless_told_not_to(pictures: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     config = replace(small_config(pictures), epochs=1)
     finetune(replace(config, out=tmp_path / "with"), report=True)
     finetune(replace(config, out=tmp_path / "without"), report=False)
     assert (tmp_path / "with" / "report.html").is_file()
     assert not re.findall("report", " ".join(path.name for path in (tmp_path / "without").iterdir()))
+
+
+def test_pictures_on_both_sides_are_told_at_the_end_of_a_run(tmp_path: Path, pictures: Path) -> None:
+    data = Path(shutil.copytree(pictures, tmp_path / "pictures"))
+    shutil.copy(data / "train" / "red" / "000.png", data / "val" / "red" / "000.png")
+    console = Console(file=io.StringIO(), width=200)
+    finetune(replace(small_config(data), epochs=1, out=tmp_path / "run"), console, report=True)
+    told = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "warning: a picture is both trained on and held out (snello check-data lists them)" in told

@@ -304,3 +304,11 @@ def test_failing_comparison_keeps_the_result_of_the_run(small, monkeypatch, capf
     assert cli.main(["finetune", *flags(replace(small, epochs=1, compare=True)), "--compare"]) == 2
     assert "measuring process failed" in capfd.readouterr().err.splitlines()[-1]
     assert json.loads((small.out / "summary.json").read_text())["accuracy"] > 0
+
+
+def test_plain_full_fine_tuning_spares_nothing_of_what_the_run_does():
+    """Else a run that recomputes activations would seem to save little, beside a `full` that nobody else means."""
+    own = comparison.make_request(FinetuneConfig(grad_checkpointing=True, epochs=1), 3, "cpu", "fp32", "explicit")
+    told = {name: comparison._with_method(own, name)["config"] for name in ("full", SAVING)}
+    settings = {name: (one.get("grad_checkpointing"), one.get("exact_savings")) for name, one in told.items()}
+    assert settings == {"full": (False, False), SAVING: (True, True)}

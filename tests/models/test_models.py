@@ -291,3 +291,9 @@ def test_pretrained_never_means_random(name, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("download"))
     with pytest.raises(ModelError, match="could not be loaded"):
         build("pretrained", image_size=None, name=name)
+
+
+def test_the_toy_takes_pictures_of_other_sizes() -> None:
+    small, large = (create_model("vit_micro_patch4_32", "pretrained", 10, size) for size in (None, 64))
+    assert small.pos_embed.shape[1] == 65 and large.pos_embed.shape[1] == 257
+    assert torch.equal(small.blocks[3].mlp.fc1.weight, large.blocks[3].mlp.fc1.weight)

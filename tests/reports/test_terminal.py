@@ -53,6 +53,12 @@ def test_below_the_probe_it_says_what_may_help(probe, advised):
     assert len(verdict(summary(accuracy=1.0, probe_accuracy=1.0, probe_pictures=9))) == 1
 
 
+def test_with_few_pictures_it_says_how_coarse_that_is():
+    few = [{"class": "a", "pictures": 20, "accuracy": 0.95}]
+    lines = verdict(summary(accuracy=0.95, probe_accuracy=0.95, probe_pictures=9, per_class=few))
+    assert lines[1].startswith("that is not above the linear probe (of 20 pictures, one is 5.0%): train longer")
+
+
 def commands(err: str) -> list[list[str]]:
     """The commands below the run folder, without `snello`."""
     _, _, after = err.partition("run folder: ")

@@ -22,7 +22,7 @@ from snello.data import splits_of
 from snello.errors import CheckpointError, ConfigError
 from snello.files import load_tensors
 from snello.models import Preprocessing
-from snello.runs.folder import RunFolder
+from snello.runs.folder import RunFolder, longer
 from snello.runs.resolved import Machine, Resolved, ServerAddress
 from snello.runs.summary import Summary
 from snello.train.loop import Trainer
@@ -104,7 +104,7 @@ def test_two_runs_cannot_share_a_folder(small):
 def test_a_second_process_is_told_whose_the_folder_is(small, capfd):
     """And the lock of a process that was killed is gone with it."""
     finetune(replace(small, epochs=1), QUIET)
-    hold = "import sys; from pathlib import Path; from snello.runs.folder import RunFolder\n"
+    hold = "import sys; from pathlib import Path; from snello.runs.folder import RunFolder, longer\n"
     hold += "run = RunFolder(Path(sys.argv[1])); run.lock(); print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, str(small.out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -247,6 +247,13 @@ def test_a_finished_run_is_not_made_longer_but_the_commands_are_there(small, cap
     assert (one.weights, two.weights) == ("none", str(RunFolder(small.out).model_file))
     begun, known = (next(run.rows("step"))["loss"] for run in (first, second))
     assert known < begun, "it starts from what was trained"
+
+
+def test_the_name_of_a_longer_run_does_not_grow(tmp_path):
+    config = FinetuneConfig(epochs=10)
+    anew, more = longer(RunFolder(tmp_path / "run-10"), config)
+    assert (anew[-1], more[-1]) == (str(tmp_path / "run-20"), str(tmp_path / "run-more"))
+    assert longer(RunFolder(tmp_path / "run-5"), config)[0][-1] == str(tmp_path / "run-5-20")
 
 
 def test_a_run_that_was_cut_off_has_no_other_length_either(small, capfd):

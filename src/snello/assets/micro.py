@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 __all__: list[str] = []  # timm's registry appends the entry point
 
@@ -43,6 +43,7 @@ def vit_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransf
         VisionTransformer,
         "vit_micro_patch4_32",
         pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,  # positions of pictures of another size
         feature_cfg={"out_indices": 3, "feature_cls": "getter"},
         **{**shape, **kwargs},
     )

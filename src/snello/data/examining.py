@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from snello.config import CheckDataConfig
+from snello.config import CheckDataConfig, FinetuneConfig
 from snello.data.checking import in_threads
 from snello.data.reading import UNREADABLE
 from snello.data.sets import PictureSet, imbalance
-from snello.data.splits import find_source
+from snello.data.splits import find_source, held_out_indices
 from snello.errors import DataError, printable
 
 
@@ -29,7 +30,10 @@ class Broken:
 
 @dataclass(frozen=True)
 class Copies:
-    """Pictures that are the same, pixel for pixel, with the parts and the classes that they are in."""
+    """Pictures that are the same, pixel for pixel, with the parts and the classes that they are in.
+
+    In a source without parts, train and val are what a run with default settings makes of it.
+    """
 
     paths: list[str]
     parts: list[str]
@@ -89,12 +93,28 @@ def check_data(config: CheckDataConfig, console: Console | None = None) -> Findi
     if sizes:
         findings.smallest = [min(width for width, _ in sizes), min(height for _, height in sizes)]
         findings.largest = [max(width for width, _ in sizes), max(height for _, height in sizes)]
+    held_out = set[int]()
+    if not source.parts:
+        readable = sorted(index for found in same.values() for _, index in found)
+        held_out = _held_out(parts["all"], readable, source.where)
     for found in same.values():
         if len(found) > 1:
             classes = {parts[part].classes[parts[part].labels[index]] for part, index in found}
             names = [parts[part].name(index) for part, index in found]
-            findings.copies.append(Copies(names, sorted({part for part, _ in found}), sorted(classes)))
+            within = {part for part, _ in found}
+            if len({index in held_out for _, index in found}) > 1:
+                within = {"train", "val"}
+            findings.copies.append(Copies(names, sorted(within), sorted(classes)))
     return findings
+
+
+def _held_out(pictures: PictureSet, readable: list[int], where: str) -> set[int]:
+    """What a run with default settings holds out of a source without parts; nothing where it could not."""
+    with suppress(DataError):  # of what does not suit a run, a run says so
+        usual = FinetuneConfig()
+        found = held_out_indices(pictures.subset(readable), where, usual.val_share, usual.seed)
+        return {readable[index] for index in found}
+    return set()
 
 
 def _look(pictures: PictureSet, index: int) -> tuple[tuple[int, int], bytes] | str:

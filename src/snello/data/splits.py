@@ -126,8 +126,12 @@ def _require_same_classes(source: Source, part: str, train: PictureSet, held_out
         raise DataError(f"{source.where}: {names} differ in classes, {'; '.join(differences)}")
 
 
-def _hold_out(pictures: P, where: str, val_share: float, seed: int) -> tuple[P, P]:
-    """Splits every class at random, in proportion, with at least one picture on either side."""
+def held_out_indices(pictures: PictureSet, where: str, val_share: float, seed: int) -> set[int]:
+    """Which pictures of a source without parts are held out: a share of each class at random, at least one, never all.
+
+    Raises:
+        DataError: for a class with a single picture.
+    """
     of_class: list[list[int]] = [[] for _ in pictures.classes]
     for index, label in enumerate(pictures.labels):
         of_class[label].append(index)
@@ -141,5 +145,11 @@ def _hold_out(pictures: P, where: str, val_share: float, seed: int) -> tuple[P, 
         num_val = min(max(round(val_share * len(indices)), 1), len(indices) - 1) if indices else 0
         order = permutation(len(indices), mix(_SPLIT, seed, label))
         held_out.update(indices[i] for i in order[:num_val])
+    return held_out
+
+
+def _hold_out(pictures: P, where: str, val_share: float, seed: int) -> tuple[P, P]:
+    """Splits every class at random, in proportion, with at least one picture on either side."""
+    held_out = held_out_indices(pictures, where, val_share, seed)
     everything = range(len(pictures))
     return pictures.subset([i for i in everything if i not in held_out]), pictures.subset(sorted(held_out))

@@ -30,7 +30,7 @@ def flops(run: Run) -> Part | None:
         DataError: across a cut where the other side's are not known.
     """
     rows = list(run.folder.rows("step"))
-    if not rows:
+    if not rows or run.resolved.server is not None:  # what the other side computes is not known here
         return None
     rows = [rows[index] for index in _evenly(len(rows), MOST)]
     # Sizes and names are all that counts; adapters to start from would want the weights themselves.

@@ -94,9 +94,19 @@ def report_after(run: RunFolder, console: Console) -> None:
         say(console, f"report skipped; {later} draws it")
         return
     if problem is None:
+        leaked = leaks(run)
+        if leaked:
+            several = f"{leaked} pictures are" if leaked > 1 else "a picture is"
+            say(console, f"warning: {several} both trained on and held out (snello check-data lists them)")
         say(console, f"report: {run.report_file}")
     else:
         say(console, f"no report ({problem}); the run is complete, and {later} tries again")
+
+
+def leaks(run: RunFolder) -> int:
+    """Pictures that were found to be both trained on and held out."""
+    data = Facts.read(run.path).parts["data"] or {}
+    return int((data.get("copies") or {}).get("leaked", 0))
 
 
 def _may_fork() -> bool:

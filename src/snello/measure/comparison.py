@@ -154,7 +154,11 @@ def _compare(own: dict[str, Any], others: list[str], progress: Progress) -> Comp
 
 def _with_method(request: dict[str, Any], other: str) -> dict[str, Any]:
     """Asks the same for another method, from its start, without the settings that have no effect on that."""
-    changed = {"method": "full", "exact_savings": other == SAVING} if other in (SAVING, "full") else {"method": other}
+    changed: dict[str, Any] = {"method": other}
+    if other == SAVING:
+        changed = {"method": "full", "exact_savings": True}
+    elif other == "full":  # plain, whatever the run spares
+        changed = {"method": "full", "exact_savings": False, "grad_checkpointing": False}
     config = effective(FinetuneConfig, request["config"] | changed, "request")
     return request | {"state": None, "times": None, "config": config}
 

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +33,15 @@ def page_of(facts: Facts) -> str:
     made = [Part(name, title, f"{name}.html.jinja", make(facts)) for name, (title, make) in SECTIONS.items()]
     config = facts.config
     what = f"{config.model}, {config.method_name}, {len(facts.classes)} classes"
-    return render(made, title=facts.name, folder=str(facts.path), problems=facts.problems, what=what)
+    return render(
+        made,
+        title=facts.name,
+        folder=str(facts.path),
+        again=shlex.join(["snello", "report", str(facts.path)]),
+        pictures=any(facts.parts[name] for name in ("pictures", "merged", "mistakes")),
+        problems=facts.problems,
+        what=what,
+    )
 
 
 def render(parts: Sequence[Part], **values: Any) -> str:

@@ -1,6 +1,7 @@
 """Several runs on one page: what each reached, what it cost, where they differ."""
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,17 @@ def side_by_side(runs: Sequence[Facts]) -> str:
         Part("data", "Settings", "differences.html.jinja", {"names": names, "rows": _differences(runs)}),
     ]
     problems = [f"{name}: {problem}" for name, one in zip(names, runs, strict=True) for problem in one.problems]
-    folder = ", ".join(str(one.path) for one in runs)
-    return render(parts, title=f"{len(runs)} runs", folder=folder, problems=problems, what="")
+    paths = [str(one.path) for one in runs]
+    again = shlex.join(["snello", "report", *paths])
+    return render(
+        parts,
+        title=f"{len(runs)} runs",
+        folder=", ".join(paths),
+        again=again,
+        pictures=False,
+        problems=problems,
+        what="",
+    )
 
 
 def _names(runs: Sequence[Facts]) -> list[str]:

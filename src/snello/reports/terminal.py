@@ -130,7 +130,8 @@ def print_verdict(console: Console, summary: Summary, num_train: int) -> None:
     ]
     say(console, verdict + (f"; a step took {' and '.join(shares)} of full fine-tuning" if shares else ""))
     if summary.probe_accuracy is not None and summary.accuracy <= summary.probe_accuracy < 1:
-        say(console, "that is not above the linear probe: train longer, or with another --lr")
+        few = f" (of {pictures} pictures, one is {1 / pictures:.1%})" if 0 < pictures < 100 else ""
+        say(console, f"that is not above the linear probe{few}: train longer, or with another --lr")
 
 
 def print_next(console: Console, run: RunFolder, longer: str | None = None) -> None:

@@ -47,4 +47,4 @@ def setting_text(value: Any) -> str:
 
 def percent(share: float, digits: int = 1) -> str:
     """A share as per cent."""
-    return f"{100 * share:.{digits}f} %"
+    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"

@@ -293,8 +293,8 @@ def longer(run: RunFolder, config: Recipe, length: float | None = None) -> tuple
     own = config.time_budget or config.num_epochs
     text = f"{length or 2 * own:g}"
     args = ["--config", str(run.config_file), "--epochs" if config.time_budget is None else "--time-budget", text]
-    weights = ["--weights", str(run.model_file)]
-    return [*args, "--out", f"{run.path}-{text}"], [*args, *weights, "--out", f"{run.path}-more"]
+    weights, name = ["--weights", str(run.model_file)], str(run.path).removesuffix(f"-{own:g}")
+    return [*args, "--out", f"{name}-{text}"], [*args, *weights, "--out", f"{name}-more"]
 
 
 def require_same_length(run: RunFolder, saved: Recipe, config: Recipe) -> None:

@@ -29,8 +29,9 @@ def data(facts: Facts) -> dict[str, Any] | None:
         if train
     ]
     settings = flat(to_dict(facts.config))
-    own = {name for name in changed(facts.config) if name not in ("out", "config", "resume")}
     resolved = facts.resolved
+    told = () if resolved.server is None else ("weights", "compare")  # they come from the server, whatever these say
+    own = {name for name in changed(facts.config) if name not in ("out", "config", "resume", "report", *told)}
     return {
         "source": found.get("source"),
         "notes": found.get("notes", []),
@@ -39,6 +40,7 @@ def data(facts: Facts) -> dict[str, Any] | None:
         "num_val": resolved.num_val,
         "classes": classes,
         "left_out": max(0, len(facts.classes) - MOST_CLASSES) if train else 0,
+        "chosen": "Settings that were chosen" + ("" if resolved.server is None else ", here or by the server"),
         "copies": found.get("copies"),
         "changed": [(name, setting_text(value)) for name, value in settings.items() if name in own],
         "others": [(name, setting_text(value)) for name, value in settings.items() if name not in own],

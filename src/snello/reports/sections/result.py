@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from snello.config import PicturesConfig
 from snello.reports.facts import Facts
 from snello.reports.words import duration, less, percent, share_of_full, size_text
 
@@ -11,9 +12,7 @@ from snello.reports.words import duration, less, percent, share_of_full, size_te
 def result(facts: Facts) -> dict[str, Any] | None:
     """The result in one sentence with its cost, and the command that repeats it."""
     summary, num = facts.summary, facts.resolved.num_val
-    repeat = shlex.join(["snello", "finetune", "--config", str(facts.path / "config.yaml")])
-    if facts.resolved.server is not None:
-        repeat = shlex.join(["snello", "join", facts.resolved.server.address])
+    repeat = shlex.join(_command(facts))
     if summary is None:
         done = facts.steps[-1]["step"] if facts.steps else 0
         sentence = f"Not finished: {done} steps are done."
@@ -43,14 +42,29 @@ def result(facts: Facts) -> dict[str, Any] | None:
     return {"sentence": sentence + ".", "tiles": tiles, "lines": lines, "repeat": repeat, "files": "summary.json"}
 
 
+def _command(facts: Facts) -> list[str]:
+    """What repeats the run; one with a server gets its settings from there."""
+    server, config = facts.resolved.server, facts.config
+    if server is None:
+        return ["snello", "finetune", "--config", str(facts.path / "config.yaml")]
+    args = ["snello", "join", server.address]
+    for name, value in (("--data", config.data), ("--certs", server.certs), ("--name", server.name)):
+        args += [name, str(value)] if value is not None else []
+    if config.val_share != PicturesConfig.val_share:
+        args += ["--val-share", str(config.val_share)]
+    if server.insecure_plaintext_for_everyone_on_the_network_to_read:
+        args.append("--insecure-plaintext-for-everyone-on-the-network-to-read")
+    return [*args, *(["--skip-bad"] if config.skip_bad else [])]
+
+
 def _against_probe(facts: Facts) -> Iterator[str]:
     """How the accuracy compares with the linear probe's."""
     if facts.summary is None or facts.summary.probe_accuracy is None:
         return
     probe = facts.summary.probe_accuracy
     gain = 100 * (facts.summary.accuracy - probe)
-    more = f"{abs(gain):.1f} points {'above' if gain >= 0 else 'below'}"
-    yield f"A linear classifier on the model as it was at the start reaches {percent(probe)}: the run ends {more} that."
+    end = f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'} that" if abs(gain) >= 0.05 else "at the same"
+    yield f"A linear classifier on the model as it was at the start reaches {percent(probe)}: the run ends {end}."
 
 
 def _least(facts: Facts) -> Iterator[str]:
