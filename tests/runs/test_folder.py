@@ -17,7 +17,7 @@ import yaml
 from conftest import QUIET, finetune, flags, resumed, rows_of
 
 from snello import cli, finetuning
-from snello.config import SplitConfig
+from snello.config import FinetuneConfig, SplitConfig
 from snello.data import splits_of
 from snello.errors import CheckpointError, ConfigError
 from snello.files import load_tensors
@@ -104,7 +104,7 @@ def test_two_runs_cannot_share_a_folder(small):
 def test_a_second_process_is_told_whose_the_folder_is(small, capfd):
     """And the lock of a process that was killed is gone with it."""
     finetune(replace(small, epochs=1), QUIET)
-    hold = "import sys; from pathlib import Path; from snello.runs.folder import RunFolder, longer\n"
+    hold = "import sys; from pathlib import Path; from snello.runs.folder import RunFolder\n"
     hold += "run = RunFolder(Path(sys.argv[1])); run.lock(); print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, str(small.out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
