@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What `snello finetune` prints on what ships: the first thing that a reader of README.md would see.
 
-python benchmarks/first_run.py    # about a minute on two cores; writes results/first_run.json
+python benchmarks/first_run.py    # a minute or two on two cores; writes results/first_run.json
 """
 
 import json
