@@ -41,6 +41,17 @@ def finetune(config: FinetuneConfig, console: Console | None = None, *, report: 
     return finetuning.finetune(replace(config, report=report), console).to_dict()
 
 
+@pytest.fixture(autouse=True)
+def no_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of the command line in this process draw no report, but for tests that are marked `report`.
+
+    Beside gRPC, which is here, that would take a new process each time, and its seconds to import torch.
+    """
+    if request.node.get_closest_marker("report") is None:
+        monkeypatch.setattr(finetuning, "report_after", lambda run, console: None)
+        monkeypatch.setattr("snello.explain.report.report_after", lambda run, console: None)
+
+
 def write_pictures(folder: Path, counts: dict[str, int], seed: int = 0, size: int = 16) -> Path:
     """Noisy pictures, in one folder per class; each class has a colour of its own."""
     rng = np.random.default_rng(seed)

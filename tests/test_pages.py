@@ -24,7 +24,6 @@ EXTRAS = {
 }
 """Pages that need more than what snello always has."""
 SMALLER = {
-    "docs/api.md": {'method="alast",': f'method="alast", model="{TOY}",'},
     "docs/cut.md": {"steps=10": "steps=1"},
     "docs/index.md": {"snello finetune\n": "snello finetune --data photos/\n"},
     "docs/install.md": {"snello finetune": "snello finetune --data photos/"},

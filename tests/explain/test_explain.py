@@ -168,6 +168,7 @@ def test_without_alast_json_the_last_step_that_was_logged_says_the_budgets(train
 
 
 def test_a_model_of_transformers_with_a_distillation_token(tmp_path, pictures):
+    pytest.importorskip("transformers")
     model = make_transformers(tmp_path / "model", "DeiT")
     config = replace(small_config(pictures), model=str(model), image_size=None, out=tmp_path / "run")
     finetune(replace(config, epochs=1, method="alast", alast=MERGING), QUIET)

@@ -19,6 +19,8 @@ from snello.errors import CheckpointError, ConfigError
 from snello.explain import report as module
 from snello.runs.folder import RunFolder
 
+pytestmark = pytest.mark.report
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:

@@ -142,12 +142,13 @@ def test_asked_to_stop_while_costs_are_measured(small, tmp_path, number, when):
     text = err.read_text()
     assert "Traceback" not in text and "Error" not in text
     lines = [line for line in text.splitlines() if not line.startswith("that is not above the linear probe")]
-    saved, skipped, verdict, folder = lines[-8:-4]
+    saved, skipped, report, verdict, folder = lines[-9:-4]
     assert saved == (
         f"the model is saved in {config.out}; measuring a linear probe, and a step of alast against full fine-tuning "
         "with the same exact savings and full fine-tuning (Ctrl-C skips this)"
     )
     assert skipped == f"measuring skipped; the model is in {config.out}" and folder == f"run folder: {config.out}"
+    assert report == f"report: {config.out}/report.html"
     summary = json.loads((config.out / "summary.json").read_text())
     assert (
         summary["probe_accuracy"] > 0

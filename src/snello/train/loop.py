@@ -37,7 +37,7 @@ from snello.train.place import GoBack, Place, Progress, Setup, State
 from snello.train.predictions import Predictions
 from snello.train.ranks import ALONE, Ranks
 from snello.train.schedule import Schedule
-from snello.train.scoring import Normalize, Score, score
+from snello.train.scoring import Normalize, Score, no_one, score
 from snello.train.signals import Interrupted, stopping
 from snello.train.tracking import Trackers
 from snello.vit import ViT
@@ -79,6 +79,7 @@ class Trainer:
         self._loading: dict[str, Any] = {"share": ranks.share, "workers": config.workers}
         self._loading["pin_memory"] = self.device.type == "cuda"
         self._eval_loader: DataLoader[tuple[Tensor, int]] | None = None
+        self._predictions: Predictions | None = None  # of the last evaluation
         self._stop: list[int] = []
         self._saved = time.monotonic()
         self._show: Callable[[int, str], None] = lambda done, text: None
@@ -262,8 +263,10 @@ class Trainer:
             self._eval_loader = eval_loader(self.splits.val, transform, batch_size=size, **self._loading)
         held_out, num_classes = self.ranks.all_of(batches(self._eval_loader)), len(self.splits.train.classes)
         num, ranks = len(self.splits.val), self.ranks
-        self._predictions = Predictions(num, num_classes, ranks.share(num).start, self.device)
-        each = self._predictions.add
+        each = no_one
+        if self.config.report:
+            self._predictions = Predictions(num, num_classes, ranks.share(num).start, self.device)
+            each = self._predictions.add
         with autocast(self.device, self.precision):
             return score(self.learner.evaluator, held_out, num_classes, self.normalize, self.device, ranks.total, each)
 
@@ -412,12 +415,13 @@ class Trainer:
         self.place.begin_evaluation()
         result = self.evaluate()
         said = self._predictions
-        said.gather(self.ranks.total)
+        if said is not None:
+            said.gather(self.ranks.total)
         at.last_accuracy = result.accuracy
         if at.last_accuracy > at.accuracy:
             at.accuracy, at.best_epoch, at.right = at.last_accuracy, at.epochs, list(result.right)
             self.ranks.on_main(lambda: self.place.save_best(self.learner))
-            if self.config.report:
+            if said is not None:
                 self.ranks.on_main(lambda: said.write(self.run.predictions_file, self.splits.val))
         row: dict[str, Any] = {"kind": "eval", "step": at.step, "epoch": at.epochs}
         row |= {"accuracy": result.accuracy, "balanced_accuracy": result.balanced_accuracy, "loss": result.loss}

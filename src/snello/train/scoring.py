@@ -51,6 +51,10 @@ class Normalize:
         return (images.float() - self._mean) / self._std
 
 
+def no_one(logits: Tensor, labels: Tensor) -> None:
+    """Who wants to know nothing of each batch."""
+
+
 @torch.no_grad()
 def score(
     model: nn.Module,
@@ -59,7 +63,7 @@ def score(
     normalize: Normalize,
     device: torch.device,
     total: Callable[[Tensor], Tensor] = lambda counts: counts,
-    each: Callable[[Tensor, Tensor], None] = lambda logits, labels: None,
+    each: Callable[[Tensor, Tensor], None] = no_one,
 ) -> Score:
     """Accuracy, overall and by class, and mean cross-entropy over labelled batches; leaves the model in eval mode.
 
