@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import run_python
 
 from snello.config import FinetuneConfig
-from snello.environment import GRPC, KERNELS
+from snello.environment import GRPC, KERNELS, total_memory
 
 
 def run(code: str, **environment: str) -> dict[str, str]:
@@ -105,3 +106,12 @@ def test_large_blocks_go_back_where_the_settings_say_so(monkeypatch, verb):
     monkeypatch.setattr("snello.split.client.join.join", lambda config, on_settings, on_end: on_settings(plain))
     assert cli.main([verb, *(["127.0.0.1:1"] if verb == "join" else [])]) == 0
     assert calls == ["called"]
+
+
+def test_memory_is_that_of_the_container_where_it_has_less(monkeypatch):
+    whole = total_memory()
+    assert whole is not None and whole > 2**28
+    monkeypatch.setattr(Path, "read_text", lambda self: f"{2**27}\n")
+    assert total_memory() == 2**27
+    monkeypatch.setattr(Path, "read_text", lambda self: "max\n")
+    assert total_memory() >= whole

@@ -45,11 +45,17 @@ def device_name(name: str) -> str:
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return name
-    found: list[str] = []
-    with contextlib.suppress(OSError):
-        found = [line.partition(":")[2].strip() for line in CPU_INFO.read_text().splitlines() if "model name" in line]
     threads = torch.get_num_threads()
-    return f"{found[0] if found else 'cpu'}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{cpu_name() or 'cpu'}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def cpu_name() -> str:
+    """What the processor is called by its maker; empty where the system does not say."""
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
+        lines = CPU_INFO.read_text(encoding="utf-8").splitlines()
+    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(found, "")
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:

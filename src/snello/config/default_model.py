@@ -1,10 +1,9 @@
 """Which model a run takes where none is named: real weights for pictures of one's own, a toy to try snello with."""
 
-import os
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
+
+from snello.environment import total_memory
 
 C = TypeVar("C")
 
@@ -50,14 +49,3 @@ def toy_run(name: str) -> str:
     """The first line of a run on the pictures that ship with snello."""
     what = f"a toy: the model ({TOY}) and the pictures ship" if name == TOY else "the pictures are those that ship"
     return f"{what} with snello, to try it with; for your own: --data FOLDER"
-
-
-def total_memory() -> int | None:
-    """Bytes of memory of this machine or, where that is less, of the container; None where it cannot be told."""
-    found = []
-    with suppress(OSError, ValueError, AttributeError):
-        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # the first says `max` where there is no limit
-            found.append(int(Path(file).read_text()))
-    return min(found, default=None)

@@ -6,10 +6,11 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any
 
 from snello.data import ArrayPictures, FilePictures, PictureSet
+from snello.devices import cpu_name
+from snello.environment import total_memory
 from snello.errors import DataError
 from snello.explain.files import Part
 from snello.explain.run import Run
@@ -95,26 +96,9 @@ def machine() -> dict[str, Any]:
     """What this machine is."""
     able = getattr(os, "sched_getaffinity", None)
     return {
-        "cpu": _cpu(),
+        "cpu": cpu_name() or platform.processor() or platform.machine(),
         "cores": len(able(0)) if able is not None else os.cpu_count(),
-        "memory": _memory(),
+        "memory": total_memory(),
         "os": platform.platform(),
         "python": platform.python_version(),
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, "") or platform.processor() or platform.machine()
-
-
-def _memory() -> int | None:
-    """Bytes; None where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None

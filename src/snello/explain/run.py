@@ -21,13 +21,14 @@ from snello.methods.alast import AlastMethod
 from snello.runs.checkpoint import load_into
 from snello.runs.folder import RunFolder
 from snello.seeds import mix, permutation
+from snello.train.predictions import Predictions
 from snello.train.scoring import Normalize
 from snello.vit import ViT
 
 CPU = torch.device("cpu")
 _ORDER = 0x73686F77  # keeps the seed of what is shown apart from others
-LIMIT, TOP = 256, 5
-"""Pictures that the model is asked about where nothing was noted in training, and classes that are kept of each."""
+LIMIT = 256
+"""Pictures that the model is asked about where nothing was noted in training."""
 Side = Literal["client", "server"]
 Row = dict[str, Any]
 """Of a held-out picture: index, name, label, predicted class, p of the label, and in `top` the best [class, p]."""
@@ -95,20 +96,15 @@ class Run:
         return rows
 
     def _predict(self, indices: list[int]) -> list[Row]:
-        rows: list[Row] = []
+        indices, size = sorted(indices), self.config.batch_size
+        pictures = self.held_out.subset(indices)
+        said = Predictions(len(indices), len(self.classes), 0, CPU)
         with closing(Predictor(self.path, "cpu")) as predictor:
-            for start in range(0, len(indices), self.config.batch_size):
-                part = indices[start : start + self.config.batch_size]
-                probabilities = predictor.probabilities(torch.stack([self.image(index) for index in part]))
-                best = probabilities.topk(min(TOP, len(self.classes)), dim=1)
-                for index, row, values, classes in zip(part, probabilities, *map(Tensor.tolist, best), strict=True):
-                    label = self.held_out.labels[index]
-                    top = [[c, round(p, 5)] for c, p in zip(classes, values, strict=True)]
-                    rows.append({
-                        "index": index, "name": self.held_out.name(index), "label": label,
-                        "predicted": top[0][0], "p": round(float(row[label]), 5), "top": top,
-                    })  # fmt: skip
-        return sorted(rows, key=lambda row: row["index"])
+            for start in range(0, len(indices), size):
+                images = torch.stack([self.image(index) for index in indices[start : start + size]])
+                labels = torch.tensor(pictures.labels[start : start + size])
+                said.add(predictor.probabilities(images).log(), labels)  # as good as logits: softmax gives them back
+        return [{**row, "index": index} for index, row in zip(indices, said.rows(pictures), strict=True)]
 
     def image(self, index: int) -> Tensor:
         """A held-out picture as the model sees it, (3, H, W) uint8."""

@@ -5,12 +5,10 @@ from typing import Any
 from snello.config.effect import changed
 from snello.config.values import to_dict
 from snello.reports.facts import Facts
+from snello.reports.sections.mistakes import MOST_CLASSES
 from snello.reports.words import setting_text
 from snello.runs.folder import flat
 from snello.runs.resolved import Resolved
-
-MOST_CLASSES = 200
-"""Rows of the table of classes."""
 
 
 def data(facts: Facts) -> dict[str, Any] | None:
