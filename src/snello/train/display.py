@@ -1,4 +1,4 @@
-"""What a run shows on the console while it lasts: a progress bar, and snello's own warnings as one line."""
+"""What a run shows on the console: a bar, snello's own warnings as one line, and what to know of the toy."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from snello.config.default_model import TOY
+from snello.data import PictureSet, typical_size
 from snello.errors import SnelloWarning
 
 
@@ -25,6 +27,18 @@ def progress_bar(console: Console, *, total: int, completed: int) -> Iterator[Ca
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=total, completed=completed, said="")
         yield lambda done, said: bar.update(task, completed=done, said=said)
+
+
+def toy_note(model: str, pictures: PictureSet, side: int, is_served: bool) -> str | None:
+    """One line where the toy that ships with snello sees pictures, at `side` pixels, much smaller than they are."""
+    size = typical_size(pictures) if model == TOY else None
+    if size is None or min(size) <= 2 * side:
+        return None
+    where = " of `snello serve`" if is_served else ""
+    return (
+        f"warning: {TOY} is a toy: it sees these pictures, of about {size[0]} x {size[1]}, at {side} x {side} "
+        f"pixels; for results name a pretrained --model{where} (docs/models.md)"
+    )
 
 
 def say(console: Console, text: str) -> None:

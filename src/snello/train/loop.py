@@ -19,9 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from snello.config import FinetuneConfig
-from snello.config.default_model import TOY
 from snello.config.values import to_dict
-from snello.data import Splits, imbalance, typical_size
+from snello.data import Splits, imbalance
 from snello.data.loaders import Batch, batches, eval_loader, eval_transform, train_loader, train_transform
 from snello.devices import Precision, autocast, resolve_precision
 from snello.errors import ConfigError, TrainingError
@@ -31,7 +30,7 @@ from snello.runs.folder import flat
 from snello.runs.resolved import Resolved, machine
 from snello.runs.summary import Summary, Traffic
 from snello.seeds import mix
-from snello.train.display import progress_bar, say
+from snello.train.display import progress_bar, say, toy_note
 from snello.train.learner import MicroStep
 from snello.train.place import GoBack, Place, Progress, Setup, State
 from snello.train.predictions import Predictions
@@ -493,20 +492,10 @@ class Trainer:
             f"{len(self.splits.train)} pictures to train, {len(self.splits.val)} held out, "
             f"{len(self.splits.train.classes)} classes ({self.splits.source}); {self.learner.describe()}"
         )
-        for line in (*self.splits.notes, imbalance(self.splits.train), self._toy_note()):
+        toy = toy_note(self.config.model, self.splits.train, self.preprocessing.size, self.place.server is not None)
+        for line in (*self.splits.notes, imbalance(self.splits.train), toy):
             if line:
                 self._print(line)
-
-    def _toy_note(self) -> str | None:
-        """Says where the toy that ships with snello sees pictures much smaller than they are."""
-        side, size = self.preprocessing.size, typical_size(self.splits.train) if self.config.model == TOY else None
-        if size is None or min(size) <= 2 * side:
-            return None
-        where = "" if self.place.server is None else " of `snello serve`"
-        return (
-            f"warning: {TOY} is a toy: it sees these pictures, of about {size[0]} x {size[1]}, at {side} x {side} "
-            f"pixels; for results name a pretrained --model{where} (docs/models.md)"
-        )
 
 
 def _absolute(source: str | Path | None) -> str | None:
